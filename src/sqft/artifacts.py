@@ -1,0 +1,135 @@
+"""Directories that are either whole or not there, and what stands in their manifests.
+
+A directory under construction is called `NAME.partial`; its manifest is written last, then it is renamed.
+So a directory that carries its final name and a manifest is finished, whatever killed the run before.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqft.errors import WorkspaceError
+
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "digest_file",
+    "digest_files",
+    "digest_json",
+    "new_directory",
+    "write_json",
+]
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished directory says of itself."""
+
+    stage: str
+    key: str
+    section: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    elapsed_seconds: float = 0.0
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Raises: WorkspaceError if the manifest is missing or damaged."""
+        path = directory / MANIFEST
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise WorkspaceError(
+                f"{directory} has no {MANIFEST}; it was not written by sqft, or not finished"
+            ) from None
+        except (ValueError, TypeError) as error:
+            raise WorkspaceError(f"{path} is damaged ({error}); delete {directory} and run again") from error
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest of `directory`."""
+        write_json(directory / MANIFEST, asdict(self))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON such that the file is either the old one or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def new_directory(final: Path, *, keep_partial: bool = False) -> Iterator[Path]:
+    """Yield `FINAL.partial`, and rename it to `FINAL` when the block ends without an error.
+
+    keep_partial: leave an unfinished one from an earlier run in place, for work that resumes from it.
+
+    Raises: WorkspaceError if the disk is full.
+    """
+    partial = final.with_name(final.name + ".partial")
+    if partial.exists() and not keep_partial:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(partial.parent).free
+        message = f"no space left in {partial.parent} ({free // 2**20} MiB free); make room and run again"
+        raise WorkspaceError(message) from error
+
+
+def digest_json(value: Any) -> str:
+    """The sha256 of a value as canonical JSON."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_files(directory: Path, *, cache: Path | None = None) -> dict[str, str]:
+    """The sha256 of every file below a directory, by relative path, hidden files left out.
+
+    cache: a JSON file that remembers digests by path, size, modification time and inode.
+    """
+    known: dict[str, str] = _read_cache(cache)
+    digests: dict[str, str] = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if any(part.startswith(".") for part in Path(name).parts):
+            continue
+        stat = path.stat()
+        identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        digests[name] = known[identity] = known.get(identity) or digest_file(path)
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache, known)
+    return digests
+
+
+def _read_cache(cache: Path | None) -> dict[str, str]:
+    if cache is None or not cache.exists():
+        return {}
+    try:
+        known = json.loads(cache.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -1,0 +1,132 @@
+"""The integer grid of a quantized weight: one scale and zero point for each group of neighbours in a row.
+
+    codes  = clamp(round(weight / scale) + zero_point, 0, 2^bits - 1)
+    weight = (codes - zero_point) * scale
+
+The zero point is an integer inside the code range, so the number 0 is on the grid and a pruned weight
+stays exactly 0. Scales are rounded to few significant bits before any code is computed, so that every
+runtime that stores them in 16 bits reads the very same grid.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from sqft.errors import CompressionError
+
+__all__ = ["QParams", "compute_qparams", "dequantize", "fake_quantize", "quantize", "round_scale"]
+
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16, in which GGUF and most runtimes keep scales
+
+
+@dataclass(frozen=True)
+class QParams:
+    """The grid of one weight.
+
+    scale (out, groups) float32, already rounded to what is stored; zero_point (out, groups) uint8, the true
+    integer in 0..2^bits-1; bits 2, 3, 4 or 8; symmetric: every zero point is 2^(bits-1).
+    """
+
+    scale: Float[Tensor, "out groups"]
+    zero_point: UInt8[Tensor, "out groups"]
+    bits: int
+    symmetric: bool
+
+    @property
+    def max_code(self) -> int:
+        """The largest code, 2^bits - 1."""
+        return int(2**self.bits - 1)
+
+    def group_size(self, in_features: int) -> int:
+        """Columns that share a scale, for a weight of this width."""
+        return in_features // self.scale.shape[1]
+
+    def to(self, device: torch.device | str) -> "QParams":
+        """The same grid on another device."""
+        return QParams(self.scale.to(device), self.zero_point.to(device), self.bits, self.symmetric)
+
+
+def round_scale(scale: Tensor, scale_bits: int) -> Tensor:
+    """Round to `scale_bits` significant bits, and up to the smallest normal float16."""
+    mantissa, exponent = torch.frexp(scale.float())
+    steps = 2.0**scale_bits
+    return torch.ldexp(torch.round(mantissa * steps) / steps, exponent).clamp_min(SMALLEST_SCALE)
+
+
+def compute_qparams(
+    weight: Float[Tensor, "out in"], *, bits: int, group_size: int, symmetric: bool, scale_bits: int = 8
+) -> QParams:
+    """The grid that just covers every group of a weight.
+
+    symmetric: scale = max|w| / (2^(bits-1) - 1); asymmetric: the range, extended to hold 0, over 2^bits - 1.
+    group_size -1 means one group a row. With 8 significant bits a 4-bit symmetric grid is exact in float16
+    and its scales in bfloat16; 7 bits make an asymmetric one exact in GGUF's Q4_1.
+
+    Raises: CompressionError if group_size does not divide the width.
+    """
+    columns = weight.shape[1]
+    size = columns if group_size == -1 else group_size
+    if columns % size:
+        raise CompressionError(f"group size {size} does not divide the width {columns}; choose one that does")
+    groups = weight.float().unflatten(1, (-1, size))
+    if symmetric:
+        scale = round_scale(groups.abs().amax(-1) / (2 ** (bits - 1) - 1), scale_bits)
+        zero_point = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        scale = round_scale((high - low) / (2**bits - 1), scale_bits)
+        zero_point = torch.round(-low / scale).clamp(0, 2**bits - 1)
+    return QParams(scale, zero_point.to(torch.uint8), bits, symmetric)
+
+
+def quantize(weight: Float[Tensor, "out in"], qparams: QParams) -> UInt8[Tensor, "out in"]:
+    """The codes of a weight: clamp(round(weight / scale) + zero_point, 0, 2^bits - 1)."""
+    codes = _unclamped_codes(weight, qparams.scale, qparams.zero_point)
+    return codes.clamp_(0, qparams.max_code).flatten(1).to(torch.uint8)
+
+
+def dequantize(codes: UInt8[Tensor, "out in"], qparams: QParams) -> Float[Tensor, "out in"]:
+    """The float32 weight of codes: (codes - zero_point) * scale."""
+    steps = codes.unflatten(1, (qparams.scale.shape[1], -1)).float() - qparams.zero_point[..., None].float()
+    return (steps * qparams.scale[..., None]).flatten(1)
+
+
+def fake_quantize(weight: Float[Tensor, "out in"], qparams: QParams) -> Float[Tensor, "out in"]:
+    """dequantize(quantize(weight)), differentiable in the weight and the scale.
+
+    The value is the hard one, bit for bit. The gradient passes straight through the rounding and is 0 where
+    the code was clamped; the scale's gradient is that of LSQ (arXiv 1902.08153, equation 3).
+    """
+    out: Tensor = _FakeQuantize.apply(weight, qparams.scale, qparams.zero_point, qparams.max_code)
+    return out
+
+
+def _unclamped_codes(weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """(out, groups, group_size) float32."""
+    groups = weight.float().unflatten(1, (scale.shape[1], -1))
+    return torch.round(groups / scale[..., None]) + zero_point[..., None].float()
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, max_code: int) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point)
+        ctx.max_code = max_code
+        codes = _unclamped_codes(weight, scale, zero_point).clamp_(0, max_code)
+        return ((codes - zero_point[..., None].float()) * scale[..., None]).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+        weight, scale, zero_point = ctx.saved_tensors
+        unclamped = _unclamped_codes(weight, scale, zero_point)
+        inside = (unclamped >= 0) & (unclamped <= ctx.max_code)
+        grad = grad_output.unflatten(1, (scale.shape[1], -1))
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            steps = unclamped.clamp(0, ctx.max_code) - zero_point[..., None].float()
+            exact = weight.float().unflatten(1, (scale.shape[1], -1)) / scale[..., None]
+            grad_scale = (grad * torch.where(inside, steps - exact, steps)).sum(-1)
+        return (grad * inside).flatten(1).to(weight.dtype), grad_scale, None, None

@@ -1,0 +1,79 @@
+"""Masks: choosing them from scores, packing them into bits, keeping them readable from the weights.
+
+A mask is bool and **True means kept**. A weight of shape (out, in) has a mask of the same shape.
+"""
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from sqft.errors import CompressionError
+
+__all__ = ["keep_nonzero", "mask_pattern", "mask_rows", "pack_mask", "parse_pattern", "unpack_mask"]
+
+
+def mask_rows(scores: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
+    """Prune the lowest scores of each output row (Wanda, arXiv 2306.11695, section 3).
+
+    The pruned count of a row is sparsity * in, rounded such that the counts of the first r rows always
+    add up to round(r * sparsity * in): the layer meets its sparsity to one weight, whatever its width.
+
+    Differs from the paper: its code floors the count in every row.
+    """
+    rows, columns = scores.shape
+    ends = torch.round(torch.arange(rows + 1, dtype=torch.float64) * sparsity * columns).long()
+    counts = (ends[1:] - ends[:-1]).to(scores.device)
+    order = torch.argsort(scores, dim=1, stable=True)
+    pruned_in_order = torch.arange(columns, device=scores.device)[None, :] < counts[:, None]
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    return mask.scatter_(1, order, ~pruned_in_order)
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Read "2:4" as (2, 4): at most 2 kept weights in every 4 neighbours of a row.
+
+    Raises: CompressionError for anything else than N:M with 0 < N <= M.
+    """
+    kept, colon, block = pattern.partition(":")
+    if not (colon and kept.isdigit() and block.isdigit() and 0 < int(kept) <= int(block)):
+        raise CompressionError(f"pattern '{pattern}' is not N:M with 0 < N <= M; write for instance '2:4'")
+    return int(kept), int(block)
+
+
+def mask_pattern(scores: Float[Tensor, "out in"], pattern: str) -> Bool[Tensor, "out in"]:
+    """Keep the N highest scores of every M neighbours in a row.
+
+    Raises: CompressionError if M does not divide the number of columns.
+    """
+    kept, block = parse_pattern(pattern)
+    if scores.shape[1] % block:
+        raise CompressionError(
+            f"pattern {pattern} does not fit a width of {scores.shape[1]}: {block} does not divide it"
+        )
+    blocks = scores.unflatten(1, (-1, block))
+    order = torch.argsort(blocks, dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(blocks, dtype=torch.bool)
+    return mask.scatter_(-1, order[..., :kept], True).flatten(1)
+
+
+def pack_mask(mask: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
+    """Eight columns a byte, lowest column in the lowest bit; the last byte of a row is filled with zeros."""
+    padding = -mask.shape[1] % 8
+    bits = torch.nn.functional.pad(mask, (0, padding)).unflatten(1, (-1, 8)).to(torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_mask(packed: UInt8[Tensor, "out bytes"], in_features: int) -> Bool[Tensor, "out in"]:
+    """Undo `pack_mask`."""
+    bits = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    return bits.flatten(1)[:, :in_features].bool()
+
+
+def keep_nonzero(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    """Apply a mask so that it can be read back as `weight != 0`.
+
+    Pruned weights become 0; a kept weight that is exactly 0 becomes the smallest normal number of its dtype.
+    """
+    smallest = torch.finfo(weight.dtype).tiny
+    nudged = torch.where(weight == 0, torch.full_like(weight, smallest), weight)
+    return torch.where(mask, nudged, torch.zeros_like(weight))

@@ -1,0 +1,217 @@
+"""Every setting of sqft: one class for each section of a recipe.
+
+Nothing else configures the package. The classes hold plain values and import no torch, so the command line
+and editors read them at once; the functions that do the work take the section they are named after.
+Rules that concern two sections stand in `pipeline/recipe.py`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+__all__ = [
+    "AdapterSection",
+    "CalibrationSection",
+    "DataSection",
+    "EvaluateSection",
+    "ExportSection",
+    "ModelSection",
+    "QuantizeSection",
+    "RuntimeSection",
+    "SearchSection",
+    "SparsifySection",
+    "TrainSection",
+]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft"]
+ReportedModel = Literal["base", "dense_tuned", "sparse", "quantized", "merged"]
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """Which model to start from. In a recipe, a plain string stands for `source`."""
+
+    source: str = Field(description="A directory with safetensors, a GGUF file, or a hub id.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    storage_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="How weights are kept on disk. auto: the model's own; bfloat16 for a GGUF file."
+    )
+
+
+class DataSection(Section):
+    """Training, search and test items, from JSON lines."""
+
+    train: str = Field(description="A .jsonl file, one record a line.")
+    search: str | None = Field(None, description="Items that the search may look at; else split off train.")
+    test: str | None = Field(None, description="Items for evaluation only; else split off train.")
+    prompt: str = Field("{question}", description="Format string over the record's fields.")
+    answer: str = Field("{answer}", description="Format string over the record's fields.")
+    choices: str | None = Field(
+        None, description="Field with a list of choices: multiple choice by likelihood."
+    )
+    label: str = Field("label", description="Field with the index of the right choice, where choices is set.")
+    template: Literal["plain", "chat"] = Field(
+        "plain", description="plain: prompt, then answer; chat: the model's own chat template."
+    )
+    loss_on: Literal["answer", "text"] = Field(
+        "answer", description="Tokens the loss counts; the paper: text."
+    )
+    sequence_length: Positive = Field(512, description="Longer items are refused or dropped, never cut.")
+    too_long: Literal["drop", "error"] = "drop"
+    search_items: Positive = Field(
+        64, description="Items split off train for the search, where search is unset."
+    )
+    test_items: Positive = Field(300, description="Items split off train for the test, where test is unset.")
+    train_items: Positive | None = Field(None, description="Use this many training items at most.")
+
+
+class CalibrationSection(Section):
+    """The text that compression looks at."""
+
+    source: str = Field(
+        "train", description="'train' for the recipe's training texts, a .txt or .jsonl file, or hub:NAME."
+    )
+    field: str = Field("text", description="The field to read of a .jsonl or hub record.")
+    num_samples: Positive = Field(64, description="Sequences.")
+    sequence_length: Positive = Field(256, description="Tokens of each; texts are packed.")
+
+
+class SparsifySection(Section):
+    """Which weights become zero."""
+
+    method: Literal["wanda", "magnitude"] = "wanda"
+    sparsity: Fraction = Field(
+        0.5, description="Fraction of zeros; with a pattern it follows from the pattern."
+    )
+    pattern: str | None = Field(
+        None, description="N:M, at most N kept of every M neighbours, for instance 2:4."
+    )
+    target_modules: list[str] | None = Field(
+        None, description="Names or name ends of linears; default all in the blocks."
+    )
+    skip_modules: list[str] = Field([], description="Names or name ends of linears to leave dense.")
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        if value is not None:
+            kept, colon, block = value.partition(":")
+            if not (colon and kept.isdigit() and block.isdigit() and 0 < int(kept) <= int(block)):
+                raise ValueError("write N:M with 0 < N <= M, for instance '2:4'")
+        return value
+
+
+class QuantizeSection(Section):
+    """The integer grid and how weights are rounded to it."""
+
+    method: Literal["gptq", "rtn"] = "gptq"
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: int = Field(
+        64, description="32, 64, 128, any divisor of the widths, or -1 for one group a row."
+    )
+    symmetric: bool = Field(True, description="transformers 5.23 opens asymmetric only with dequantize=True.")
+    scale_bits: int = Field(8, ge=4, le=11, description="Significant bits of a scale; 7 makes Q4_1 exact.")
+    damping: float = Field(0.01, gt=0, description="Share of the Hessian's mean diagonal added to it.")
+    activation_order: bool = Field(False, description="Most important columns first; groups stay static.")
+    target_modules: list[str] | None = None
+    skip_modules: list[str] = []
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size(cls, value: int) -> int:
+        if value != -1 and value < 1:
+            raise ValueError("write a positive number, or -1 for one group a row")
+        return value
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    method: AdapterMethod = "qa_sparse_peft"
+    ranks: list[Positive] = Field([16], min_length=1, description="More than one entry: elastic ranks (NLS).")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / max(ranks) at every rank.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    target_modules: list[str] | None = Field(
+        None, description="Name ends; default q, k, v, up, down and fused forms."
+    )
+    rank_groups: list[list[str]] | None = Field(
+        None,
+        description="Name ends that share a rank inside a block; default q, k, v together, others alone.",
+    )
+    base_precision: Literal["latent", "float32"] = Field(
+        "latent", description="Base of quantization-aware training: 1 byte a weight, or float32."
+    )
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks(cls, value: list[int]) -> list[int]:
+        return sorted(set(value), reverse=True)
+
+
+class TrainSection(Section):
+    """How the adapters are trained, with transformers.Trainer underneath."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    batch_size: Positive = Field(8, description="Items of an optimizer step on one device.")
+    gradient_accumulation: Positive = Field(1, description="Micro-batches that batch_size is cut into.")
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="Overrides epochs.")
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    gradient_checkpointing: bool = False
+    checkpoint_steps: Positive = Field(50, description="Optimizer steps between checkpoints to resume from.")
+    arguments: dict[str, Any] = Field({}, description="Any further field of transformers.TrainingArguments.")
+
+
+class SearchSection(Section):
+    """Which sub-adapter of the super-adapter is taken."""
+
+    method: Literal["median", "maximal", "minimal", "hill_climb"] = "median"
+    num_trials: Positive = Field(
+        20, description="Sub-adapters that hill_climb evaluates, the median included."
+    )
+    neighbours: Positive = Field(2, description="Rank groups that a step of hill_climb moves.")
+
+
+class EvaluateSection(Section):
+    """What is measured, on the test items."""
+
+    models: list[ReportedModel] = Field(["base", "sparse", "quantized", "merged"], min_length=1)
+    max_items: Positive | None = Field(None, description="Use the first so many test items.")
+    batch_size: Positive = 16
+    max_new_tokens: Positive = Field(64, description="Longest generated answer.")
+    perplexity: str | None = Field(None, description="A text file.")
+    perplexity_tokens: Positive = Field(8192, description="Tokens of it, in windows of sequence_length.")
+    sequence_length: Positive = 512
+    tasks: list[str] = Field(
+        [], description="Tasks of lm-evaluation-harness, by name or YAML file (extra: eval)."
+    )
+
+
+class ExportSection(Section):
+    """Formats to write the merged model in."""
+
+    formats: list[str] = Field([], min_length=1)
+
+
+class RuntimeSection(Section):
+    """What must not change a result; never part of a stage's identity."""
+
+    workspace: str = "runs"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    threads: Positive | None = None
+    log_level: Literal["debug", "info", "warning"] = "warning"
+
+    @model_validator(mode="after")
+    def _device(self) -> "RuntimeSection":
+        if self.device != "auto" and self.device.split(":")[0] not in {"cpu", "cuda"}:
+            raise ValueError("device is auto, cpu, cuda or cuda:N")
+        return self
