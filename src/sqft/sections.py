@@ -26,7 +26,7 @@ __all__ = [
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft"]
-ReportedModel = Literal["base", "dense_tuned", "sparse", "quantized", "merged"]
+ReportedModel = Literal["base", "dense_tuned", "sparse", "quantized", "adapted", "merged"]
 
 
 class Section(BaseModel):
@@ -184,7 +184,12 @@ class SearchSection(Section):
 class EvaluateSection(Section):
     """What is measured, on the test items."""
 
-    models: list[ReportedModel] = Field(["base", "sparse", "quantized", "merged"], min_length=1)
+    models: list[ReportedModel] | None = Field(
+        None,
+        min_length=1,
+        description="Default: every model of the recipe, the tuned one merged where it can be. dense_tuned, "
+        "plain LoRA on the dense model with the same budget, is trained only where named here.",
+    )
     max_items: Positive | None = Field(None, description="Use the first so many test items.")
     batch_size: Positive = 16
     max_new_tokens: Positive = Field(64, description="Longest generated answer.")

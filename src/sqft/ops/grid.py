@@ -38,7 +38,7 @@ class QParams:
     @property
     def max_code(self) -> int:
         """The largest code, 2^bits - 1."""
-        return int(2**self.bits - 1)
+        return (1 << self.bits) - 1
 
     def group_size(self, in_features: int) -> int:
         """Columns that share a scale, for a weight of this width."""
@@ -119,7 +119,7 @@ class _FakeQuantize(torch.autograd.Function):
         return ((codes - zero_point[..., None].float()) * scale[..., None]).flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         weight, scale, zero_point = ctx.saved_tensors
         unclamped = _unclamped_codes(weight, scale, zero_point)
         inside = (unclamped >= 0) & (unclamped <= ctx.max_code)

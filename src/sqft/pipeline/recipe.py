@@ -1,0 +1,219 @@
+"""A recipe: one YAML file with at most one section for each step, checked as a whole before anything runs."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from sqft.errors import RecipeError
+from sqft.sections import (
+    AdapterSection,
+    CalibrationSection,
+    DataSection,
+    EvaluateSection,
+    ExportSection,
+    ModelSection,
+    QuantizeSection,
+    ReportedModel,
+    RuntimeSection,
+    SearchSection,
+    Section,
+    SparsifySection,
+    TrainSection,
+)
+
+__all__ = ["Recipe", "load_recipe", "parse_recipe", "recipe_schema"]
+
+
+class Recipe(Section):
+    """sparsify → quantize → train → search → merge → evaluate → export; only `model` is required."""
+
+    name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder of the results.")
+    model: ModelSection
+    seed: int = Field(0, ge=0, description="Of the splits, the order of items and the drawn ranks.")
+    data: DataSection | None = None
+    calibration: CalibrationSection | None = None
+    sparsify: SparsifySection | None = None
+    quantize: QuantizeSection | None = None
+    adapters: AdapterSection | None = None
+    train: TrainSection | None = None
+    search: SearchSection | None = None
+    evaluate: EvaluateSection | None = None
+    export: ExportSection | None = None
+    runtime: RuntimeSection = RuntimeSection()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        problems = [message for wrong, message in self._rules() if wrong]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        """Rules that concern more than one section, each with whether it is broken."""
+        method = self.adapters.method if self.adapters else None
+        evaluate = self.evaluate or EvaluateSection()
+        calibration = self.calibration or CalibrationSection()
+        models = self.existing_models()
+        unknown = [name for name in evaluate.models or [] if name not in [*models, "dense_tuned"]]
+        return [
+            (bool(self.adapters and not self.data), "adapters: needs a data section"),
+            (bool(self.train and not self.adapters), "train: needs an adapters section"),
+            (bool(self.search and not self.adapters), "search: needs an adapters section"),
+            (
+                bool(self.evaluate and not (self.data or evaluate.perplexity or evaluate.tasks)),
+                "evaluate: needs a data section, evaluate.perplexity or evaluate.tasks",
+            ),
+            (
+                method == "qa_sparse_peft" and not self.quantize,
+                "adapters.method: qa_sparse_peft trains on a grid; add a quantize section or use sparse_peft",
+            ),
+            (
+                method == "sparse_peft" and bool(self.quantize),
+                "adapters.method: sparse_peft merges into 16 bits; remove the quantize section or use "
+                "qa_sparse_peft",
+            ),
+            (
+                self.needs_calibration and not self.data and calibration.source == "train",
+                "calibration.source: 'train' needs a data section; name a text file instead",
+            ),
+            (
+                bool(unknown),
+                f"evaluate.models: this recipe makes no {', '.join(unknown)}; it makes {', '.join(models)}",
+            ),
+            (
+                "dense_tuned" in (evaluate.models or []) and not self.adapters,
+                "evaluate.models: dense_tuned needs an adapters section",
+            ),
+            (
+                bool(self.export) and self.final_stage == "model",
+                "export: needs a section that makes a model: sparsify, quantize or mergeable adapters",
+            ),
+        ]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a method of the recipe looks at activations."""
+        sparsify = self.sparsify is not None and self.sparsify.method != "magnitude"
+        quantize = self.quantize is not None and self.quantize.method != "rtn"
+        return sparsify or quantize
+
+    @property
+    def base_stage(self) -> str:
+        """The stage whose model the adapters are trained on."""
+        return "quantize" if self.quantize else "sparsify" if self.sparsify else "model"
+
+    @property
+    def merges(self) -> bool:
+        """Whether the tuned model becomes one file; plain LoRA stays beside its base."""
+        return self.adapters is not None and self.adapters.method != "lora"
+
+    @property
+    def final_stage(self) -> str:
+        """The stage whose model directory is the recipe's product."""
+        return "merge" if self.merges else self.base_stage
+
+    def existing_models(self) -> list[ReportedModel]:
+        """Every model that the recipe makes, in order, dense_tuned aside."""
+        present: list[tuple[ReportedModel, bool]] = [
+            ("base", True),
+            ("sparse", self.sparsify is not None),
+            ("quantized", self.quantize is not None),
+            ("adapted", self.adapters is not None),
+            ("merged", self.merges),
+        ]
+        return [name for name, there in present if there]
+
+    def reported_models(self) -> list[ReportedModel]:
+        """The models that `evaluate` measures."""
+        if self.evaluate is None:
+            return []
+        if self.evaluate.models is not None:
+            return self.evaluate.models
+        return [name for name in self.existing_models() if name != "adapted" or not self.merges]
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply overrides of the form section.key=value (the value is YAML).
+
+    Raises: RecipeError that lists every wrong key with its path.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError(f"there is no recipe {path}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {_yaml_place(error)}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds no recipe; write at least 'model: NAME'")
+    values.setdefault("name", path.stem)
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_recipe(values, origin=str(path))
+
+
+def parse_recipe(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
+    """Check a recipe given as nested dictionaries.
+
+    Raises: RecipeError that lists every wrong key with its path.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from None
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors that complete YAML."""
+    return Recipe.model_json_schema()
+
+
+def _describe(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{place}: unknown key"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if not place:
+        return message
+    given = item.get("input")
+    shown = f" (given {given!r})" if isinstance(given, str | int | float) else ""
+    return f"{place}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _yaml_place(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"'{override}' is no override; write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value of '{override}' is not valid YAML: {_yaml_place(error)}") from None
+    node = values
+    for depth, key in enumerate(keys[:-1]):
+        child = node.get(key)
+        if key == "model" and depth == 0 and isinstance(child, str):
+            child = {"source": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"'{override}': {'.'.join(keys[: depth + 1])} is a value, not a section")
+        node[key] = child
+        node = child
+    node[keys[-1]] = value
