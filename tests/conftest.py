@@ -1,0 +1,98 @@
+"""Tiny random models and a tiny tokenizer, made on the spot: no test needs a network or a download."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+ARCHITECTURES = ["llama", "mistral", "phi3"]
+MORE_ARCHITECTURES = ["qwen2", "qwen3", "gemma2"]
+TEXT = [
+    "question: what is 3 plus 4? answer: 7",
+    "the quick brown fox jumps over the lazy dog and runs home",
+    "a model is fine-tuned once and gives one small file",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "</s>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=288, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    core.train_from_iterator(TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", pad_token="<pad>", model_max_length=512
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _config(arch: str, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "vocab_size": 288,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    if arch in {"qwen3", "gemma2"}:
+        settings["head_dim"] = 16
+    return AutoConfig.for_model(arch, **(settings | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model_dir(arch, *, seed=0, dtype="bfloat16", **config_changes)`: a model directory, made once.
+
+    A random decoder of the architecture (llama, mistral, phi3, qwen2, qwen3, gemma2): two blocks, hidden size
+    64, intermediate size 128, 288 tokens. Do not write into it; copy it first.
+    """
+    made: dict[str, Path] = {}
+
+    def make(arch: str = "llama", *, seed: int = 0, dtype: str = "bfloat16", **changes: Any) -> Path:
+        key = f"{arch}-{seed}-{dtype}-{sorted(changes.items())}"
+        if key not in made:
+            directory = tmp_path_factory.mktemp(arch)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(_config(arch, **changes), dtype=torch.float32)
+                for name, parameter in model.named_parameters():
+                    if "norm" not in name:  # larger than the default, so that layers matter
+                        torch.nn.init.normal_(parameter, std=0.12)
+            model.to(getattr(torch, dtype)).save_pretrained(directory)
+            _tokenizer().save_pretrained(directory)
+            made[key] = directory
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of every tiny model: bytes and a few merges, `<pad>` 0, `</s>` 1, a chat template."""
+    return _tokenizer()
