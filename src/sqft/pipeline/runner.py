@@ -1,0 +1,233 @@
+"""Running a recipe: identities, atomic stage directories, reuse, resume."""
+
+import fcntl
+import importlib.metadata
+import json
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sqft
+from sqft.artifacts import (
+    MANIFEST,
+    Manifest,
+    digest_file,
+    digest_files,
+    digest_json,
+    new_directory,
+    write_json,
+)
+from sqft.errors import DataError, WorkspaceError
+from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.stages import Stage, recipe_stages
+from sqft.pipeline.steps import StageContext
+from sqft.progress import SILENT, Progress
+from sqft.sections import CalibrationSection
+
+__all__ = ["FinishedStage", "Workspace", "environment", "open_workspace", "run_stages", "stage_keys"]
+
+logger = logging.getLogger(__name__)
+VERSIONED = ("torch", "transformers", "peft", "compressed-tensors", "optuna", "numpy")
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """A stage whose directory is whole."""
+
+    name: str
+    directory: Path
+    manifest: Manifest
+    reused: bool
+
+
+@dataclass
+class Workspace:
+    """The folder of all runs: `stages/`, one results folder for each recipe, and a cache of digests."""
+
+    root: Path
+    finished: dict[str, FinishedStage] = field(default_factory=dict)
+
+    @property
+    def stages(self) -> Path:
+        """Where stage directories live."""
+        return self.root / "stages"
+
+    @property
+    def models(self) -> Path:
+        """Where converted models live."""
+        return self.root / "models"
+
+    @property
+    def digests(self) -> Path:
+        """The cache of file digests."""
+        return self.root / ".digests.json"
+
+    def stage_directory(self, name: str, key: str) -> Path:
+        """The directory of a stage with this identity."""
+        return self.stages / f"{name}-{key[:12]}"
+
+
+@contextmanager
+def open_workspace(root: Path) -> Iterator[Workspace]:
+    """Open a workspace for one run at a time.
+
+    Raises: WorkspaceError if another run holds it or it cannot be written.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("w")
+    except OSError as error:
+        raise WorkspaceError(f"cannot write to the workspace {root}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkspaceError(
+                f"another run is using the workspace {root}; wait for it, or set runtime.workspace"
+            ) from None
+        yield Workspace(root)
+
+
+def run_stages(
+    recipe: Recipe, workspace: Workspace, model_directory: Path, *, device: str, progress: Progress = SILENT
+) -> list[FinishedStage]:
+    """Run what is not there yet, in order, and return every stage of the recipe."""
+    keys = stage_keys(recipe, workspace, model_directory)
+    directories = {"model": model_directory}
+    for stage in recipe_stages(recipe):
+        key = keys[stage.name]
+        final = workspace.stage_directory(stage.name, key)
+        context = StageContext(recipe, stage.name, final, directories, device, progress)
+        finished = _reuse(stage, final, key, workspace) or _run(stage, key, keys, context, workspace)
+        directories[stage.name] = final
+        workspace.finished[stage.name] = finished
+    return list(workspace.finished.values())
+
+
+def stage_keys(recipe: Recipe, workspace: Workspace, model_directory: Path) -> dict[str, str]:
+    """The identity of every stage and of the inputs "model", "data" and "calibration"."""
+    keys = {"model": digest_json(digest_files(model_directory, cache=workspace.digests))}
+    keys["data"] = _data_key(recipe)
+    keys["calibration"] = _calibration_key(recipe, keys["data"])
+    for stage in recipe_stages(recipe):
+        keys[stage.name] = digest_json(
+            {
+                "stage": stage.name,
+                "version": stage.version,
+                "settings": stage.settings,
+                "inputs": {name: keys[name] for name in stage.inputs},
+                "source": _source_digest(stage.packages),
+            }
+        )
+    return keys
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a bit-identical result depends on beside the recipe."""
+    import torch
+
+    versions = {name: importlib.metadata.version(name) for name in VERSIONED}
+    kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
+    return {
+        "sqft": sqft.__version__,
+        "python": platform.python_version(),
+        **versions,
+        "device": f"{device.split(':')[0]} ({kind})",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _reuse(stage: Stage, final: Path, key: str, workspace: Workspace) -> FinishedStage | None:
+    if not final.exists():
+        return None
+    manifest = Manifest.read(final)
+    found = {name: digest for name, digest in digest_files(final, cache=workspace.digests).items()}
+    found.pop(MANIFEST, None)
+    changed = sorted(name for name in manifest.files if found.get(name) != manifest.files[name])
+    if manifest.key != key or changed:
+        what = f"{', '.join(changed[:3])} in it changed" if changed else "its manifest names another identity"
+        raise WorkspaceError(f"{final} is damaged ({what}); delete that folder and run again")
+    return FinishedStage(stage.name, final, manifest, reused=True)
+
+
+def _run(
+    stage: Stage, key: str, keys: dict[str, str], context: StageContext, workspace: Workspace
+) -> FinishedStage:
+    started = time.perf_counter()
+    with new_directory(context.final, keep_partial=stage.resumes) as directory:
+        context = context.working_in(directory)
+        now = environment(context.device)
+        _tell_if_environment_changed(stage, directory, now)
+        metrics = stage.step(context)
+        files = digest_files(directory)
+        files.pop(MANIFEST, None)
+        manifest = Manifest(
+            stage=stage.name,
+            key=key,
+            section=stage.settings,
+            inputs={name: keys[name] for name in stage.inputs},
+            metrics=metrics,
+            environment=now,
+            files=files,
+            elapsed_seconds=time.perf_counter() - started,
+        )
+        manifest.write(directory)
+    return FinishedStage(stage.name, context.final, manifest, reused=False)
+
+
+def _tell_if_environment_changed(stage: Stage, directory: Path, now: dict[str, str]) -> None:
+    """A resumed stage is bit-identical only in the same environment; where it differs, say so."""
+    path = directory / ".environment.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{k} {before.get(k)} → {v}" for k, v in now.items() if before.get(k) != v]
+        if changed:
+            what = ", ".join(changed)
+            logger.warning("%s resumes in another environment (%s); bits may differ", stage.name, what)
+    write_json(path, now)
+
+
+def _data_key(recipe: Recipe) -> str:
+    if recipe.data is None:
+        return ""
+    settings = recipe.data.model_dump(mode="json", exclude={"train", "search", "test"})
+    splits = ("train", "search", "test")
+    files = {split: _content(getattr(recipe.data, split), f"data.{split}") for split in splits}
+    return digest_json({"settings": settings, "files": files, "seed": recipe.seed})
+
+
+def _calibration_key(recipe: Recipe, data_key: str) -> str:
+    if not recipe.needs_calibration:
+        return ""
+    source = (recipe.calibration or CalibrationSection()).source
+    if source == "train":
+        return data_key
+    if source.startswith("hub:"):
+        return source
+    return _content(source, "calibration.source") or ""
+
+
+def _content(path: str | None, key: str) -> str | None:
+    if path is None:
+        return None
+    try:
+        return digest_file(Path(path))
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"{key}: there is no file {path}") from None
+
+
+def _source_digest(packages: tuple[str, ...]) -> dict[str, Any]:
+    """In a development install, the source that a stage runs; nothing in an installed package."""
+    root = Path(sqft.__file__).parent
+    if "site-packages" in root.parts:
+        return {"sqft": sqft.__version__}
+    return {name: digest_json(_package_digest(root / name)) for name in packages}
+
+
+def _package_digest(package: Path) -> dict[str, str]:
+    return {path.name: digest_file(path) for path in sorted(package.glob("*.py"))}

@@ -1,0 +1,126 @@
+"""The whole system as one table: which stages a recipe has, what each reads, and what enters its identity.
+
+A stage is a function that reads finished directories and fills a new one. Its directory is called
+`NAME-KEY`, where KEY hashes the stage's name and version, the settings it obeys, and the keys of its inputs;
+the model and the data enter by content. So equal work is done once, and two recipes share what they have in
+common.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqft.pipeline import steps
+from sqft.pipeline.recipe import Recipe
+from sqft.sections import (
+    AdapterSection,
+    CalibrationSection,
+    EvaluateSection,
+    ReportedModel,
+    SearchSection,
+    Section,
+    TrainSection,
+)
+
+__all__ = ["Stage", "adapter_stage", "model_stage", "recipe_stages"]
+
+Step = Callable[[steps.StageContext], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row: a name, what it reads, the settings that enter its identity, and the function that does it.
+
+    inputs: names of other stages, or "model", "data", "calibration". packages: those whose source enters the
+    identity in a development install. resumes: an unfinished directory is continued, not begun anew.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    settings: dict[str, Any]
+    step: Step
+    packages: tuple[str, ...]
+    version: int = 1
+    resumes: bool = False
+
+
+def recipe_stages(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe, in the order in which they run."""
+    base = recipe.base_stage
+    calibrated = ("calibration",) if recipe.needs_calibration else ()
+    calibration = _settings(recipe.calibration or CalibrationSection()) if calibrated else {}
+    compression = ("ops", "models", "data", "compression")
+    training = ("ops", "models", "data", "adapters", "training")
+    stages: list[Stage] = []
+
+    if recipe.sparsify:
+        settings = {"sparsify": _settings(recipe.sparsify), "calibration": calibration, "seed": recipe.seed}
+        inputs = ("model", *calibrated)
+        stages.append(Stage("sparsify", inputs, settings, steps.sparsify, compression, resumes=True))
+    if recipe.quantize:
+        settings = {"quantize": _settings(recipe.quantize), "calibration": calibration, "seed": recipe.seed}
+        inputs = ("model", *(["sparsify"] if recipe.sparsify else []), *calibrated)
+        stages.append(Stage("quantize", inputs, settings, steps.quantize, compression, resumes=True))
+    if recipe.adapters:
+        settings = _training_settings(recipe, recipe.adapters)
+        search = {"search": _settings(recipe.search or SearchSection())}
+        stages += [
+            Stage("train", (base, "data"), settings, steps.train, training, resumes=True),
+            Stage("search", (base, "train", "data"), search, steps.search, ("search",), resumes=True),
+        ]
+    if recipe.merges:
+        merging = ("ops", "models", "adapters", "certificate")
+        stages.append(Stage("merge", (base, "search", "data"), {}, steps.merge, merging))
+    if "dense_tuned" in recipe.reported_models() and recipe.adapters:
+        settings = _training_settings(recipe, dense_adapters(recipe.adapters))
+        dense = Stage("train_dense", ("model", "data"), settings, steps.train_dense, training, resumes=True)
+        stages.append(dense)
+    for name in recipe.reported_models():
+        stages.append(_evaluate_stage(recipe, name))
+    if recipe.export:
+        final = recipe.final_stage
+        for target in recipe.export.formats:
+            stages.append(Stage(f"export-{target}", (final,), {"format": target}, steps.export, ("export",)))
+    return stages
+
+
+def dense_adapters(section: AdapterSection) -> AdapterSection:
+    """The adapters of the dense reference: plain LoRA of the maximal rank on the same modules."""
+    return section.model_copy(update={"method": "lora", "ranks": [max(section.ranks)]})
+
+
+def model_stage(recipe: Recipe, model: ReportedModel) -> str:
+    """The stage that holds the weights of a reported model."""
+    stages = {"base": "model", "dense_tuned": "model", "sparse": "sparsify", "quantized": "quantize"}
+    return stages.get(model) or {"adapted": recipe.base_stage, "merged": "merge"}[model]
+
+
+def adapter_stage(model: ReportedModel) -> str | None:
+    """The stage that holds the adapter of a reported model, if it has one."""
+    return {"dense_tuned": "train_dense", "adapted": "search"}.get(model)
+
+
+def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:
+    section = recipe.evaluate or EvaluateSection()
+    adapter = adapter_stage(model)
+    inputs = [model_stage(recipe, model)]
+    if adapter:
+        inputs.append(adapter)
+    if recipe.data:
+        inputs.append("data")
+    settings = {"evaluate": section.model_dump(mode="json", exclude={"models"}), "model": model}
+    packages = ("models", "data", "evaluation")
+    return Stage(f"evaluate-{model}", tuple(inputs), settings, steps.evaluate, packages)
+
+
+def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, Any]:
+    train = recipe.train or TrainSection()
+    return {
+        "adapters": _settings(adapters),
+        "train": train.model_dump(mode="json", exclude={"checkpoint_steps"}),
+        "seed": recipe.seed,
+    }
+
+
+def _settings(section: Section) -> dict[str, Any]:
+    return section.model_dump(mode="json")

@@ -1,0 +1,104 @@
+"""Recipes: every error at once, with its path; overrides; rules between sections."""
+
+from pathlib import Path
+
+import pytest
+
+from sqft.errors import RecipeError
+from sqft.pipeline.recipe import load_recipe, parse_recipe, recipe_schema
+
+DATA = {"train": "items.jsonl"}
+
+
+def test_only_the_model_is_required() -> None:
+    recipe = parse_recipe({"model": "some/model"})
+    assert recipe.model.source == "some/model"
+    assert recipe.final_stage == "model"
+
+
+def test_every_error_is_reported_with_its_path() -> None:
+    values = {
+        "model": "m",
+        "sparsify": {"sparsty": 0.5, "sparsity": 1.5},
+        "quantize": {"bits": 5},
+        "colour": 1,
+    }
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(values)
+    message = str(error.value)
+    assert "sparsify.sparsty: unknown key" in message
+    assert "sparsify.sparsity" in message
+    assert "1.5" in message
+    assert "quantize.bits" in message
+    assert "colour: unknown key" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"adapters": {"method": "sparse_peft"}}, "adapters: needs a data section"),
+        ({"data": DATA, "adapters": {"method": "qa_sparse_peft"}}, "add a quantize section"),
+        (
+            {"data": DATA, "quantize": {}, "adapters": {"method": "sparse_peft"}},
+            "remove the quantize section",
+        ),
+        ({"train": {}}, "train: needs an adapters section"),
+        ({"sparsify": {}}, "calibration.source"),
+        ({"data": DATA, "evaluate": {"models": ["merged"]}}, "makes no merged"),
+        ({"export": {"formats": ["gguf"]}}, "export: needs a section"),
+    ],
+)
+def test_rules_between_sections(values: dict[str, object], part: str) -> None:
+    with pytest.raises(RecipeError, match=part):
+        parse_recipe({"model": "m", **values})
+
+
+def test_models_that_a_recipe_reports() -> None:
+    sections = {"data": DATA, "sparsify": {}, "evaluate": {}}
+    lora = parse_recipe({"model": "m", **sections, "adapters": {"method": "lora"}})
+    assert lora.reported_models() == ["base", "sparse", "adapted"]
+    merged = parse_recipe({"model": "m", **sections, "adapters": {"method": "sparse_peft"}})
+    assert merged.reported_models() == ["base", "sparse", "merged"]
+
+
+def test_overrides_are_yaml_and_create_sections(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: m\n")
+    recipe = load_recipe(path, ["sparsify.sparsity=0.25", "sparsify.method=magnitude", "model.revision=v1"])
+    assert recipe.sparsify is not None
+    assert recipe.sparsify.sparsity == 0.25
+    assert recipe.model.revision == "v1"
+    assert recipe.name == "mine"
+
+
+@pytest.mark.parametrize("override", ["sparsify", "=1", "seed.x=1", "a..b=1"])
+def test_malformed_overrides(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: m\nseed: 1\n")
+    with pytest.raises(RecipeError):
+        load_recipe(path, [override])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n", "model: [unclosed\n", "\x00"])
+def test_text_that_is_no_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError):
+        load_recipe(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_schema_names_every_section() -> None:
+    assert {"model", "sparsify", "quantize", "adapters", "train"} <= set(recipe_schema()["properties"])
+
+
+def test_ranks_are_sorted_and_unique() -> None:
+    recipe = parse_recipe(
+        {"model": "m", "data": DATA, "adapters": {"method": "lora", "ranks": [4, 16, 8, 8]}}
+    )
+    assert recipe.adapters is not None
+    assert recipe.adapters.ranks == [16, 8, 4]
