@@ -1,0 +1,66 @@
+"""Packing texts into calibration rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sqft.data import calibration_tokens, load_splits
+from sqft.errors import DataError
+from sqft.sections import CalibrationSection, DataSection
+
+
+def section(**fields: Any) -> CalibrationSection:
+    return CalibrationSection(**({"num_samples": 3, "sequence_length": 8} | fields))
+
+
+def test_texts_are_packed_with_an_end_between(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {n} " * 3}) + "\n" for n in range(4)))
+    tokens = calibration_tokens(section(source=str(path)), None, tiny_tokenizer, seed=0)
+    assert tokens.shape == (3, 8)
+    text = tiny_tokenizer.decode(tokens.flatten().tolist())
+    assert "</s>te" in text
+    again = calibration_tokens(section(source=str(path)), None, tiny_tokenizer, seed=0)
+    assert tokens.equal(again)
+    assert not tokens.equal(calibration_tokens(section(source=str(path)), None, tiny_tokenizer, seed=2))
+
+
+def test_train_never_shows_held_out_items(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{n}:", "answer": str(n)}) + "\n" for n in range(40)))
+    data = DataSection(train=str(path), search_items=5, test_items=5)
+    splits = load_splits(data, tiny_tokenizer, seed=0)
+    tokens = calibration_tokens(section(source="train", num_samples=15), data, tiny_tokenizer, seed=0)
+    seen = set(tiny_tokenizer.decode(tokens.flatten().tolist()).split("</s>")[1:-1])
+    assert len(seen) > 10
+    assert seen <= {e.prompt + e.answer for e in splits.train}
+
+
+def test_too_few_tokens_says_how_many(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("abc def\n")
+    with pytest.raises(DataError, match=r"has \d+ tokens; 3 samples of 8 need 24: lower .* to \d"):
+        calibration_tokens(section(source=str(path)), None, tiny_tokenizer, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("train", "no data section"),
+        ("missing.txt", "missing.txt does not exist"),
+        ("missing.jsonl", "missing.jsonl does not exist"),
+        ("texts.csv", "not 'train', a .txt or .jsonl file"),
+    ],
+)
+def test_bad_sources(source: str, message: str, tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=message):
+        calibration_tokens(section(source=source), None, tiny_tokenizer, seed=0)
+
+
+def test_wrong_field(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"body": "x"}\n')
+    with pytest.raises(DataError, match=r"texts.jsonl:1: no text in field 'text'; it has 'body'"):
+        calibration_tokens(section(source=str(path)), None, tiny_tokenizer, seed=0)
