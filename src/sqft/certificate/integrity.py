@@ -1,0 +1,181 @@
+"""The first level of a certificate: what a model's own files show.
+
+digests      every certified file is there, unchanged, and no file was added
+tensors      the weight files hold every tensor, whole, and every number is finite
+codes        every code and zero point is in its range, and every scale is positive
+zeros        every pruned weight is exactly 0, and the pattern holds
+logits       the model, opened from these files, says what it said when it was certified
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sqft.artifacts import digest_files
+from sqft.certificate.checks import Check
+from sqft.certificate.reference import compute_logits, largest_difference, read_reference
+from sqft.certificate.stored import StoredModel, read_json
+from sqft.errors import CertificateError, SqftError
+from sqft.models import load_model
+from sqft.progress import SILENT, Progress
+
+__all__ = ["CERTIFICATE", "LOGIT_TOLERANCE", "check_integrity", "file_digests", "run_check"]
+
+CERTIFICATE = "sqft_certificate.json"
+FACTS = "sqft.json"
+LOGIT_TOLERANCE = 1e-5  # of the largest absolute logit
+UNCERTIFIED = {
+    CERTIFICATE,
+    "manifest.json",
+    "README.md",
+}  # written after the certificate, and no part of a model
+
+
+def check_integrity(directory: Path, progress: Progress = SILENT) -> list[Check]:
+    """Check a certified model directory from its own files alone.
+
+    Every check runs, whatever the others found; a file that cannot be read fails the checks that need it.
+    """
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("digests", lambda: _check_digests(directory)),
+        ("tensors", lambda: _check_tensors(directory)),
+        ("codes", lambda: _check_codes(directory)),
+        ("zeros", lambda: _check_zeros(directory)),
+        ("logits", lambda: _check_logits(directory)),
+    ]
+    checks = []
+    with progress.task("verify", len(steps)) as advance:
+        for name, step in steps:
+            checks.append(run_check(name, step))
+            advance(1)
+    return checks
+
+
+def run_check(name: str, step: Callable[[], str]) -> Check:
+    """The outcome of a step that returns what it found, or raises CertificateError for what is wrong."""
+    try:
+        return Check(name, True, step())
+    except SqftError as error:
+        return Check(name, False, str(error))
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # what a damaged file makes libraries raise
+        return Check(
+            name, False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        )
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """The sha256 of every file that a certificate covers."""
+    return {name: digest for name, digest in digest_files(directory).items() if name not in UNCERTIFIED}
+
+
+def _check_digests(directory: Path) -> str:
+    recorded = read_json(directory / CERTIFICATE).get("files", {})
+    found = file_digests(directory)
+    problems = [f"{name} is missing" for name in sorted(recorded.keys() - found.keys())]
+    problems += [f"{name} was added" for name in sorted(found.keys() - recorded.keys())]
+    shared = sorted(recorded.keys() & found.keys())
+    problems += [f"{name} was changed" for name in shared if recorded[name] != found[name]]
+    if problems or not recorded:
+        raise CertificateError(", ".join(problems) or "no digests are recorded")
+    return f"{len(recorded)} files unchanged"
+
+
+def _check_tensors(directory: Path) -> str:
+    model = StoredModel(directory)
+    broken = []
+    names = list(model.tensors)
+    for name in names:
+        values = model.tensors.values(name)
+        if values.dtype.kind == "f" and not bool(np.isfinite(values).all()):
+            broken.append(name)
+    if broken:
+        raise CertificateError(f"{broken[0]} and {len(broken) - 1} more tensors hold NaN or infinity")
+    for name in model.quantized:
+        missing = [
+            f"{name}.{part}" for part in ("weight_scale", "weight_shape") if f"{name}.{part}" not in names
+        ]
+        if missing:
+            raise CertificateError(f"the tensor {missing[0]} is missing")
+    return f"{len(names)} tensors, all finite"
+
+
+def _check_codes(directory: Path) -> str:
+    model = StoredModel(directory)
+    total = 0
+    for name in model.quantized:
+        codes, scale, zero_point = model.codes(name), model.scale(name), model.zero_point(name)
+        if codes.shape[1] % scale.shape[1] or len(codes) != len(scale) or scale.shape != zero_point.shape:
+            raise CertificateError(f"the grid of {name} does not fit its codes")
+        if (
+            int(codes.max()) >= 1 << model.bits
+            or not 0 <= zero_point.min() <= zero_point.max() < 1 << model.bits
+        ):
+            raise CertificateError(f"{name} holds a code or zero point outside {model.bits} bits")
+        if not bool((scale > 0).all()):
+            raise CertificateError(f"{name} holds a scale that is not positive")
+        total += codes.size
+    if not model.quantized:
+        return "no integer weights"
+    return f"{total} codes of {model.bits} bits in {len(model.quantized)} linears"
+
+
+def _check_zeros(directory: Path) -> str:
+    model = StoredModel(directory)
+    facts = read_json(directory / FACTS) if (directory / FACTS).exists() else {}
+    pattern = facts.get("pattern")
+    if pattern and not model.masked:
+        raise CertificateError(f"the pattern {pattern} is stated, but there are no masks")
+    quantized = set(model.quantized)
+    pruned = total = 0
+    for name in model.masked:
+        mask = model.mask(name)
+        if mask is None:
+            continue
+        zero = _zeros(model, name, name in quantized)
+        broken = int((~mask & ~zero).sum())
+        if broken:
+            raise CertificateError(f"{broken} pruned weights of {name} are not 0")
+        if pattern:
+            _check_pattern(name, mask, str(pattern))
+        pruned += int((~mask).sum())
+        total += mask.size
+    if not model.masked:
+        return "no masks: dense"
+    share = f"{pruned} of {total} weights ({pruned / total:.4%}) pruned and exactly 0"
+    return share + (f", pattern {pattern}" if pattern else "")
+
+
+def _zeros(model: StoredModel, name: str, quantized: bool) -> NDArray[np.bool_]:
+    """(out, in), True where the weight is exactly 0."""
+    if not quantized:
+        return np.asarray(model.tensors.values(f"{name}.weight") == 0)
+    codes, zero_point = model.codes(name), model.zero_point(name)
+    return np.asarray(codes == np.repeat(zero_point, codes.shape[1] // zero_point.shape[1], axis=1))
+
+
+def _check_pattern(name: str, mask: NDArray[np.bool_], pattern: str) -> None:
+    kept, _, block = pattern.partition(":")
+    if mask.shape[1] % int(block):
+        raise CertificateError(f"the pattern {pattern} does not fit {name}")
+    worst = int(mask.reshape(len(mask), -1, int(block)).sum(-1).max())
+    if worst > int(kept):
+        raise CertificateError(
+            f"{name} keeps {worst} weights of {block} neighbours, its pattern is {pattern}"
+        )
+
+
+def _check_logits(directory: Path) -> str:
+    token_ids, expected = read_reference(directory)
+    logits = compute_logits(load_model(directory, dtype=torch.float32), token_ids)
+    share = largest_difference(logits, expected)
+    if not share <= LOGIT_TOLERANCE:
+        raise CertificateError(f"logits differ by {share:.2e} of the largest, allowed {LOGIT_TOLERANCE:.0e}")
+    return f"{len(token_ids)} items, largest difference {share:.1e} of the largest logit"
