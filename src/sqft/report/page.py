@@ -1,0 +1,86 @@
+"""report.json and report.html of a results directory."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sqft.artifacts import write_json
+from sqft.report.content import ModelRow, ReportData
+from sqft.report.plots import draw_plots
+from sqft.report.summary import format_bytes, format_seconds, label_model, summary_table
+
+__all__ = ["render_page", "write_report"]
+
+
+def write_report(data: ReportData, directory: Path) -> tuple[Path, Path]:
+    """Write report.json and report.html, and return their paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    json_path, html_path = directory / "report.json", directory / "report.html"
+    page = render_page(data)
+    temporary = html_path.with_name(html_path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    write_json(json_path, data.to_json())
+    os.replace(temporary, html_path)
+    return json_path, html_path
+
+
+def render_page(data: ReportData) -> str:
+    """One HTML page that needs no other file and no network."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(files("sqft.report").joinpath("page.html.jinja").read_text("utf-8"))
+    header, *rows = summary_table(data)
+    return template.render(
+        data=data,
+        facts=_facts(data),
+        header=header,
+        rows=list(zip([row.name for row in data.models], rows, strict=True)),
+        plots=draw_plots(data),
+        recipe_text=yaml.safe_dump(_without_none(data.recipe), sort_keys=False, allow_unicode=True),
+        stages=[(stage, format_seconds(seconds)) for stage, seconds in data.stage_seconds.items()],
+        elapsed=format_seconds(data.elapsed_seconds),
+        data_facts=[(key.replace("_", " "), _shown(value)) for key, value in data.data.items()],
+    )
+
+
+def _facts(data: ReportData) -> list[tuple[str, str, str]]:
+    """The figures at the top of the page: (what, value, remark)."""
+    by_name = {row.name: row for row in data.models}
+    last = data.models[-1] if data.models else ModelRow("none")
+    base = by_name.get("base")
+    facts: list[tuple[str, str, str]] = []
+    if last.accuracy is not None:
+        remark = f"base {100 * base.accuracy:.1f} %" if base and base.accuracy is not None else ""
+        facts.append(
+            (f"accuracy, {label_model(last.name, data.recipe)}", f"{100 * last.accuracy:.1f} %", remark)
+        )
+    if last.loss is not None:
+        remark = f"base {base.loss:.2f}" if base and base.loss is not None else ""
+        facts.append(("answer loss, nats per token", f"{last.loss:.2f}", remark))
+    if last.size_bytes is not None:
+        remark = f"base {format_bytes(base.size_bytes)}" if base and base.size_bytes else ""
+        facts.append(("size on disk", format_bytes(last.size_bytes), remark))
+    if last.sparsity is not None:
+        facts.append(("zeros in the linear layers", f"{100 * last.sparsity:.1f} %", ""))
+    facts.append(("time of the run", format_seconds(data.elapsed_seconds), ""))
+    return facts
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(item) for item in value) or "none"
+    return str(value)

@@ -1,0 +1,88 @@
+"""The table of models, the same in the terminal, in Markdown and on the page."""
+
+from collections.abc import Callable
+from typing import Any
+
+from sqft.report.content import ModelRow, ReportData
+
+__all__ = ["format_bytes", "format_seconds", "label_model", "markdown_table", "summary_table"]
+
+
+def summary_table(data: ReportData) -> list[list[str]]:
+    """Header and one row a model, as text; columns that nothing was measured for are left out."""
+    columns: list[tuple[str, Callable[[ModelRow], str]]] = [
+        ("model", lambda row: label_model(row.name, data.recipe)),
+        ("answer loss (nats/token)", lambda row: _interval(row.loss, row.loss_low, row.loss_high, "{:.3f}")),
+        ("accuracy", lambda row: _percent_interval(row.accuracy, row.accuracy_low, row.accuracy_high)),
+        ("items", lambda row: "" if row.num_items is None else str(row.num_items)),
+        ("perplexity", lambda row: "" if row.perplexity is None else f"{row.perplexity:.2f}"),
+        ("sparsity", lambda row: "" if row.sparsity is None else f"{100 * row.sparsity:.1f} %"),
+        ("size", lambda row: "" if row.size_bytes is None else format_bytes(row.size_bytes)),
+    ]
+    columns += [(task, _task_column(task)) for task in sorted({t for row in data.models for t in row.tasks})]
+    table = [[title for title, _ in columns]]
+    table += [[cell(row) for _, cell in columns] for row in data.models]
+    used = [i for i in range(len(columns)) if any(line[i] for line in table[1:])]
+    return [[line[i] or "-" for i in used] for line in table]
+
+
+def markdown_table(data: ReportData) -> str:
+    """The table of models in Markdown, numbers to the right."""
+    header, *rows = summary_table(data)
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
+
+
+def label_model(name: str, recipe: dict[str, Any]) -> str:
+    """What a row of this recipe is, in words."""
+    sparse = "sparse" if recipe.get("sparsify") is not None else ""
+    quantize = recipe.get("quantize")
+    integer = "" if quantize is None else f"INT{quantize.get('bits', 4)}"
+    compressed = " ".join(part for part in (sparse, integer) if part)
+    labels = {
+        "base": "base, dense",
+        "dense_tuned": "dense + LoRA (reference)",
+        "sparse": "sparse",
+        "quantized": compressed or "quantized",
+        "adapted": f"{compressed} + adapter".strip(),
+        "merged": f"merged, {compressed}".strip(", "),
+    }
+    return labels.get(name, name)
+
+
+def format_bytes(count: float) -> str:
+    """1234567 → '1.2 MB' (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """75 → '1 min 15 s'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _task_column(task: str) -> Callable[[ModelRow], str]:
+    return lambda row: f"{row.tasks[task]:.3f}" if task in row.tasks else ""
+
+
+def _interval(value: float | None, low: float | None, high: float | None, form: str) -> str:
+    if value is None:
+        return ""
+    shown = form.format(value)
+    return shown if low is None or high is None else f"{shown} ({form.format(low)}-{form.format(high)})"
+
+
+def _percent_interval(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return ""
+    shown = f"{100 * value:.1f} %"
+    return shown if low is None or high is None else f"{shown} ({100 * low:.1f}-{100 * high:.1f})"

@@ -1,0 +1,72 @@
+import re
+from html.parser import HTMLParser
+
+from sqft.report.content import CheckRow, ModelRow
+from sqft.report.page import render_page, write_report
+
+from .invented import invent_report
+
+
+class Page(HTMLParser):
+    """Collects the text, and complains about tags that are closed in the wrong order."""
+
+    EMPTY = frozenset({"meta", "br", "link"})
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.texts, self.attributes = [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_page_is_well_formed_and_loads_nothing():
+    page = Page(render_page(invent_report()))
+    links = [v for k, v in page.attributes if k in {"src", "href", "xlink:href"} and not v.startswith("#")]
+    assert links == []
+    assert not re.search(r"url\((?!#)", render_page(invent_report()))
+
+
+def test_every_plot_is_there_once_its_figures_are():
+    titles = ["Accuracy", "Answer loss", "Training loss", "Sparsity per layer", "Rank per layer"]
+    full = render_page(invent_report())
+    assert all(f"<h3>{title}</h3>" in full for title in titles)
+    bare = render_page(invent_report(models=[], training=[], layers=[], ranks={}))
+    assert "<svg" not in bare
+
+
+def test_plots_follow_the_colours_of_the_page():
+    page = render_page(invent_report())
+    assert "var(--ink)" in page
+    assert not re.search(r"#0[147]0[258]0[369]", page)
+
+
+def test_a_failed_check_is_shown():
+    page = render_page(invent_report(checks=[CheckRow("zeros", False, "17 are missing")]))
+    assert "certificate FAILED: 0 of 1 checks" in page
+    assert "17 are missing" in page
+
+
+def test_text_from_outside_is_escaped():
+    page = render_page(
+        invent_report(name="<script>alert(1)</script>", models=[ModelRow("<i>x</i>", loss=1.0)])
+    )
+    assert "<script>" not in page
+    assert "<i>" not in page
+    assert "a &lt;b&gt; model" in page
+
+
+def test_one_rank_one_layer_one_step(tmp_path):
+    data = invent_report(ranks={"all": 8}, training=[(1, 2.0)], models=[ModelRow("base", accuracy=1.0)])
+    write_report(data, tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
