@@ -97,7 +97,9 @@ def run_stages(
     recipe: Recipe, workspace: Workspace, model_directory: Path, *, device: str, progress: Progress = SILENT
 ) -> list[FinishedStage]:
     """Run what is not there yet, in order, and return every stage of the recipe."""
-    keys = stage_keys(recipe, workspace, model_directory)
+    from sqft.models import model_identity
+
+    keys = stage_keys(recipe, model_identity(recipe.model, workspace.digests))
     directories = {"model": model_directory}
     for stage in recipe_stages(recipe):
         key = keys[stage.name]
@@ -109,10 +111,9 @@ def run_stages(
     return list(workspace.finished.values())
 
 
-def stage_keys(recipe: Recipe, workspace: Workspace, model_directory: Path) -> dict[str, str]:
+def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
     """The identity of every stage and of the inputs "model", "data" and "calibration"."""
-    keys = {"model": digest_json(digest_files(model_directory, cache=workspace.digests))}
-    keys["data"] = _data_key(recipe)
+    keys = {"model": model_key, "data": _data_key(recipe)}
     keys["calibration"] = _calibration_key(recipe, keys["data"])
     for stage in recipe_stages(recipe):
         keys[stage.name] = digest_json(

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifacts import write_json
+from sqft.artifacts import Manifest, digest_json, write_json
 from sqft.errors import CertificateError
 from sqft.pipeline.recipe import Recipe
 from sqft.progress import Progress
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
+    DataSection,
     EvaluateSection,
     QuantizeSection,
     ReportedModel,
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 ADAPTER = "adapter"
+CHECKPOINTS = "checkpoints"
 REFERENCE_ITEMS = 4
 
 
@@ -73,14 +75,19 @@ class StageContext:
         assert self.recipe.adapters is not None
         return self.recipe.adapters
 
+    @property
+    def data(self) -> DataSection:
+        """The data section of a recipe that has items."""
+        assert self.recipe.data is not None
+        return self.recipe.data
+
     def splits(self) -> "Splits":
         """The training, search and test items, tokenized."""
         from sqft.data import load_splits
         from sqft.models import load_tokenizer
 
-        assert self.recipe.data is not None
         tokenizer = load_tokenizer(self.inputs["model"])
-        return load_splits(self.recipe.data, tokenizer, seed=self.recipe.seed)
+        return load_splits(self.data, tokenizer, seed=self.recipe.seed)
 
     def calibration(self) -> "Tensor | None":
         """The calibration tokens (num_samples, sequence_length), where a method wants them."""
@@ -144,38 +151,34 @@ def train_dense(context: StageContext) -> dict[str, Any]:
 
 
 def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[str, Any]:
-    from sqft.adapters import SearchSpace, attach_adapters, base_identity, codes_digest, set_ranks
-    from sqft.data import batches_of
+    from sqft.adapters import SearchSpace, attach_adapters, codes_digest, set_ranks
     from sqft.models import load_trainable
     from sqft.training import train_adapters
 
     model = load_trainable(base, base_precision=section.base_precision, device=context.device)
-    adapted = attach_adapters(model, section, base_identity(model, section), seed=context.recipe.seed)
+    adapted = attach_adapters(model, section, seed=context.recipe.seed)
     space = SearchSpace.of(adapted)
     splits = context.splits()
     record = train_adapters(
         adapted,
         splits.train,
         context.recipe.train or TrainSection(),
-        loss_on=context.recipe.data.loss_on if context.recipe.data else "answer",
+        loss_on=context.data.loss_on,
         seed=context.recipe.seed,
-        output_dir=context.directory / "checkpoints",
+        output_dir=context.directory / CHECKPOINTS,
         space=space,
         progress=context.progress,
     )
-    digests = {}
-    for name, ranks in (
-        ("maximal", space.maximal()),
-        ("median", space.median()),
-        ("minimal", space.minimal()),
-    ):
-        set_ranks(adapted, ranks)
-        digests[name] = codes_digest(adapted)
-    set_ranks(adapted, space.maximal())
+    digests: dict[str, str] = {}
+    if section.method != "lora":
+        for sub_adapter in (space.minimal(), space.median(), space.maximal()):
+            set_ranks(adapted, sub_adapter)
+            digests[digest_json(sub_adapter)] = codes_digest(adapted)
     adapted.save_pretrained(context.directory / ADAPTER)
     write_json(context.directory / "training.json", record.as_dict())
-    shutil.rmtree(context.directory / "checkpoints", ignore_errors=True)
-    return {"codes_digest": digests, "data": splits.report, **record.summary()}
+    shutil.rmtree(context.directory / CHECKPOINTS)
+    curve = [(step.step, step.loss) for step in record.steps]
+    return {"codes_digests": digests, "curve": curve, "data": splits.report, **record.summary()}
 
 
 def search(context: StageContext) -> dict[str, Any]:
@@ -185,16 +188,15 @@ def search(context: StageContext) -> dict[str, Any]:
     from sqft.search import search_sub_adapter
 
     section = context.recipe.search or SearchSection()
-    adapted = open_adapted(context, context.base, context.inputs["train"] / ADAPTER)
-    space = SearchSpace.of(adapted)
+    adapted = open_adapted(context, context.base, context.inputs["train"] / ADAPTER).eval()
     items = context.splits().search if section.method == "hill_climb" else []
 
     def objective(sub_adapter: dict[str, int]) -> float:
         set_ranks(adapted, sub_adapter)
-        return evaluate_loss(adapted, items).loss
+        return evaluate_loss(adapted, items, loss_on=context.data.loss_on).loss
 
     result = search_sub_adapter(
-        space,
+        SearchSpace.of(adapted),
         objective,
         section,
         seed=context.recipe.seed,
@@ -203,28 +205,35 @@ def search(context: StageContext) -> dict[str, Any]:
     )
     extract_sub_adapter(adapted, result.best, context.directory / ADAPTER)
     set_ranks(adapted, result.best)
-    trials = [{"ranks": trial.ranks, "loss": trial.loss} for trial in result.trials]
-    write_json(context.directory / "sub_adapter.json", {"ranks": result.best, "trials": trials})
-    return {"ranks": result.best, "codes_digest": codes_digest(adapted), "num_trials": len(trials)}
+    digest = None if context.adapters.method == "lora" else codes_digest(adapted)
+    _check_digest(digest, Manifest.read(context.inputs["train"]).metrics, result.best)
+    write_json(context.directory / "sub_adapter.json", result.as_dict())
+    return {"ranks": result.best, "codes_digest": digest, "num_trials": len(result.trials)}
 
 
 def merge(context: StageContext) -> dict[str, Any]:
     """The base and the sub-adapter → one model, re-opened and certified before it is called done."""
     from sqft.adapters import merge_adapters
     from sqft.certificate import certify_model
-    from sqft.models import load_model, write_merged
+    from sqft.models import QuantizedWeight, load_model, open_checkpoint, read_masks, write_model
 
     adapter = context.inputs["search"] / ADAPTER
     adapted = open_adapted(context, context.base, adapter).eval()
-    write_merged(context.base, context.directory, merge_adapters(adapted))
-    tokens = [example.prompt_ids for example in context.splits().test[:REFERENCE_ITEMS]]
+    linears = {
+        name: weight.weight if weight.codes is None else QuantizedWeight(weight.codes, weight.qparams)
+        for name, weight in merge_adapters(adapted).items()
+    }
+    masks = read_masks(context.base)
+    write_model(context.directory, open_checkpoint(context.base), linears, masks=masks, facts=_facts(context))
     checks = certify_model(
         context.directory,
         base_dir=context.base,
         adapter_dir=adapter,
         adapted=adapted,
         merged=load_model(context.directory, device=context.device),
-        token_ids=tokens,
+        token_ids=[example.prompt_ids for example in context.splits().test[:REFERENCE_ITEMS]],
+        trained_digest=Manifest.read(context.inputs["search"]).metrics["codes_digest"],
+        progress=context.progress,
     )
     failed = [f"{check.name} ({check.detail})" for check in checks if not check.passed]
     if failed:
@@ -235,17 +244,33 @@ def merge(context: StageContext) -> dict[str, Any]:
 
 def evaluate(context: StageContext) -> dict[str, Any]:
     """One model, measured on the test items."""
-    from sqft.artifacts import directory_bytes
     from sqft.evaluation import evaluate_accuracy, evaluate_loss, evaluate_perplexity
-    from sqft.pipeline.stages import adapter_stage, model_stage
 
-    name: ReportedModel = context.stage.removeprefix("evaluate-")  # type: ignore[assignment]
     section = context.recipe.evaluate or EvaluateSection()
-    directory = context.inputs[model_stage(context.recipe, name)]
-    stage = adapter_stage(name)
-    adapter = context.inputs[stage] / ADAPTER if stage else None
-    model = open_model(context, directory, adapter)
     return {}
+
+
+def _check_digest(digest: str | None, trained: dict[str, Any], ranks: dict[str, int]) -> None:
+    """The adapter read from disk must give the codes that the model in memory had when training ended."""
+    expected = trained["codes_digests"].get(digest_json(ranks))
+    if expected is not None and expected != digest:
+        raise CertificateError(
+            "the adapter read from disk gives other codes than the trained model had; run the train stage again"
+        )
+
+
+def _facts(context: StageContext) -> dict[str, Any]:
+    """What sqft.json of a merged model says."""
+    recipe = context.recipe
+    return {
+        "kind": "merged",
+        "method": context.adapters.method,
+        "pattern": recipe.sparsify.pattern if recipe.sparsify else None,
+        "quantization": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
+        "ranks": Manifest.read(context.inputs["search"]).metrics["ranks"],
+        "lineage": {name: Manifest.read(context.inputs[name]).key for name in ("train", "search")},
+        "recipe": recipe.model_dump(mode="json", exclude={"runtime"}, exclude_none=True),
+    }
 
 
 def open_model(context: StageContext, directory: Path, adapter: Path | None) -> "PreTrainedModel":

@@ -1,0 +1,84 @@
+"""What can be known of a model before any weight is loaded: its identity and its shapes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig
+
+from sqft.artifacts import digest_file, digest_files, digest_json
+from sqft.errors import ModelError
+from sqft.models.blocks import decoder_blocks
+from sqft.models.checkpoint import build_skeleton, open_checkpoint, quiet_transformers, read_config
+from sqft.models.source import fetch_from_hub, find_gguf
+from sqft.sections import ModelSection
+
+__all__ = ["ModelOutline", "model_identity", "model_outline"]
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """Shapes of a model. linears: (out, in) of every linear inside the decoder blocks, by full name."""
+
+    linears: dict[str, tuple[int, int]]
+    num_parameters: int
+    num_blocks: int
+    hidden_size: int
+    vocab_size: int
+
+
+def model_identity(section: ModelSection, digest_cache: Path) -> str:
+    """A digest of the weights that a recipe starts from: of file contents, or of the hub's commit.
+
+    Raises: ModelError if there is no such model.
+    """
+    gguf = find_gguf(section)
+    if gguf is not None:
+        content: Any = digest_file(gguf)
+    elif Path(section.source).expanduser().is_dir():
+        content = digest_files(Path(section.source).expanduser(), cache=digest_cache)
+    else:
+        content = fetch_from_hub(section, only_config=True).name  # a snapshot is called after its commit
+    return digest_json({"content": content, "storage_dtype": section.storage_dtype})
+
+
+def model_outline(section: ModelSection) -> ModelOutline:
+    """The shapes of a model, from its configuration alone.
+
+    Raises: ModelError if there is no such model, or its architecture is not understood.
+    """
+    gguf = find_gguf(section)
+    if gguf is not None:
+        config = _gguf_config(gguf)
+    elif Path(section.source).expanduser().is_dir():
+        config = open_checkpoint(
+            Path(section.source).expanduser(), trust_remote_code=section.trust_remote_code
+        ).config
+    else:
+        config = read_config(fetch_from_hub(section, only_config=True), section.trust_remote_code)
+    skeleton = build_skeleton(config, section.trust_remote_code)
+    blocks = decoder_blocks(skeleton)
+    linears = {
+        f"{block_name}.{name}": (module.out_features, module.in_features)
+        for block_name, block in blocks.items()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    parameters = {id(parameter): parameter.numel() for parameter in skeleton.parameters()}
+    return ModelOutline(
+        linears,
+        sum(parameters.values()),
+        len(blocks),
+        config.get_text_config().hidden_size,
+        config.get_text_config().vocab_size,
+    )
+
+
+def _gguf_config(path: Path) -> Any:
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the reader of a damaged file fails in any way it likes
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(f"{path} cannot be read as GGUF ({reason})") from error

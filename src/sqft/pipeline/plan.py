@@ -1,0 +1,177 @@
+"""What a recipe would do, before any weight is loaded: stages, modules, memory, disk.
+
+Memory and disk are estimates from shapes: weights, optimizer state, Hessians and the largest activations,
+without the 0.5 GiB that Python and its libraries take.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.runner import Workspace, stage_keys
+from sqft.pipeline.stages import Stage, recipe_stages
+from sqft.sections import CalibrationSection, DataSection, EvaluateSection, TrainSection
+
+if TYPE_CHECKING:
+    from sqft.models import ModelOutline
+
+__all__ = ["ModulePlan", "Plan", "StagePlan", "plan_recipe"]
+
+FLOAT32 = 4
+ACTIVATIONS_PER_HIDDEN = (
+    34  # floats kept for backward per token and hidden unit of a block (Korthikanti 2205.05198)
+)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: whether it is there already, and what it would need."""
+
+    name: str
+    directory: str
+    reused: bool
+    resumed: bool
+    memory_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """Linears of one kind, and what happens to them. rank is the largest of an adapter, 0 without one."""
+
+    name: str
+    shape: tuple[int, int]
+    count: int
+    sparsified: bool
+    quantized: bool
+    rank: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `sqft plan` shows."""
+
+    name: str
+    model: str
+    num_parameters: int
+    stages: list[StagePlan]
+    modules: list[ModulePlan]
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """Work out a recipe from the model's configuration alone.
+
+    Raises: ModelError, DataError, CompressionError, AdapterError as the run would, where shapes tell.
+    """
+    from sqft.models import model_identity, model_outline
+
+    outline = model_outline(recipe.model)
+    workspace = Workspace(Path(recipe.runtime.workspace))
+    keys = stage_keys(recipe, model_identity(recipe.model, workspace.digests))
+    modules = _modules(recipe, outline)
+    estimate = _Estimate(recipe, outline, modules)
+    stages = [
+        _stage(stage, workspace.stage_directory(stage.name, keys[stage.name]), estimate)
+        for stage in recipe_stages(recipe)
+    ]
+    return Plan(recipe.name, recipe.model.source, outline.num_parameters, stages, modules)
+
+
+def _stage(stage: Stage, directory: Path, estimate: "_Estimate") -> StagePlan:
+    memory, disk = estimate.of(stage)
+    partial = directory.with_name(directory.name + ".partial")
+    return StagePlan(
+        stage.name,
+        str(directory),
+        reused=directory.exists(),
+        resumed=stage.resumes and partial.exists() and not directory.exists(),
+        memory_bytes=int(memory),
+        disk_bytes=int(disk),
+    )
+
+
+def _modules(recipe: Recipe, outline: "ModelOutline") -> list[ModulePlan]:
+    from sqft.adapters import adapter_targets
+    from sqft.compression import check_shapes, chosen_linears
+
+    sparsified = chosen_linears(outline.linears, recipe.sparsify) if recipe.sparsify else set()
+    quantized = chosen_linears(outline.linears, recipe.quantize) if recipe.quantize else set()
+    check_shapes(outline.linears, recipe.sparsify, recipe.quantize)
+    adapted = adapter_targets(outline.linears, recipe.adapters) if recipe.adapters else set()
+    rank = max(recipe.adapters.ranks) if recipe.adapters else 0
+    rows: dict[tuple[str, tuple[int, int], bool, bool, int], int] = {}
+    for name, shape in outline.linears.items():
+        end = ".".join(name.split(".")[-2:])
+        row = (end, shape, name in sparsified, name in quantized, rank if name in adapted else 0)
+        rows[row] = rows.get(row, 0) + 1
+    return [ModulePlan(end, shape, count, s, q, r) for (end, shape, s, q, r), count in rows.items()]
+
+
+class _Estimate:
+    """Bytes of memory and disk for each stage of a recipe."""
+
+    def __init__(self, recipe: Recipe, outline: "ModelOutline", modules: list[ModulePlan]) -> None:
+        self.recipe = recipe
+        self.outline = outline
+        self.block_weights = sum(m.count * math.prod(m.shape) for m in modules)
+        self.other_weights = outline.num_parameters - self.block_weights
+        self.quantized_weights = sum(m.count * math.prod(m.shape) for m in modules if m.quantized)
+        self.adapter_weights = sum(m.count * m.rank * sum(m.shape) for m in modules)
+        self.widest = max((m.shape[1] for m in modules), default=0)
+
+    def of(self, stage: Stage) -> tuple[float, float]:
+        """(memory, disk) of one stage."""
+        kind = stage.name.split("-")[0]
+        if kind in ("sparsify", "quantize"):
+            return self._compression(), self._stored(quantized=kind == "quantize", latent=kind == "quantize")
+        if kind in ("train", "train_dense"):
+            return self._training(dense=kind == "train_dense"), 4 * FLOAT32 * self.adapter_weights
+        if kind == "search":
+            return self._inference(), FLOAT32 * self.adapter_weights
+        if kind in ("merge", "export"):
+            quantized = self.recipe.quantize is not None
+            return self._inference(), self._stored(quantized=quantized, latent=False)
+        return self._inference(), 0
+
+    def _compression(self) -> float:
+        calibration = self.recipe.calibration or CalibrationSection()
+        tokens = calibration.num_samples * calibration.sequence_length if self.recipe.needs_calibration else 0
+        block = FLOAT32 * self.block_weights / max(self.outline.num_blocks, 1)
+        hessians = 2 * FLOAT32 * self.widest**2
+        embedding = 2 * FLOAT32 * self.outline.vocab_size * self.outline.hidden_size
+        return 2 * block + hessians + embedding + 2 * FLOAT32 * tokens * self.outline.hidden_size
+
+    def _stored(self, *, quantized: bool, latent: bool) -> float:
+        section = self.recipe.quantize
+        masks = self.block_weights / 8 if self.recipe.sparsify else 0
+        if not (quantized and section):
+            return 2 * (self.block_weights + self.other_weights) + masks
+        group = section.group_size if section.group_size > 0 else self.widest
+        codes = self.quantized_weights * (section.bits / 8 + 2 / group)
+        sixteen = 2 * (self.block_weights - self.quantized_weights + self.other_weights)
+        return (
+            codes
+            + sixteen
+            + masks
+            + (self.quantized_weights * (1 if section.bits <= 4 else 2) if latent else 0)
+        )
+
+    def _training(self, *, dense: bool) -> float:
+        train, data = self.recipe.train or TrainSection(), self.recipe.data
+        length = data.sequence_length if data else 0
+        tokens = train.batch_size // train.gradient_accumulation * length
+        base = 2 * (self.block_weights + self.other_weights)
+        if self.recipe.quantize and not dense:
+            base -= self.quantized_weights
+        blocks = 1 if train.gradient_checkpointing else self.outline.num_blocks
+        kept = ACTIVATIONS_PER_HIDDEN * tokens * self.outline.hidden_size * blocks
+        logits = 3 * FLOAT32 * tokens * self.outline.vocab_size
+        return base + 4 * FLOAT32 * self.adapter_weights + kept + logits
+
+    def _inference(self) -> float:
+        section = self.recipe.evaluate or EvaluateSection()
+        length = max((self.recipe.data or DataSection(train="")).sequence_length, 1)
+        logits = 2 * FLOAT32 * section.batch_size * length * self.outline.vocab_size
+        return FLOAT32 * (self.block_weights + self.other_weights) + logits

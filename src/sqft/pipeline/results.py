@@ -1,0 +1,105 @@
+"""From finished stages to what the user keeps: the report, and the model under a name of its own."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft.artifacts import new_directory
+from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.runner import FinishedStage
+from sqft.report import CheckRow, LayerRow, LineageRow, ModelRow, ReportData, write_report
+
+__all__ = ["RunResult", "write_results"]
+
+# Parts of a stage directory that only a later stage or a resumed run reads.
+NOT_PUBLISHED = ("manifest.json", "sqft_latent.safetensors", ".environment.json")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the results of a recipe are, and the figures in them.
+
+    model_dir: the recipe's product, None for a recipe that only measures. adapter_dir: set where the adapter
+    stays beside its base.
+    """
+
+    data: ReportData
+    report_json: Path
+    report_html: Path
+    model_dir: Path | None
+    adapter_dir: Path | None
+    stages: list[FinishedStage]
+
+
+def write_results(recipe: Recipe, stages: list[FinishedStage], directory: Path, seconds: float) -> RunResult:
+    """Publish the final model below `directory`, and write report.json and report.html there."""
+    by_name = {stage.name: stage for stage in stages}
+    directory.mkdir(parents=True, exist_ok=True)
+    final = by_name.get(recipe.final_stage)
+    model_dir = adapter_dir = None
+    if final is not None:
+        model_dir = directory / ("merged" if recipe.merges else "model")
+        _publish(final.directory, model_dir)
+    if recipe.adapters and not recipe.merges:
+        adapter_dir = directory / "adapter"
+        _publish(by_name["search"].directory / "adapter", adapter_dir)
+    data = report_data(recipe, stages, seconds, model_dir)
+    report_json, report_html = write_report(data, directory)
+    return RunResult(data, report_json, report_html, model_dir, adapter_dir, stages)
+
+
+def report_data(
+    recipe: Recipe, stages: list[FinishedStage], seconds: float, model_dir: Path | None = None
+) -> ReportData:
+    """The figures of a run, gathered from the manifests of its stages."""
+    metrics = {stage.name: stage.manifest.metrics for stage in stages}
+    rows = [ModelRow(**metrics[f"evaluate-{name}"]["row"]) for name in recipe.reported_models()]
+    checks = [CheckRow(**check) for check in metrics["merge"]["checks"]] if "merge" in metrics else None
+    layers = metrics.get("quantize", metrics.get("sparsify", {})).get("layers", [])
+    training = metrics.get("train", {})
+    return ReportData(
+        name=recipe.name,
+        models=rows,
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        versions=stages[-1].manifest.environment if stages else {},
+        elapsed_seconds=seconds,
+        checks=checks,
+        stage_seconds={stage.name: stage.manifest.elapsed_seconds for stage in stages},
+        layers=[LayerRow(row["name"], row.get("sparsity"), row.get("error")) for row in layers],
+        ranks=metrics.get("search", {}).get("ranks", {}),
+        training=[(step, loss) for step, loss in training.get("curve", [])],
+        lineage=[_lineage(stage) for stage in stages],
+        data=_data_report(training, metrics),
+        merged_dir=str(model_dir) if model_dir else None,
+    )
+
+
+def _lineage(stage: FinishedStage) -> LineageRow:
+    return LineageRow(
+        stage.name,
+        stage.manifest.key,
+        stage.directory.name,
+        stage.manifest.elapsed_seconds,
+        stage.reused,
+    )
+
+
+def _data_report(training: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    evaluated = next(
+        (m["data"] for name, m in metrics.items() if name.startswith("evaluate-") and "data" in m), {}
+    )
+    return dict(training.get("data") or evaluated)
+
+
+def _publish(source: Path, target: Path) -> None:
+    """Put a finished directory under the results, as hard links where the file system allows."""
+    with new_directory(target) as partial:
+        for path in sorted(p for p in source.rglob("*") if p.is_file() and p.name not in NOT_PUBLISHED):
+            place = partial / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, place)
+            except OSError:
+                shutil.copy2(path, place)

@@ -1,0 +1,76 @@
+"""A recipe from beginning to end, and what a workspace holds."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqft.artifacts import MANIFEST, Manifest
+from sqft.errors import RecipeError
+from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.results import RunResult, write_results
+from sqft.pipeline.runner import open_workspace, run_stages
+from sqft.progress import SILENT, Progress
+
+__all__ = ["StageStatus", "run_recipe", "workspace_status"]
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage directory of a workspace. finished False: begun, and continued by the next run."""
+
+    name: str
+    directory: Path
+    finished: bool
+    size_bytes: int
+    elapsed_seconds: float
+
+
+def run_recipe(recipe: Recipe, *, progress: Progress = SILENT) -> RunResult:
+    """Run every stage that is not there yet, and write the report.
+
+    Killed at any point, the next call goes on from the last finished stage, or block, or training checkpoint.
+
+    Raises: SqftError.
+    """
+    import torch
+
+    from sqft.models import resolve_model
+
+    started = time.perf_counter()
+    logging.getLogger("sqft").setLevel(recipe.runtime.log_level.upper())
+    if recipe.runtime.threads:
+        torch.set_num_threads(recipe.runtime.threads)
+    device = resolve_device(recipe.runtime.device)
+    with open_workspace(Path(recipe.runtime.workspace)) as workspace:
+        model_directory = resolve_model(recipe.model, workspace.models, progress)
+        stages = run_stages(recipe, workspace, model_directory, device=device, progress=progress)
+        return write_results(recipe, stages, workspace.root / recipe.name, time.perf_counter() - started)
+
+
+def resolve_device(name: str) -> str:
+    """The torch device that a recipe's `runtime.device` means here.
+
+    Raises: RecipeError if it names a GPU that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"runtime.device is {name}, but torch sees no GPU; use auto or cpu")
+    return name
+
+
+def workspace_status(workspace: Path) -> list[StageStatus]:
+    """Every stage directory of a workspace, finished or begun, by name."""
+    rows = []
+    for directory in sorted((workspace / "stages").glob("*")):
+        if not directory.is_dir():
+            continue
+        finished = not directory.name.endswith(".partial") and (directory / MANIFEST).exists()
+        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        seconds = Manifest.read(directory).elapsed_seconds if finished else 0.0
+        name = directory.name.removesuffix(".partial").rsplit("-", 1)[0]
+        rows.append(StageStatus(name, directory, finished, size, seconds))
+    return rows

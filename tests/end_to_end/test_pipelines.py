@@ -1,0 +1,102 @@
+"""The four pipelines of the paper, from a model directory to what is served, on tiny random models."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import sqft.adapters
+from sqft.models import load_trainable, read_masks, read_quantized
+from sqft.pipeline import RunResult, parse_recipe, run_recipe
+from tests.end_to_end.conftest import PIPELINES
+
+TOKENS = torch.arange(4, 24).reshape(2, 10)
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral", "phi3"])
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_result_is_the_trained_model(
+    pipeline: str,
+    arch: str,
+    recipe_values: Callable[..., dict[str, Any]],
+    tiny_model_dir: Callable[..., Path],
+) -> None:
+    result = run_recipe(parse_recipe(recipe_values(pipeline, tiny_model_dir(arch))))
+    stages = {stage.name: stage.directory for stage in result.stages}
+    base_stage = "quantize" if pipeline in ("sqft", "qa_sparse_peft") else "sparsify"
+    assert result.model_dir is not None
+
+    adapted = load_trainable(stages[base_stage])
+    adapted = PeftModel.from_pretrained(adapted, stages["search"] / "adapter").eval()
+    served = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=torch.float32)
+    if result.adapter_dir is not None:  # plain LoRA stays beside its base
+        served = PeftModel.from_pretrained(served, result.adapter_dir)
+    with torch.no_grad():
+        expected, found = adapted.float()(TOKENS).logits, served.eval()(TOKENS).logits
+    assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+
+    masks = read_masks(stages["sparsify"])
+    trained = served.base_model.model if result.adapter_dir else served
+    for name, mask in masks.items():
+        weight = getattr(trained.get_submodule(name), "base_layer", trained.get_submodule(name)).weight
+        assert (weight[~mask] == 0).all(), name
+        assert abs(mask.float().mean().item() - 0.5) < 0.001
+    if pipeline == "qa_sparse_peft":
+        merged = sqft.adapters.merge_adapters(adapted)
+        stored = read_quantized(result.model_dir)
+        assert all(torch.equal(weight.codes, stored[name].codes) for name, weight in merged.items())
+    if pipeline == "sparse_peft":
+        merged = sqft.adapters.merge_adapters(adapted)
+        for name, weight in merged.items():
+            assert torch.equal(weight.weight.float(), served.get_submodule(name).weight)
+    _check_report(result, merges=result.adapter_dir is None)
+
+
+def _check_report(result: RunResult, *, merges: bool) -> None:
+    report = json.loads(result.report_json.read_text())
+    names = [row["name"] for row in report["models"]]
+    assert names[0] == "base"
+    assert names[-1] == ("merged" if merges else "adapted")
+    for row in report["models"]:
+        assert row["num_items"] == 12
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+        assert row["size_bytes"] > 0
+    if merges:
+        assert report["certificate"]["passed"]
+        assert len(report["certificate"]["checks"]) >= 3
+    else:
+        assert report["certificate"] is None
+    assert "<html" in result.report_html.read_text()
+
+
+def test_second_run_does_nothing_and_a_changed_section_reuses_what_stands_before_it(
+    recipe_values: Callable[..., dict[str, Any]], tiny_model_dir: Callable[..., Path]
+) -> None:
+    values = recipe_values("qa_sparse_peft", tiny_model_dir("llama"))
+    first = run_recipe(parse_recipe(values))
+    assert not any(stage.reused for stage in first.stages)
+    assert all(stage.reused for stage in run_recipe(parse_recipe(values)).stages)
+    values["train"]["learning_rate"] = 1e-2
+    reused = {stage.name: stage.reused for stage in run_recipe(parse_recipe(values)).stages}
+    assert reused["sparsify"]
+    assert reused["quantize"]
+    assert not reused["train"]
+    assert not reused["merge"]
+
+
+def test_dense_quantization_aware_training_needs_no_mask(
+    recipe_values: Callable[..., dict[str, Any]], tiny_model_dir: Callable[..., Path]
+) -> None:
+    values = recipe_values("qa_sparse_peft", tiny_model_dir("llama"))
+    del values["sparsify"]
+    values["evaluate"]["models"] = ["base", "dense_tuned", "quantized", "adapted", "merged"]
+    result = run_recipe(parse_recipe(values))
+    rows = {row.name: row for row in result.data.models}
+    assert result.data.passed
+    assert rows["adapted"].loss == pytest.approx(rows["merged"].loss, rel=1e-5)
+    assert rows["dense_tuned"].loss < rows["base"].loss
