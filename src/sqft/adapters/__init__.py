@@ -1,0 +1,28 @@
+"""Adapters as a PEFT method: configuration, layer, elastic ranks, sub-adapters, merging.
+
+Importing this package enters the method "SQFT" into PEFT's tables.
+"""
+
+from sqft.adapters.attach import attach_adapters
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.extraction import extract_sub_adapter
+from sqft.adapters.identity import base_identity
+from sqft.adapters.layer import MergedWeight
+from sqft.adapters.merge import codes_digest, merge_adapters
+from sqft.adapters.space import SearchSpace, SubAdapter, set_ranks
+from sqft.adapters.tuner import register_peft_method
+
+__all__ = [
+    "MergedWeight",
+    "SearchSpace",
+    "SqftConfig",
+    "SubAdapter",
+    "attach_adapters",
+    "base_identity",
+    "codes_digest",
+    "extract_sub_adapter",
+    "merge_adapters",
+    "set_ranks",
+]
+
+register_peft_method()

@@ -1,0 +1,41 @@
+"""From a recipe's section to a model with an adapter."""
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from sqft.adapters.config import SqftConfig
+from sqft.sections import AdapterSection
+
+__all__ = ["attach_adapters"]
+
+
+def attach_adapters(
+    model: nn.Module,
+    section: AdapterSection,
+    identity: dict[str, str] | None = None,
+    *,
+    storage_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> PeftModel:
+    """Attach a new adapter, which changes nothing until it is trained.
+
+    identity: digests ("base", "mask", "grid") as `base_identity` gives them; they are checked against the
+    model, None computes them. storage_dtype: what merged weights are stored in, where the model was loaded in
+    a wider dtype; None takes the weights' own. seed: lora_A is a function of it and of the module's name.
+
+    Raises: AdapterError if a target is missing, the method does not fit the base, or the identity differs.
+    """
+    config = SqftConfig(
+        method=section.method,
+        ranks=list(section.ranks),
+        alpha=section.alpha,
+        dropout=section.dropout,
+        target_modules=section.target_modules,
+        rank_groups=section.rank_groups,
+        identity=dict(identity or {}),
+        storage_dtype=None if storage_dtype is None else str(storage_dtype).removeprefix("torch."),
+        init_seed=seed,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

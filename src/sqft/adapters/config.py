@@ -1,0 +1,89 @@
+"""What is stored of an adapter beside its tensors."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig
+
+from sqft.errors import AdapterError
+
+__all__ = ["DEFAULT_TARGETS", "METHODS", "PEFT_TYPE", "SqftConfig"]
+
+PEFT_TYPE = "SQFT"
+METHODS = ("lora", "sparse_peft", "qa_sparse_peft")
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_up_proj", "down_proj")
+DEFAULT_RANK_GROUPS = (("q_proj", "k_proj", "v_proj"),)
+
+
+@dataclass
+class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
+    """The configuration of an sqft adapter, as PEFT stores it in `adapter_config.json`.
+
+    method: lora, sparse_peft or qa_sparse_peft.
+    ranks: the ranks a rank group may have; the first is the maximal one. One entry: a fixed rank.
+    rank_pattern: the rank of every module of an extracted sub-adapter; empty for a super-adapter.
+    alpha: the update is scaled by alpha / max(ranks), whatever rank is active.
+    dropout, dropout_kind: column = whole columns of lora_A, drawn once a step from (seed, step);
+        token = the published dropout of the input, which costs a second product.
+    target_modules: name ends that match whole components; full names once the adapter is attached.
+    rank_groups: name ends that share a rank inside a block; None: q, k, v together, others alone.
+    gradient: exact, lowrank, or hybrid (exact every `hybrid_steps`-th step).
+    storage_dtype: the dtype merged weights are stored in; set when the adapter is attached.
+    identity: sha256 of the base, mask and grid that the adapter belongs to; set when it is attached.
+    init_seed: lora_A is a function of this seed and of the module's name.
+    """
+
+    method: str = "sparse_peft"
+    ranks: list[int] = field(default_factory=lambda: [16])
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha: float = 32.0
+    dropout: float = 0.0
+    dropout_kind: Literal["column", "token"] = "column"
+    target_modules: list[str] | None = None
+    rank_groups: list[list[str]] | None = None
+    gradient: Literal["exact", "lowrank", "hybrid"] = "exact"
+    hybrid_steps: int = 4
+    storage_dtype: str | None = None
+    identity: dict[str, str] = field(default_factory=dict)
+    init_seed: int = 0
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if self.method not in METHODS:
+            raise AdapterError(f"adapter method '{self.method}' is unknown; choose from {', '.join(METHODS)}")
+        if not self.ranks or min(self.ranks) < 1:
+            raise AdapterError(f"ranks {self.ranks} must be one or more positive numbers")
+        self.ranks = sorted(set(self.ranks), reverse=True)
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank, by which alpha is divided at every rank."""
+        return self.ranks[0]
+
+    @property
+    def scaling(self) -> float:
+        """alpha / max_rank."""
+        return self.alpha / self.max_rank
+
+    @property
+    def rounding_dtype(self) -> torch.dtype | None:
+        """The 16-bit dtype that adapted weights are rounded to, if weights are stored in one."""
+        dtype = getattr(torch, self.storage_dtype) if self.storage_dtype else None
+        return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+    def rank_of(self, module: str) -> int:
+        """The number of ranks that are kept for a module."""
+        return self.rank_pattern.get(module, self.max_rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the JSON file."""
+        values: dict[str, Any] = super().to_dict()
+        values["target_modules"] = sorted(self.target_modules or []) or None
+        return values

@@ -1,0 +1,69 @@
+"""Writing one sub-adapter of a super-adapter as an adapter of its own."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.space import SearchSpace, SubAdapter, adapter_config, adapter_layers
+from sqft.artifacts import new_directory, write_json
+
+__all__ = ["extract_sub_adapter"]
+
+
+def extract_sub_adapter(peft_model: nn.Module, sub_adapter: SubAdapter, directory: Path) -> None:
+    """Write the slices lora_A[:r], lora_B[:, :r] of every module as an adapter directory.
+
+    A lora adapter becomes a stock PEFT one, in names and configuration, that loads without sqft; a masked or
+    quantization-aware one keeps the type SQFT, since a loader that ignores the mask would run it dense.
+
+    Raises: AdapterError if the sub-adapter does not fit the search space.
+    """
+    config = adapter_config(peft_model)
+    ranks = SearchSpace.of(peft_model).modules(sub_adapter)
+    plain = config.method == "lora"
+    tensors: dict[str, Tensor] = {}
+    for name, layer in adapter_layers(peft_model).items():
+        adapter = layer.active_name()
+        assert adapter is not None
+        key = f"base_model.model.{name}"
+        for kind, tensor in (
+            ("A", layer.sqft_A[adapter][: ranks[name]]),
+            ("B", layer.sqft_B[adapter][:, : ranks[name]]),
+        ):
+            full = f"{key}.lora_{kind}.weight" if plain else f"{key}.sqft_{kind}"
+            tensors[full] = tensor.detach().cpu().contiguous().clone()
+    values = (
+        _lora_values(config, ranks)
+        if plain
+        else replace(config, rank_pattern=ranks, inference_mode=True).to_dict()
+    )
+    with new_directory(directory) as partial:
+        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(partial / "adapter_config.json", values)
+
+
+def _lora_values(config: SqftConfig, ranks: dict[str, int]) -> dict[str, Any]:
+    """PEFT divides alpha by a module's own rank, so alpha shrinks with the rank to keep the scaling."""
+    lora = LoraConfig(
+        r=config.max_rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=sorted(ranks),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != config.max_rank},
+        alpha_pattern={
+            name: rank * config.scaling for name, rank in ranks.items() if rank != config.max_rank
+        },
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+    values: dict[str, Any] = lora.to_dict()
+    values["target_modules"] = sorted(ranks)
+    return json.loads(json.dumps(values, default=sorted, sort_keys=True))

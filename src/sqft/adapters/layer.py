@@ -1,0 +1,277 @@
+"""One adapter layer for all methods: a base, a low-rank update, a rank, and what keeps the base's form.
+
+    y = x (base + B A scaling)^T                              lora
+    y = x round_storage(base + mask * (B A scaling))^T        sparse_peft
+    y = x fake_quantize(base + mask * (B A scaling))^T        qa_sparse_peft
+
+The mask is never stored: it is `base != 0`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from sqft.adapters.config import SqftConfig
+from sqft.adapters.identity import base_qparams, base_weight
+from sqft.errors import AdapterError
+from sqft.ops import (
+    QParams,
+    adapted_codes,
+    adapted_weight,
+    decode_latent,
+    dequantize,
+    encode_latent,
+    fake_quantize,
+)
+
+__all__ = ["AdapterLinear", "MergedWeight"]
+
+# A dense checkpoint has a stray exact zero here and there; beyond this share a base counts as sparse.
+STRAY_ZEROS = 0.01
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """A merged weight in the form of its base.
+
+    weight (out, in) in the storage dtype, or codes (out, in) uint8 on the grid `qparams`; mask (out, in)
+    bool, True = kept. Exactly one of weight and codes is there.
+    """
+
+    weight: Tensor | None
+    codes: Tensor | None
+    qparams: QParams | None
+    mask: Tensor
+
+    def dequantized(self) -> Float[Tensor, "out in"]:
+        """The float32 weight."""
+        if self.codes is not None and self.qparams is not None:
+            return dequantize(self.codes, self.qparams)
+        assert self.weight is not None
+        return self.weight.float()
+
+
+class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is untyped
+    """A linear layer, dense or quantized, with low-rank adapters of which one is active at a time.
+
+    sqft_A[name] (max_rank, in) and sqft_B[name] (out, max_rank); the first active_rank[name] ranks count.
+    """
+
+    adapter_layer_names = ("sqft_A", "sqft_B")
+    other_param_names = ("active_rank", "settings")
+
+    def __init__(self, base_layer: nn.Module, module_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.module_name = module_name
+        self.in_features = int(base_layer.in_features)  # type: ignore[arg-type]
+        self.out_features = int(base_layer.out_features)  # type: ignore[arg-type]
+        self.sqft_A = nn.ParameterDict()
+        self.sqft_B = nn.ParameterDict()
+        self.active_rank: dict[str, int] = {}
+        self.settings: dict[str, SqftConfig] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._kept_base: Tensor | None = None
+
+    def add_adapter(self, adapter_name: str, config: SqftConfig, generator: torch.Generator) -> None:
+        """Add an adapter whose update is 0: A uniform in ±1/sqrt(in), B zero, both float32.
+
+        Raises: AdapterError if the method does not fit the base.
+        """
+        if config.method == "qa_sparse_peft" and base_qparams(self) is None:
+            raise AdapterError(
+                f"qa_sparse_peft needs a quantized base, and {self.module_name} is not; quantize it first"
+            )
+        if config.method == "sparse_peft" and base_qparams(self) is not None:
+            raise AdapterError(
+                f"sparse_peft on the quantized {self.module_name} would leave its grid; use qa_sparse_peft"
+            )
+        rank = config.rank_of(self.module_name)
+        device = base_weight_device(self.base_layer)
+        lora_A = torch.rand(rank, self.in_features, generator=generator) * 2 - 1
+        self.sqft_A[adapter_name] = nn.Parameter((lora_A * self.in_features**-0.5).to(device))
+        self.sqft_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.active_rank[adapter_name] = rank
+        self.settings[adapter_name] = config
+
+    def set_rank(self, rank: int) -> None:
+        """Use the first `rank` ranks of the active adapter.
+
+        Raises: AdapterError if the adapter has fewer.
+        """
+        name = self.active_name()
+        if name is None or not 1 <= rank <= self.sqft_A[name].shape[0]:
+            there = "no active adapter" if name is None else f"{self.sqft_A[name].shape[0]} ranks"
+            raise AdapterError(f"{self.module_name} cannot use rank {rank}: it has {there}")
+        self.active_rank[name] = rank
+
+    def active_slice(self, name: str) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+        """The active part of an adapter: lora_A[:r], lora_B[:, :r]."""
+        rank = self.active_rank[name]
+        return self.sqft_A[name][:rank], self.sqft_B[name][:, :rank]
+
+    def adapted(self, name: str) -> Float[Tensor, "out in"]:
+        """The float32 weight that this layer multiplies with, differentiable in A and B."""
+        base, config = base_weight(self), self.settings[name]
+        lora_A, lora_B = self.active_slice(name)
+        if config.method == "lora":
+            return adapted_weight(base, lora_A, lora_B, scaling=config.scaling)
+        return adapted_weight(
+            base,
+            lora_A,
+            lora_B,
+            scaling=config.scaling,
+            mask=base != 0,
+            qparams=base_qparams(self),
+            storage_dtype=config.rounding_dtype,
+        )
+
+    def merged_weight(self, name: str | None = None) -> MergedWeight:
+        """What a merge writes for this layer.
+
+        Raises: AdapterError if the method cannot be merged without losing the zeros or the grid.
+        """
+        name = name or self.active_name()
+        if name is None or name not in self.sqft_A:
+            raise AdapterError(f"{self.module_name} has no adapter '{name}' to merge")
+        config, qparams = self.settings[name], base_qparams(self)
+        self._check_mergeable(config, qparams)
+        with torch.no_grad():
+            base = base_weight(self)
+            mask = base != 0
+            if qparams is None:
+                dtype = getattr(torch, config.storage_dtype) if config.storage_dtype else base.dtype
+                return MergedWeight(self.adapted(name).to(dtype), None, None, mask)
+            lora_A, lora_B = self.active_slice(name)
+            codes = adapted_codes(base, lora_A, lora_B, scaling=config.scaling, mask=mask, qparams=qparams)
+            return MergedWeight(None, codes, qparams, mask)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapted weight in the place of the base; `unmerge` brings the very same base back.
+
+        Raises: AdapterError if it cannot be merged, or (safe_merge) if the merged weight is not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.sqft_A:
+                continue
+            if self.merged_adapters:
+                raise AdapterError(
+                    f"{self.module_name} has a merged adapter; unmerge it before merging '{name}'"
+                )
+            merged = self.merged_weight(name)
+            if safe_merge and not torch.isfinite(merged.dequantized()).all():
+                raise AdapterError(
+                    f"the merged weight of {self.module_name} is not finite; the adapter is damaged"
+                )
+            self._replace_base(merged)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        if self._kept_base is not None:
+            self._set_base(self._kept_base)
+        self._kept_base = None
+        self.merged_adapters.clear()
+
+    def forward(
+        self, x: Float[Tensor, "*batch in"], *args: Any, **kwargs: Any
+    ) -> Float[Tensor, "*batch out"]:
+        """The layer's output with the active adapter, or the base's if there is none."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        name = self.active_name()
+        if self.disable_adapters or self.merged or name is None:
+            return self._base_forward(x)
+        if self.settings[name].method == "lora":
+            return self._low_rank_forward(x, name)
+        return self._adapted_forward(x, name)
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        weight = getattr(self.base_layer, "weight", None)
+        if base_qparams(self) is None and weight is not None and weight.dtype != x.dtype:
+            return F.linear(x, weight.to(x.dtype), _as(self.base_layer.bias, x.dtype))
+        out: Tensor = self.base_layer(x)
+        return out
+
+    def _low_rank_forward(self, x: Tensor, name: str) -> Tensor:
+        config = self.settings[name]
+        lora_A, lora_B = self.active_slice(name)
+        update_input = F.dropout(x, config.dropout, self.training)
+        update = F.linear(F.linear(update_input.to(lora_A.dtype), lora_A), lora_B) * config.scaling
+        result = self._base_forward(x)
+        return result + update.to(result.dtype)
+
+    def _adapted_forward(self, x: Tensor, name: str) -> Tensor:
+        config, bias = self.settings[name], _as(self.base_layer.bias, x.dtype)
+        weight = self.adapted(name)
+        if not (self.training and config.dropout):
+            return F.linear(x, weight.to(x.dtype), bias)
+        qparams, base = base_qparams(self), base_weight(self).float()
+        base = base if qparams is None else fake_quantize(base, qparams)
+        update_input = F.dropout(x, config.dropout)
+        return F.linear(x, base.to(x.dtype), bias) + F.linear(update_input, (weight - base).to(x.dtype))
+
+    def active_name(self) -> str | None:
+        """The adapter that runs, or None.
+
+        Raises: AdapterError if there are several.
+        """
+        names = [name for name in self._names() if name in self.sqft_A]
+        if len(names) > 1:
+            raise AdapterError(
+                f"{self.module_name} has {len(names)} active adapters; sqft runs one at a time"
+            )
+        return names[0] if names else None
+
+    def _names(self) -> list[str]:
+        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
+
+    def _check_mergeable(self, config: SqftConfig, qparams: QParams | None) -> None:
+        if config.method != "lora":
+            return
+        if qparams is not None:
+            raise AdapterError(
+                f"a lora adapter does not merge into the quantized {self.module_name}; train qa_sparse_peft"
+            )
+        if (base_weight(self) == 0).float().mean() > STRAY_ZEROS:
+            raise AdapterError(
+                f"merging a lora adapter would fill the zeros of {self.module_name}; train sparse_peft"
+            )
+
+    def _replace_base(self, merged: MergedWeight) -> None:
+        if merged.codes is None or merged.qparams is None:
+            assert merged.weight is not None
+            weight = self.base_layer.weight
+            assert isinstance(weight, Tensor)
+            self._kept_base = weight.data
+            self._set_base(merged.weight.to(weight.dtype))
+            return
+        latent = self.base_layer.latent
+        assert isinstance(latent, Tensor)
+        self._kept_base = latent
+        encoded = encode_latent(merged.dequantized(), merged.codes, merged.mask, merged.qparams)
+        self._set_base(decode_latent(encoded, merged.qparams) if latent.is_floating_point() else encoded)
+
+    def _set_base(self, tensor: Tensor) -> None:
+        if base_qparams(self) is None:
+            self.base_layer.weight.data = tensor
+        else:
+            self.base_layer.latent = tensor
+
+
+def base_weight_device(layer: nn.Module) -> torch.device:
+    """The device of a layer's tensors."""
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _as(bias: Any, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)

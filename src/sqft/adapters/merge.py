@@ -1,0 +1,40 @@
+"""Merging: the adapted weights in the form of the base, and their digest."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from sqft.adapters.identity import digest_tensors
+from sqft.adapters.layer import MergedWeight
+from sqft.adapters.space import adapter_config, adapter_layers
+
+__all__ = ["codes_digest", "merge_adapters"]
+
+
+def merge_adapters(peft_model: nn.Module) -> dict[str, MergedWeight]:
+    """The merged weight of every adapted module, by full name; the model is left as it is.
+
+    Codes come from `ops.adapted_codes`, weights from `ops.adapted_weight` rounded to the storage dtype.
+
+    Raises: AdapterError if the adapter cannot be merged without losing zeros or the grid.
+    """
+    adapter_config(peft_model)
+    return {name: layer.merged_weight() for name, layer in adapter_layers(peft_model).items()}
+
+
+def codes_digest(peft_model: nn.Module) -> str:
+    """The sha256 of what a merge would write now: codes, or weights in the storage dtype, by sorted name.
+
+    Of every tensor the digest takes name, dtype and shape (`name\\0dtype\\0(out, in)\\0`) and then its bytes.
+    One module is merged at a time. Raises: as `merge_adapters`.
+    """
+    adapter_config(peft_model)
+    return digest_tensors(_merged_tensors(peft_model))
+
+
+def _merged_tensors(peft_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, layer in sorted(adapter_layers(peft_model).items()):
+        merged = layer.merged_weight()
+        tensor = merged.weight if merged.codes is None else merged.codes
+        assert tensor is not None
+        yield name, tensor

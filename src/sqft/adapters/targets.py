@@ -1,0 +1,69 @@
+"""Which modules get an adapter, and which of them share a rank."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from sqft.adapters.config import DEFAULT_RANK_GROUPS, DEFAULT_TARGETS
+from sqft.errors import AdapterError
+from sqft.models.blocks import is_linear, matches_name
+
+__all__ = ["find_targets", "rank_groups"]
+
+BLOCK = re.compile(r"^(.*?\.\d+)\.")
+
+
+def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
+    """The linear layers inside repeated blocks whose names end with one of the patterns, by full name.
+
+    None takes q, k, v, up and down, or the fused forms of them.
+
+    Raises: AdapterError if a given pattern, or every default one, matches nothing.
+    """
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    inside = tuple(name + "." for name in wrapped)
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if BLOCK.match(name) and not name.startswith(inside) and (is_linear(module) or name in wrapped)
+    }
+    wanted = DEFAULT_TARGETS if patterns is None else tuple(patterns)
+    found = {name: module for name, module in linears.items() if any(matches_name(name, p) for p in wanted)}
+    missing = [p for p in wanted if not any(matches_name(name, p) for name in found)]
+    if not found or (patterns is not None and missing):
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+        raise AdapterError(
+            f"no linear layer is called {', '.join(missing)}; the blocks of this model have: {there}"
+        )
+    return found
+
+
+def rank_groups(names: Iterable[str], patterns: list[list[str]] | None) -> dict[str, tuple[str, ...]]:
+    """Group modules that share a rank: group name -> module names, in the order of `names`.
+
+    Inside a block, the modules that match one list of patterns form a group; every other one is alone.
+
+    Raises: AdapterError if a pattern matches nothing, or two lists match the same module.
+    """
+    names = list(names)
+    shared = [list(group) for group in (DEFAULT_RANK_GROUPS if patterns is None else patterns)]
+    for pattern in (p for group in shared for p in group):
+        if patterns is not None and not any(matches_name(name, pattern) for name in names):
+            raise AdapterError(f"rank group pattern '{pattern}' matches none of the adapted modules")
+    members: dict[tuple[str, int], list[str]] = {}
+    for position, name in enumerate(names):
+        lists = [i for i, group in enumerate(shared) if any(matches_name(name, p) for p in group)]
+        if len(lists) > 1:
+            raise AdapterError(f"{name} stands in {len(lists)} rank groups; leave it in one")
+        block = BLOCK.match(name)
+        key = (block.group(1) if block else "", lists[0]) if lists else (name, -1 - position)
+        members.setdefault(key, []).append(name)
+    return {_group_name(block, group): tuple(group) for (block, _), group in members.items()}
+
+
+def _group_name(block: str, members: list[str]) -> str:
+    if len(members) == 1:
+        return members[0]
+    ends = "+".join(name.rpartition(".")[2] for name in members)
+    return f"{block}.{ends}" if block else ends

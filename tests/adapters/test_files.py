@@ -1,0 +1,184 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sqft.adapters import (
+    SearchSpace,
+    SqftConfig,
+    attach_adapters,
+    base_identity,
+    codes_digest,
+    extract_sub_adapter,
+    set_ranks,
+)
+from sqft.errors import AdapterError
+from sqft.sections import AdapterSection
+
+METHODS = ["lora", "sparse_peft", "qa_sparse_peft"]
+
+
+def attach(model: Any, method: str, **settings: Any) -> Any:
+    return attach_adapters(model, AdapterSection(method=method, ranks=[8, 6, 4], alpha=12, **settings))
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits
+
+
+@pytest.fixture
+def tuned(make_base: Any, randomize: Any) -> Callable[..., Any]:
+    def make(method: str) -> Any:
+        model = attach(make_base(method), method)
+        randomize(model)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_round_trip(
+    method: str, low_cpu_mem_usage: bool, tuned: Any, make_base: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = tuned(method)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(name.endswith((".sqft_A", ".sqft_B")) for name in names)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "SQFT"
+    assert "model.layers.0.self_attn.q_proj" in config["target_modules"]
+    assert set(config["identity"]) == {"base", "mask", "grid"}
+    again = PeftModel.from_pretrained(make_base(method), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(again, tokens), expected)
+    assert SearchSpace.of(again) == SearchSpace.of(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_base_is_refused(method: str, tuned: Any, make_base: Any, tmp_path: Path) -> None:
+    tuned(method).save_pretrained(tmp_path)
+    other = make_base(method, sparsity=0.25)
+    with pytest.raises(AdapterError, match="belongs to another") as caught:
+        PeftModel.from_pretrained(other, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_grid_is_refused(tuned: Any, quantized_model: Any, tmp_path: Path) -> None:
+    tuned("qa_sparse_peft").save_pretrained(tmp_path)
+    model = quantized_model()
+    model.model.layers[0].mlp.up_proj.scale *= 2
+    with pytest.raises(AdapterError, match="another"):
+        PeftModel.from_pretrained(model, tmp_path)
+
+
+def test_a_given_identity_is_checked(sparse_model: Any) -> None:
+    section = AdapterSection(method="sparse_peft", ranks=[4])
+    identity = base_identity(sparse_model())
+    attach_adapters(sparse_model(), section, identity)
+    with pytest.raises(AdapterError, match="another mask"):
+        attach_adapters(sparse_model(), section, identity | {"mask": "0" * 64})
+
+
+def test_identity_does_not_depend_on_the_load_dtype(sparse_model: Any) -> None:
+    model = sparse_model(dtype=torch.bfloat16)
+    before = base_identity(model)
+    assert base_identity(model.float()) == before
+    assert before["grid"] == "none"
+
+
+def test_damaged_identity_names_a_missing_module(sparse_model: Any, tuned: Any, tmp_path: Path) -> None:
+    tuned("sparse_peft").save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="no linear layer"):
+        PeftModel.from_pretrained(sparse_model("phi3"), tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_peft_without_sqft_refuses(
+    method: str, tuned: Any, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = tuned(method)
+    model.save_pretrained(tmp_path / "adapter")
+    code = (
+        "import sys, torch; from peft import PeftModel; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "try:\n    PeftModel.from_pretrained(model, sys.argv[2])\n"
+        "except (KeyError, ValueError) as error:\n    print('refused', 'SQFT' in str(error)); sys.exit(7)\n"
+    )
+    command = [sys.executable, "-c", code, str(tiny_model_dir("llama")), str(tmp_path / "adapter")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (7, "refused True"), done.stderr
+
+
+def test_lora_sub_adapter_is_stock_peft(
+    tuned: Any, tokens: Tensor, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = tuned("lora")
+    space = SearchSpace.of(model)
+    sub_adapter = space.ranks_at(0, 1)
+    assert len(set(sub_adapter.values())) > 1
+    extract_sub_adapter(model, sub_adapter, tmp_path / "sub")
+    config = json.loads((tmp_path / "sub" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert all(
+        ".lora_A.weight" in n or ".lora_B.weight" in n
+        for n in load_file(tmp_path / "sub" / "adapter_model.safetensors")
+    )
+    set_ranks(model, sub_adapter)
+    torch.save(logits(model, tokens), tmp_path / "expected.pt")
+    torch.save(tokens, tmp_path / "tokens.pt")
+    code = (
+        "import sys, torch; from pathlib import Path; from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM; torch.set_num_threads(1)\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "model = PeftModel.from_pretrained(base, sys.argv[2] + '/sub').eval()\n"
+        "tokens = torch.load(sys.argv[2] + '/tokens.pt')\n"
+        "with torch.no_grad(): found = model(input_ids=tokens).logits\n"
+        "assert 'sqft' not in sys.modules\n"
+        "print((found - torch.load(sys.argv[2] + '/expected.pt')).abs().max().item())\n"
+    )
+    # The base of `tuned("lora")` is the unpruned tiny model, rewritten so that no weight is 0.
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning",
+        "-c",
+        code,
+        str(tiny_model_dir("llama")),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_masked_sub_adapter_keeps_the_type(
+    method: str, tuned: Any, make_base: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = tuned(method)
+    sub_adapter = SearchSpace.of(model).ranks_at(0, 1)
+    extract_sub_adapter(model, sub_adapter, tmp_path / "sub")
+    set_ranks(model, sub_adapter)
+    again = PeftModel.from_pretrained(make_base(method), tmp_path / "sub")
+    assert again.peft_config["default"].peft_type == "SQFT"
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    assert codes_digest(again) == codes_digest(model)
+    with pytest.raises(AdapterError, match="extracted"):
+        SearchSpace.of(again)
+
+
+def test_config_is_checked() -> None:
+    with pytest.raises(AdapterError, match="method 'x'"):
+        SqftConfig(method="x")
+    with pytest.raises(AdapterError, match="ranks"):
+        SqftConfig(ranks=[0])
+    assert SqftConfig(ranks=[4, 8, 4], alpha=16).scaling == 2

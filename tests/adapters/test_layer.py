@@ -1,0 +1,208 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sqft.adapters import MergedWeight, SearchSpace, attach_adapters, codes_digest, merge_adapters, set_ranks
+from sqft.adapters.identity import base_weight
+from sqft.adapters.space import adapter_layers
+from sqft.errors import AdapterError
+from sqft.models import load_trainable
+from sqft.sections import AdapterSection
+
+METHODS = ["lora", "sparse_peft", "qa_sparse_peft"]
+ARCHITECTURES = ["llama", "mistral", "phi3"]
+
+
+def attach(model: Any, method: str, ranks: tuple[int, ...] = (8, 6, 4), **settings: Any) -> Any:
+    return attach_adapters(model, AdapterSection(method=method, ranks=list(ranks), **settings))
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_new_adapter_changes_nothing(method: str, make_base: Any, tokens: Tensor) -> None:
+    base = make_base(method)
+    before = logits(base, tokens)
+    assert torch.equal(logits(attach(base, method), tokens), before)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_model_is_the_adapted_model(
+    randomize: Any, method: str, arch: str, make_base: Any, tokens: Tensor
+) -> None:
+    model = attach(make_base(method, arch), method)
+    randomize(model)
+    set_ranks(model, SearchSpace.of(model).median())
+    adapted = logits(model, tokens)
+    merged = merge_adapters(model)
+    weights = {name: layer.adapted("default").detach() for name, layer in adapter_layers(model).items()}
+    for name, weight in merged.items():
+        assert torch.equal(weight.dequantized(), weights[name])
+        assert torch.equal(weight.dequantized() != 0, weight.mask) or method == "qa_sparse_peft"
+        assert not weight.dequantized()[~weight.mask].any()
+    plain = model.merge_and_unload()
+    if method == "lora":
+        torch.testing.assert_close(logits(plain, tokens), adapted, atol=1e-4, rtol=1e-4)
+    else:
+        assert torch.equal(logits(plain, tokens), adapted)
+
+
+def test_merged_16_bit_weights_are_the_trained_ones(
+    randomize: Any, sparse_model: Any, tokens: Tensor
+) -> None:
+    model = attach(sparse_model(dtype=torch.bfloat16), "sparse_peft")
+    randomize(model)
+    merged = merge_adapters(model)
+    for name, layer in adapter_layers(model).items():
+        stored = merged[name].weight
+        assert stored is not None
+        assert stored.dtype == torch.bfloat16
+        assert torch.equal(stored.float(), layer.adapted("default"))
+    adapted = logits(model, tokens)
+    assert torch.equal(logits(model.merge_and_unload(), tokens), adapted)
+
+
+def test_storage_dtype_of_a_model_loaded_in_float32(randomize: Any, sparse_model: Any) -> None:
+    section = AdapterSection(method="sparse_peft", ranks=[4])
+    model = attach_adapters(sparse_model(), section, storage_dtype=torch.bfloat16)
+    randomize(model)
+    for name, layer in adapter_layers(model).items():
+        weight = merge_adapters(model)[name].weight
+        assert weight is not None
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight.float(), layer.adapted("default"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_unmerge_and_disable(randomize: Any, method: str, make_base: Any, tokens: Tensor) -> None:
+    base = make_base(method)
+    before = logits(base, tokens)
+    model = attach(base, method)
+    randomize(model)
+    adapted = logits(model, tokens)
+    assert not torch.allclose(adapted, before)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, tokens), adapted, atol=1e-4, rtol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model, tokens), adapted)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, tokens), before)
+    assert torch.equal(logits(model, tokens), adapted)
+
+
+def test_lora_does_not_merge_where_it_would_lose_something(sparse_model: Any, quantized_model: Any) -> None:
+    with pytest.raises(AdapterError, match="zeros"):
+        merge_adapters(attach(sparse_model(), "lora"))
+    with pytest.raises(AdapterError, match="quantized"):
+        attach(quantized_model(), "lora").merge_and_unload()
+
+
+def test_lora_runs_on_a_quantized_base(randomize: Any, quantized_model: Any, tokens: Tensor) -> None:
+    base = quantized_model()
+    before = logits(base, tokens)
+    model = attach(base, "lora")
+    assert torch.equal(logits(model, tokens), before)
+    randomize(model)
+    assert not torch.allclose(logits(model, tokens), before)
+
+
+def test_methods_that_do_not_fit_the_base(sparse_model: Any, quantized_model: Any) -> None:
+    with pytest.raises(AdapterError, match="needs a quantized base"):
+        attach(sparse_model(), "qa_sparse_peft")
+    with pytest.raises(AdapterError, match="leave its grid"):
+        attach(quantized_model(), "sparse_peft")
+    with pytest.raises(AdapterError, match="no linear layer is called nothing"):
+        attach(sparse_model(), "sparse_peft", target_modules=["nothing"])
+
+
+def test_safe_merge_refuses_nan(sparse_model: Any) -> None:
+    model = attach(sparse_model(), "sparse_peft")
+    next(iter(adapter_layers(model).values())).sqft_B["default"].data.fill_(float("nan"))
+    with pytest.raises(AdapterError, match="not finite"):
+        model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_touches_the_update_only(method: str, make_base: Any, tokens: Tensor) -> None:
+    base = make_base(method)
+    before = logits(base, tokens)
+    model = attach(base, method, dropout=0.5)
+    model.train()
+    torch.testing.assert_close(model(input_ids=tokens).logits, before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_elastic_ranks_under_gradient_checkpointing(
+    randomize: Any, method: str, make_base: Any, tokens: Tensor
+) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = attach(make_base(method), method)
+        randomize(model)
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable()
+        model.train()
+        set_ranks(model, SearchSpace.of(model).ranks_at(0, 5))
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][n], gradients[1][n]) for n in gradients[0])
+    ranks = {name: layer.active_rank["default"] for name, layer in adapter_layers(model).items()}
+    for name, rank in ranks.items():
+        grad = gradients[0][f"base_model.model.{name}.sqft_A.default"]
+        assert not grad[rank:].any()
+        assert grad[:rank].any()
+
+
+def test_digest_follows_the_merged_codes(randomize: Any, quantized_model: Any) -> None:
+    model = attach(quantized_model(), "qa_sparse_peft")
+    start = codes_digest(model)
+    randomize(model)
+    tuned = codes_digest(model)
+    assert start != tuned == codes_digest(model)
+    set_ranks(model, SearchSpace.of(model).minimal())
+    assert codes_digest(model) != tuned
+
+
+def test_only_the_adapter_trains(make_base: Any) -> None:
+    for method in METHODS:
+        model = attach(make_base(method), method)
+        assert all(("sqft_" in name) == p.requires_grad for name, p in model.named_parameters())
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("latents", [True, False])
+def test_merged_weight_of_a_quantized_base_can_be_trained_on(
+    latents: bool, randomize: Any, quantized_model: Any, tokens: Tensor
+) -> None:
+    model = attach(quantized_model(latents=latents), "qa_sparse_peft")
+    randomize(model)
+    masks = {name: weight.mask for name, weight in merge_adapters(model).items()}
+    tuned = logits(model, tokens)
+    again = attach(model.merge_and_unload(), "qa_sparse_peft")
+    assert torch.equal(logits(again, tokens), tuned)
+    merged: dict[str, MergedWeight] = merge_adapters(again)
+    assert all(torch.equal(merged[name].mask, mask) for name, mask in masks.items())
+
+
+def test_16_bit_base_under_float32_activations(tiny_model_dir: Any, randomize: Any, tokens: Tensor) -> None:
+    base = load_trainable(tiny_model_dir("llama"))
+    stored = {n: p.dtype for n, p in base.named_parameters()}
+    assert stored["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    model = attach(base, "sparse_peft")
+    randomize(model)
+    adapted = logits(model, tokens)
+    assert adapted.dtype == torch.float32
+    layer = adapter_layers(model)["model.layers.0.mlp.up_proj"]
+    assert base_weight(layer).dtype == torch.bfloat16
+    with model.disable_adapter():
+        assert not torch.equal(logits(model, tokens), adapted)
+    merged = model.merge_and_unload().float()
+    assert torch.equal(logits(merged, tokens), adapted)
