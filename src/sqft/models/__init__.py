@@ -1,0 +1,35 @@
+"""Model directories: finding, opening, loading and writing them."""
+
+from sqft.models.blocks import check_fused_groups, decoder_blocks, matches_name, target_linears
+from sqft.models.checkpoint import Checkpoint, open_checkpoint
+from sqft.models.loading import load_model, load_tokenizer, load_trainable, read_quantized
+from sqft.models.outline import ModelOutline, model_identity, model_outline
+from sqft.models.packing import GridSpec, QuantizedWeight
+from sqft.models.quantized_linear import QuantizedLinear
+from sqft.models.source import resolve_model
+from sqft.models.writer import CheckpointWriter, read_latents, read_masks, write_masks, write_model
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "GridSpec",
+    "ModelOutline",
+    "QuantizedLinear",
+    "QuantizedWeight",
+    "check_fused_groups",
+    "decoder_blocks",
+    "load_model",
+    "load_tokenizer",
+    "load_trainable",
+    "matches_name",
+    "model_identity",
+    "model_outline",
+    "open_checkpoint",
+    "read_latents",
+    "read_masks",
+    "read_quantized",
+    "resolve_model",
+    "target_linears",
+    "write_masks",
+    "write_model",
+]

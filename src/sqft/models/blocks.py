@@ -1,0 +1,99 @@
+"""Where the decoder blocks of a model are, and which linears inside them are meant by a name."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from sqft.errors import ModelError
+
+__all__ = ["check_fused_groups", "decoder_blocks", "matches_name", "target_linears"]
+
+# Runtimes fuse these into one matrix, so they are compressed alike or not at all.
+FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks by full name, in order: {"model.layers.0": ..., ...}.
+
+    They are the members of the outermost `nn.ModuleList` whose members are all of one class and hold
+    linears; of several such lists the one with most parameters.
+
+    Raises: ModelError if there is none.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if isinstance(module, nn.ModuleList) and not inside and _is_uniform(module):
+            found[name] = module
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} is not understood: looked for an nn.ModuleList of blocks of one class "
+            "that hold nn.Linear layers (as model.layers of Llama) and found none"
+        )
+    name = max(found, key=lambda n: sum(p.numel() for p in found[n].parameters()))
+    return {f"{name}.{index}": block for index, block in enumerate(found[name])}
+
+
+def target_linears(
+    model: nn.Module, targets: list[str] | None, skip: list[str], *, prefix: str = ""
+) -> dict[str, nn.Module]:
+    """The linears inside the decoder blocks that `targets` names and `skip` does not, by full name.
+
+    model: a whole model, or one block together with its name as `prefix`. A name matches whole components
+    at the end: "up_proj" and "mlp.up_proj" match model.layers.0.mlp.up_proj and never mlp.gate_up_proj.
+    targets None means every linear.
+
+    Raises: ModelError if a target or a skipped name matches nothing.
+    """
+    blocks = {prefix: model} if prefix else decoder_blocks(model)
+    linears = {
+        f"{block_name}.{name}": module
+        for block_name, block in blocks.items()
+        for name, module in block.named_modules()
+        if is_linear(module)
+    }
+    for pattern in [*(targets or []), *skip]:
+        if not any(matches_name(name, pattern) for name in linears):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise ModelError(
+                f"no linear in the decoder blocks is called '{pattern}'; there are {', '.join(ends)}"
+            )
+    return {
+        name: module
+        for name, module in linears.items()
+        if (targets is None or any(matches_name(name, t) for t in targets))
+        and not any(matches_name(name, s) for s in skip)
+    }
+
+
+def matches_name(name: str, pattern: str) -> bool:
+    """Whether `pattern` is `name` or its last components."""
+    return name == pattern or name.endswith("." + pattern)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, dense or quantized."""
+    return isinstance(module, nn.Linear) or bool(getattr(module, "is_quantized_linear", False))
+
+
+def check_fused_groups(chosen: Iterable[str], existing: Iterable[str]) -> None:
+    """Check that layers which runtimes fuse (q/k/v, gate/up) are all chosen, or none of them.
+
+    Raises: ModelError naming the group that is split.
+    """
+    chosen, existing = set(chosen), set(existing)
+    for name in sorted(chosen):
+        parent, _, end = name.rpartition(".")
+        for group in FUSED_GROUPS:
+            if end in group:
+                left_out = [f"{parent}.{m}" for m in group if f"{parent}.{m}" in existing - chosen]
+                if left_out:
+                    raise ModelError(
+                        f"{name} is chosen and {left_out[0]} is not, but runtimes fuse {'/'.join(group)}; "
+                        "choose all of them or none"
+                    )
+
+
+def _is_uniform(blocks: nn.ModuleList) -> bool:
+    classes = {type(block) for block in blocks}
+    return len(classes) == 1 and all(any(is_linear(m) for m in block.modules()) for block in blocks)

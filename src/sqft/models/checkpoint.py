@@ -1,0 +1,262 @@
+"""A model directory, opened without reading its weights: names, shapes, and one tensor at a time."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
+
+from sqft.errors import ModelError
+from sqft.models.blocks import decoder_blocks, is_linear
+from sqft.models.packing import GridSpec, QuantizedWeight, packed_specs, read_grid, unpack_weight
+
+__all__ = ["Checkpoint", "build_skeleton", "open_checkpoint", "quiet_transformers", "read_config"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory with safetensors; open one with `open_checkpoint`.
+
+    names: every stored tensor. block_names: the decoder blocks in order, as "model.layers.0".
+    storage_dtype: of the linears inside the blocks. grid: that of the quantized linears, or None.
+    """
+
+    directory: Path
+    config: Any
+    names: tuple[str, ...]
+    block_names: tuple[str, ...]
+    storage_dtype: torch.dtype
+    grid: GridSpec | None
+    trust_remote_code: bool = False
+    _files: dict[str, Path] = field(default_factory=dict, repr=False)
+    _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def tensor(self, name: str) -> Tensor:
+        """One stored tensor, read from the memory-mapped file.
+
+        Raises: ModelError if it is not there.
+        """
+        if name not in self._files:
+            raise ModelError(f"{self.directory} has no tensor {name}")
+        value: Tensor = _handle(self._handles, self._files[name]).get_tensor(name)
+        return value
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a stored tensor, read from the header."""
+        handle = _handle(self._handles, self._files[name])
+        return tuple(handle.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a stored tensor, read from the header."""
+        return _stored_dtype(self._handles, self._files, name)
+
+    @cached_property
+    def quantized_names(self) -> tuple[str, ...]:
+        """The quantized linears, by full name."""
+        end = ".weight_packed"
+        return tuple(name.removesuffix(end) for name in self.names if name.endswith(end))
+
+    def quantized(self, name: str) -> QuantizedWeight:
+        """One quantized linear: its codes and grid."""
+        if self.grid is None:
+            raise ModelError(f"{self.directory} is not quantized")
+        return unpack_weight(name, self.tensor, self.grid)
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of a linear: as it is stored, or float32 out of its codes."""
+        if name in self.quantized_names:
+            return self.quantized(name).dequantize()
+        return self.tensor(f"{name}.weight")
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model with its parameters on the meta device (no memory) and its buffers in place."""
+        return build_skeleton(self.config, self.trust_remote_code)
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear of the model, by full name."""
+        return {
+            name: (module.out_features, module.in_features)
+            for name, module in self.skeleton().named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+
+def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a model directory and check that its files hold exactly the tensors its architecture needs.
+
+    Raises: ModelError, in one line, if the directory is no model, a file is truncated, or a tensor is
+    missing, unexpected, or of another shape than the architecture's.
+    """
+    directory = Path(directory)
+    config = read_config(directory, trust_remote_code)
+    grid_config = getattr(config, "quantization_config", None)
+    grid = (
+        read_grid(grid_config if isinstance(grid_config, dict) else grid_config.to_dict())
+        if grid_config
+        else None
+    )
+    handles: dict[Path, Any] = {}
+    files = {
+        name: path
+        for path in _tensor_paths(directory)
+        for name in _handle(handles, path).keys()  # noqa: SIM118
+    }
+    skeleton = build_skeleton(config, trust_remote_code)
+    blocks = tuple(decoder_blocks(skeleton))
+    _check_tensors(directory, skeleton, files, handles, grid)
+    inside = next(n for n, m in decoder_blocks(skeleton)[blocks[0]].named_modules() if is_linear(m))
+    first = f"{blocks[0]}.{inside}"
+    ends = [end for end in ("weight", "weight_scale") if f"{first}.{end}" in files]
+    dtype = _stored_dtype(handles, files, f"{first}.{ends[0]}")
+    packed = sorted(name for name in files if name.endswith(".weight_scale"))
+    if grid is not None and packed:
+        grid = replace(grid, scale_dtype=_stored_dtype(handles, files, packed[0]))
+    names = tuple(sorted(files))
+    return Checkpoint(directory, config, names, blocks, dtype, grid, trust_remote_code, files, handles)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars and hints off the screen for a while."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def read_config(directory: Path, trust_remote_code: bool) -> Any:
+    """The configuration of a model directory. Raises: ModelError if it is missing or not understood."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error})") from None
+    if "auto_map" in values and not trust_remote_code:
+        raise ModelError(
+            f"{directory} needs Python code that comes with it; set model.trust_remote_code to run it"
+        )
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(f"{path} is of no architecture that transformers knows: {first_line}") from error
+
+
+def build_skeleton(config: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """A model with its parameters on the meta device. Raises: ModelError if it is no language model."""
+    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights(), quiet_transformers():
+            model = AutoModelForCausalLM.from_config(
+                plain, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        kind = type(config).__name__
+        raise ModelError(
+            f"{kind} has no causal language model in transformers; use a decoder model"
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def _tensor_paths(directory: Path) -> list[Path]:
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} is damaged ({error}); fetch the model again") from None
+        paths = [directory / name for name in names]
+    else:
+        paths = [directory / SINGLE]
+    for path in paths:
+        if not path.is_file():
+            unsafe = any(directory.glob("*.bin"))
+            hint = "; only safetensors are read, convert the .bin files" if unsafe else ""
+            raise ModelError(f"{directory} has no {path.name}{hint}")
+    return paths
+
+
+def _handle(handles: dict[Path, Any], path: Path) -> Any:
+    if path not in handles:
+        try:
+            handles[path] = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is truncated or damaged ({error}); fetch or write it again") from error
+    return handles[path]
+
+
+def _stored_dtype(handles: dict[Path, Any], files: dict[str, Path], name: str) -> torch.dtype:
+    return _TORCH_DTYPES[_handle(handles, files[name]).get_slice(name).get_dtype()]
+
+
+def _check_tensors(
+    directory: Path,
+    skeleton: PreTrainedModel,
+    files: dict[str, Path],
+    handles: dict[Path, Any],
+    grid: GridSpec | None,
+) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
+    modules = dict(skeleton.named_modules())
+    for name in {n.removesuffix(".weight_packed") for n in files if n.endswith(".weight_packed")}:
+        if grid is None:
+            raise ModelError(
+                f"{directory} holds packed weights but its config.json has no quantization_config"
+            )
+        if name in modules and is_linear(modules[name]):
+            rows, columns = expected.pop(f"{name}.weight")
+            expected |= {n: shape for n, (_, shape) in packed_specs(name, (rows, columns), grid).items()}
+    missing = sorted(name for name in expected if name not in files and name not in tied)
+    if missing:
+        raise ModelError(f"{directory} lacks {len(missing)} tensors of its architecture, first {missing[0]}")
+    extra = sorted(
+        name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq")
+    )
+    if extra:
+        kind = type(skeleton).__name__
+        raise ModelError(
+            f"{directory} holds {len(extra)} tensors that {kind} does not have, first {extra[0]}"
+        )
+    for name, shape in expected.items():
+        if name in files:
+            stored = tuple(_handle(handles, files[name]).get_slice(name).get_shape())
+            if stored != shape:
+                raise ModelError(f"{directory}: {name} has shape {stored}, the architecture has {shape}")
+
+
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}

@@ -1,0 +1,148 @@
+"""Whole models in memory: to run, and to train adapters on."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from sqft.errors import ModelError
+from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transformers
+from sqft.models.packing import QuantizedWeight
+from sqft.models.quantized_linear import QuantizedLinear
+from sqft.models.writer import read_latents, read_masks
+from sqft.ops import decode_latent, encode_latent, latent_codes
+
+__all__ = ["load_model", "load_tokenizer", "load_trainable", "read_quantized"]
+
+
+def load_model(
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a directory, dense, sparse or quantized, with plain `nn.Linear` layers, in eval mode.
+
+    Quantized weights are dequantized exactly, then cast to `dtype`.
+
+    Raises: ModelError if the directory is not a whole model.
+    """
+    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    model = checkpoint.skeleton()
+    quantized = set(checkpoint.quantized_names)
+    for name, _ in list(model.named_parameters()):
+        linear, _, end = name.rpartition(".")
+        stored = (
+            checkpoint.weight(linear) if linear in quantized and end == "weight" else checkpoint.tensor(name)
+        )
+        _set_parameter(model, name, stored.to(device=device, dtype=dtype))
+    return _finish(model, checkpoint, dtype, device)
+
+
+def load_trainable(
+    directory: Path,
+    *,
+    base_precision: Literal["latent", "float32"] = "latent",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The frozen base for adapters: quantized linears are `QuantizedLinear`, others `nn.Linear`.
+
+    Linears in the blocks keep the dtype they are stored in; everything else (embeddings, norms, head) is in
+    `dtype`. Where masks are stored, a weight is non-zero exactly where its mask says kept, which is checked.
+
+    Raises: ModelError if the directory is not a whole model, or weights and masks disagree.
+    """
+    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    masks, latents = read_masks(directory), read_latents(directory)
+    model = checkpoint.skeleton()
+    for name in checkpoint.quantized_names:
+        bias = f"{name}.bias"
+        layer = _quantized_layer(
+            name, checkpoint.quantized(name), latents.get(name), masks.get(name), base_precision, dtype,
+            checkpoint.tensor(bias) if bias in checkpoint.names else None,
+        )  # fmt: skip
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.to(device))
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, parameter in list(model.named_parameters()):
+        if parameter.device.type != "meta":
+            continue
+        linear = name.rpartition(".")[0]
+        value = checkpoint.tensor(name)
+        if name == f"{linear}.weight" and linear in masks and not torch.equal(value != 0, masks[linear]):
+            raise ModelError(
+                f"{directory}: the zeros of {linear} are not those of its stored mask; write it again"
+            )
+        in_block = linear in linears and any(linear.startswith(b + ".") for b in checkpoint.block_names)
+        _set_parameter(model, name, value.to(device=device, dtype=value.dtype if in_block else dtype))
+    return _finish(model, checkpoint, dtype, device)
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory, with a padding token.
+
+    Raises: ModelError if it has none.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise ModelError(f"{directory} has no tokenizer that can be read ({first_line})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_quantized(directory: Path) -> dict[str, QuantizedWeight]:
+    """Codes and grid of every quantized linear; empty for a model that is not quantized.
+
+    Raises: ModelError if the directory is not a whole model.
+    """
+    checkpoint = open_checkpoint(directory)
+    return {name: checkpoint.quantized(name) for name in checkpoint.quantized_names}
+
+
+def _quantized_layer(
+    name: str,
+    weight: QuantizedWeight,
+    latent: Tensor | None,
+    mask: Tensor | None,
+    base_precision: str,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+) -> QuantizedLinear:
+    if latent is None:
+        latent = encode_latent(weight.dequantize(), weight.codes, mask, weight.qparams)
+    base = decode_latent(latent, weight.qparams)
+    if not torch.equal(latent_codes(latent), weight.codes):
+        raise ModelError(f"{name}: the latent codes are not those of the weights; quantize the model again")
+    if mask is not None and not torch.equal(base != 0, mask):
+        raise ModelError(f"{name}: the zeros of the base are not those of its stored mask; quantize it again")
+    return QuantizedLinear(base if base_precision == "float32" else latent, weight.qparams, bias, dtype=dtype)
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
+
+
+def _finish(
+    model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    model.tie_weights()
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)
+    model.config.dtype = dtype
+    model.config._name_or_path = str(checkpoint.directory)
+    model.name_or_path = str(checkpoint.directory)
+    if (checkpoint.directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    return model.eval()

