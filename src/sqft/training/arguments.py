@@ -1,0 +1,105 @@
+"""A train section as transformers.TrainingArguments."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from sqft.errors import TrainingError
+from sqft.sections import TrainSection
+
+__all__ = ["check_arguments", "training_arguments"]
+
+KNOWN = {field.name for field in fields(TrainingArguments) if field.init}
+CHECKPOINTING = (
+    "activation_checkpointing" if "activation_checkpointing" in KNOWN else "gradient_checkpointing"
+)
+
+# Fields that a setting of the recipe already stands for, or that exact resuming rests on.
+ELSEWHERE = {
+    "learning_rate": "train.learning_rate",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "warmup_steps": "train.warmup_steps",
+    "lr_scheduler_type": "train.schedule",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "save_steps": "train.checkpoint_steps",
+    "seed": "seed",
+    "data_seed": "seed",
+    "use_cpu": "runtime.device",
+    "output_dir": "runtime.workspace",
+}
+FIXED = {"save_strategy", "save_only_model", "remove_unused_columns", "resume_from_checkpoint",
+         "logging_nan_inf_filter", "ignore_data_skip", "do_train", "disable_tqdm", "label_smoothing_factor",
+         "load_best_model_at_end", "eval_strategy", "auto_find_batch_size"}  # fmt: skip
+
+
+def check_arguments(section: TrainSection) -> None:
+    """Check `section.arguments` and the cutting of batches without building anything.
+
+    Raises: TrainingError for a field that TrainingArguments does not have (naming the nearest), for one that
+    the recipe sets elsewhere, and for a batch that does not divide into its micro-batches.
+    """
+    for name in section.arguments:
+        if name not in KNOWN:
+            near = get_close_matches(name, KNOWN, n=3) or ["see transformers.TrainingArguments"]
+            raise TrainingError(
+                f"train.arguments: no field {name!r} in TrainingArguments; near: {', '.join(near)}"
+            )
+        if name in ELSEWHERE:
+            raise TrainingError(f"train.arguments: write {ELSEWHERE[name]} in place of {name!r}")
+        if name in FIXED:
+            raise TrainingError(
+                f"train.arguments: {name!r} cannot be changed, exact resuming rests on it; remove it"
+            )
+    if section.batch_size % section.gradient_accumulation:
+        raise TrainingError(
+            f"train.batch_size {section.batch_size} cannot be cut into train.gradient_accumulation "
+            f"{section.gradient_accumulation} equal micro-batches; make it a multiple"
+        )
+
+
+def training_arguments(
+    section: TrainSection, *, seed: int, output_dir: Path, device: torch.device
+) -> TrainingArguments:
+    """The section as TrainingArguments, `section.arguments` laid over it.
+
+    Raises: TrainingError as `check_arguments`, and for a value that TrainingArguments refuses.
+    """
+    check_arguments(section)
+    settings: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "learning_rate": section.learning_rate,
+        "per_device_train_batch_size": section.batch_size // section.gradient_accumulation,
+        "gradient_accumulation_steps": section.gradient_accumulation,
+        "num_train_epochs": section.epochs,
+        "max_steps": section.max_steps or -1,
+        "warmup_steps": section.warmup_steps,
+        "lr_scheduler_type": section.schedule,
+        CHECKPOINTING: section.gradient_checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
+        "save_strategy": "steps",
+        "save_steps": section.checkpoint_steps,
+        "save_total_limit": 2,  # the newest may be cut short by a kill
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        "disable_tqdm": True,
+        "use_cpu": device.type == "cpu",
+        "seed": seed,
+        "data_seed": seed,
+    }
+    if "report_to" in section.arguments:
+        settings |= {"logging_strategy": "steps", "logging_steps": 1}
+    try:
+        return TrainingArguments(**(settings | section.arguments))
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise TrainingError(f"train.arguments: {str(error).splitlines()[0]}") from error

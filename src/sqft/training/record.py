@@ -1,0 +1,144 @@
+"""What happened at each optimizer step, kept so that a resumed training has the whole record."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sqft.artifacts import write_json
+
+__all__ = ["StepRecord", "TrainingRecord", "environment", "peak_bytes", "reset_peak"]
+
+STEPS = "steps.jsonl"
+MARKER = "complete.json"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step: its loss in nats a counted token, the rank of each group, and its wall time."""
+
+    step: int
+    loss: float
+    ranks: list[int]
+    seconds: float
+    tokens: int
+
+
+@dataclass
+class TrainingRecord:
+    """A training: the rank groups, every step, the peak memory, and where it was resumed.
+
+    resumed: one entry for each resume, {"step": the step it went on from, "differences": what differs in the
+    environment since the checkpoint was written, by name: [then, now]}.
+    """
+
+    groups: list[str]
+    steps: list[StepRecord] = field(default_factory=list)
+    peak_bytes: int = 0
+    resumed: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each optimizer step."""
+        return [step.loss for step in self.steps]
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all steps, those before a resume included."""
+        return sum(step.seconds for step in self.steps)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain values for JSON."""
+        return asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures worth a line."""
+        tokens = sum(step.tokens for step in self.steps)
+        last = self.losses[-max(1, len(self.steps) // 10) :]
+        return {
+            "num_steps": len(self.steps),
+            "first_loss": self.losses[0] if self.steps else None,
+            "last_loss": sum(last) / len(last) if last else None,
+            "seconds": self.seconds,
+            "tokens": tokens,
+            "tokens_per_second": tokens / self.seconds if self.seconds else None,
+            "peak_bytes": self.peak_bytes,
+            "resumed": self.resumed,
+        }
+
+
+class Journal:
+    """The files beside the checkpoints: one line a step, and a marker in each finished checkpoint."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.steps_path = directory / STEPS
+
+    def append(self, step: StepRecord) -> None:
+        """Write one step to disk."""
+        with self.steps_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(step)) + "\n")
+
+    def keep(self, last: int) -> list[StepRecord]:
+        """The steps up to and with `last`; later ones, and a torn last line, leave the file."""
+        lines = self.steps_path.read_text(encoding="utf-8").splitlines() if self.steps_path.exists() else []
+        steps = [StepRecord(**json.loads(line)) for line in lines[:last]]
+        temporary = self.steps_path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps), encoding="utf-8")
+        temporary.replace(self.steps_path)
+        return steps
+
+    def mark(self, step: int, facts: dict[str, Any]) -> None:
+        """Say that the checkpoint of a step is whole."""
+        write_json(self.directory / f"checkpoint-{step}" / MARKER, facts)
+
+    def checkpoints(self) -> dict[int, tuple[Path, dict[str, Any] | None]]:
+        """Checkpoint directories by step, with their marker's facts, or None for one that was cut short."""
+        found: dict[int, tuple[Path, dict[str, Any] | None]] = {}
+        for path in self.directory.glob("checkpoint-*"):
+            number = path.name.removeprefix("checkpoint-")
+            if path.is_dir() and number.isdigit():
+                marker = path / MARKER
+                facts = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
+                found[int(number)] = (path, facts)
+        return dict(sorted(found.items()))
+
+
+def environment(model: torch.nn.Module, device: torch.device) -> dict[str, str]:
+    """What bit-equality after a resume rests on: device kind, threads, dtype and versions."""
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+    return {
+        "device": f"{device.type} {name}",
+        "threads": str(torch.get_num_threads()),
+        "dtype": "+".join(dtypes),
+    } | versions
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start counting peak memory anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # the peak then covers the process's whole life
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory since `reset_peak`: of the device, or of this process on a CPU (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0

@@ -1,0 +1,133 @@
+"""Training adapters, from the start or from the last whole checkpoint."""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from sqft.adapters import SearchSpace, set_ranks
+from sqft.artifacts import digest_json
+from sqft.data import Example
+from sqft.errors import TrainingError
+from sqft.progress import SILENT, Progress
+from sqft.sections import TrainSection
+from sqft.training.arguments import training_arguments
+from sqft.training.record import Journal, TrainingRecord, environment, peak_bytes, reset_peak
+from sqft.training.trainer import ElasticTrainer, StepCallback
+
+__all__ = ["train_adapters"]
+
+logger = logging.getLogger(__name__)
+
+
+def train_adapters(
+    model: PeftModel,
+    examples: Sequence[Example],
+    section: TrainSection,
+    *,
+    loss_on: Literal["answer", "text"] = "answer",
+    seed: int = 0,
+    output_dir: Path,
+    space: SearchSpace | None = None,
+    progress: Progress = SILENT,
+) -> TrainingRecord:
+    """Train the parameters of `model` that require gradients, and leave the model at its largest ranks.
+
+    Each optimizer step trains one sub-adapter, `space.ranks_at(seed, step)`; the loss is the mean negative
+    log-likelihood over the step's answer tokens (or all tokens). Checkpoints lie in `output_dir`; a call that
+    finds some there goes on from the last whole one and ends with the same bits as a training that was never
+    interrupted, on the same device kind, threads, dtype and versions (a difference is logged and recorded).
+
+    Raises: TrainingError for wrong `section.arguments`, no items, a loss or gradient that is not a number
+    (naming the step), and checkpoints of another training.
+
+    Source: arXiv 2410.03750, section 3.2 (one sub-adapter a step, as in arXiv 2404.10934).
+    Differs from the paper: ranks follow from (seed, step) and are drawn once a step; the loss counts the
+    answer only, unless loss_on is "text", as in the paper.
+    """
+    if not examples:
+        raise TrainingError("there is no item to train on")
+    device = next(model.parameters()).device
+    arguments = training_arguments(section, seed=seed, output_dir=output_dir, device=device)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    here = environment(model, device)
+    facts = {"training": _identity(model, examples, section, loss_on, seed), "environment": here}
+    journal = Journal(output_dir)
+    record = TrainingRecord(list(space.groups) if space else [], environment=here)
+    checkpoint = _last_checkpoint(journal, facts, record)
+    total = section.max_steps or math.ceil(math.ceil(len(examples) / section.batch_size) * section.epochs)
+    reset_peak(device)
+    with _quiet(), progress.task("train", total) as advance:
+        callback = StepCallback(model, space, seed, journal, facts, advance)
+        callback.steps = record.steps
+        advance(len(record.steps))
+        if checkpoint is not None and _is_final(checkpoint):  # Trainer itself would add a step
+            model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
+        else:
+            trainer = ElasticTrainer(model, arguments, examples, loss_on, callback)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    record.peak_bytes = peak_bytes(device)
+    if space is not None:
+        set_ranks(model, space.maximal())
+    model.eval()
+    return record
+
+
+def _last_checkpoint(journal: Journal, facts: dict[str, Any], record: TrainingRecord) -> Path | None:
+    """The checkpoint to go on from; those that were cut short are removed."""
+    last: tuple[int, Path, dict[str, Any]] | None = None
+    for step, (path, found) in journal.checkpoints().items():
+        if found is None:
+            shutil.rmtree(path)
+        else:
+            last = (step, path, found)
+    record.steps = journal.keep(last[0] if last else 0)
+    if last is None:
+        return None
+    step, path, found = last
+    if found["training"] != facts["training"]:
+        raise TrainingError(
+            f"{journal.directory} holds checkpoints of another training; remove it, or choose another"
+        )
+    then, now = found["environment"], facts["environment"]
+    differences = {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
+    for name, (before, after) in differences.items():
+        logger.warning(
+            "resuming with another %s (%s, was %s): the result may differ in bits", name, after, before
+        )
+    record.resumed.append({"step": step, "differences": differences})
+    return path
+
+
+def _is_final(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _identity(
+    model: nn.Module, examples: Sequence[Example], section: TrainSection, loss_on: str, seed: int
+) -> str:
+    trained = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
+    items = [[example.prompt_ids, example.answer_ids] for example in examples]
+    settings = section.model_dump(exclude={"checkpoint_steps"})
+    return digest_json([trained, items, settings, loss_on, seed])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own messages out of the way; errors still come through."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)

@@ -1,0 +1,202 @@
+"""transformers.Trainer with one rank configuration a step, a loss on counted tokens, and a strict journal."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from sqft.adapters import SearchSpace, set_ranks
+from sqft.data import Example, collate
+from sqft.data.batches import IGNORED
+from sqft.errors import TrainingError
+from sqft.training.record import Journal, StepRecord
+
+__all__ = ["ElasticTrainer", "EpochSampler", "Items", "StepCallback"]
+
+MEGABATCH = 16  # batches that group_by_length sorts together
+
+
+class Items(Dataset[dict[str, Any]]):
+    """Examples as Trainer's dataset."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"example": self.examples[index]}
+
+
+class EpochSampler(Sampler[int]):
+    """An order that is a pure function of (seed, epoch), so that a resumed training sees the same batches.
+
+    group_size: 0 for a plain shuffle; else items of like length lie together in groups of this size, the
+    groups shuffled.
+    """
+
+    def __init__(self, lengths: Sequence[int], seed: int, group_size: int = 0) -> None:
+        self.lengths, self.seed, self.group_size, self.epoch = lengths, seed, group_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
+        if not self.group_size:
+            return iter(order)
+        span = self.group_size * MEGABATCH
+        sorted_spans = [
+            sorted(order[i : i + span], key=lambda index: self.lengths[index])
+            for i in range(0, len(order), span)
+        ]
+        groups = [
+            part[i : i + self.group_size]
+            for part in sorted_spans
+            for i in range(0, len(part), self.group_size)
+        ]
+        whole = [group for group in groups if len(group) == self.group_size]
+        rest = [index for group in groups if len(group) < self.group_size for index in group]
+        shuffled = torch.randperm(len(whole), generator=generator).tolist()
+        return iter([index for i in shuffled for index in whole[i]] + rest)
+
+
+class ElasticTrainer(Trainer):  # type: ignore[misc]
+    """Trainer whose loss is the mean over the counted tokens of the whole optimizer step.
+
+    Logits are computed only where a label is counted, which spares most of the output layer when the loss is
+    on the answer. A loss that is not a number ends the training before it reaches any weight.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        examples: Sequence[Example],
+        loss_on: Literal["answer", "text"],
+        callback: "StepCallback",
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Items(examples),
+            data_collator=lambda rows: collate([row["example"] for row in rows], loss_on),
+            callbacks=[callback],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # makes Trainer count the step's labels for compute_loss
+        self.lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+        self.journal = callback
+
+    def _get_train_sampler(self, train_dataset: Sized | None = None) -> Sampler[int]:
+        strategy = self.args.train_sampling_strategy
+        if strategy not in {"random", "group_by_length"}:
+            raise TrainingError(
+                f"train.arguments.train_sampling_strategy is {strategy!r}; write random or group_by_length"
+            )
+        grouped = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return EpochSampler(self.lengths, self.args.seed, grouped if strategy == "group_by_length" else 0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Cross entropy summed over this micro-batch's counted tokens, divided by those of the whole step."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        counted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
+        outputs = model(**inputs, logits_to_keep=counted)
+        targets = labels[:, counted + 1]
+        logits = outputs.logits.float().flatten(0, 1)
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORED).sum()
+        loss = total / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        self.journal.add(float(loss.detach()), int(inputs["attention_mask"].sum()))
+        return (loss, outputs) if return_outputs else loss
+
+
+class StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Sets each step's ranks before it, checks its gradients, and writes it to the journal after it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: SearchSpace | None,
+        seed: int,
+        journal: Journal,
+        facts: dict[str, Any],
+        advance: Callable[[int], None],
+    ) -> None:
+        self.model, self.space, self.seed, self.journal = model, space, seed, journal
+        self.facts, self.advance = facts, advance
+        self.steps: list[StepRecord] = []
+        self.ranks: list[int] = []
+        self.loss, self.tokens, self.started, self.step = 0.0, 0, 0.0, 0
+
+    def add(self, loss: float, tokens: int) -> None:
+        """Count one micro-batch.
+
+        Raises: TrainingError if its loss is not a finite number.
+        """
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise TrainingError(
+                f"the loss of step {self.step} is {loss}; lower train.learning_rate, or check the data"
+            )
+        self.loss += loss
+        self.tokens += tokens
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the ranks of the step: a pure function of (seed, step)."""
+        self.loss, self.tokens, self.started = 0.0, 0, time.perf_counter()
+        self.step = state.global_step + 1
+        if self.space is not None:
+            sub_adapter = self.space.ranks_at(self.seed, state.global_step)
+            set_ranks(self.model, sub_adapter)
+            self.ranks = list(sub_adapter.values())
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse gradients that are not finite, before they reach a weight."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm) and not args.fp16:  # the fp16 scaler skips such a step itself
+            raise TrainingError(f"the gradient of step {self.step} is not finite; lower train.learning_rate")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Journal the step."""
+        seconds = time.perf_counter() - self.started
+        step = StepRecord(state.global_step, self.loss, self.ranks, seconds, self.tokens)
+        self.steps.append(step)
+        if state.is_world_process_zero:
+            self.journal.append(step)
+        self.advance(1)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mark the checkpoint as whole."""
+        if state.is_world_process_zero:
+            self.journal.mark(state.global_step, self.facts)

@@ -1,0 +1,45 @@
+"""Every TrainingArguments field is reachable, and mistakes are named."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sqft.errors import TrainingError
+from sqft.sections import TrainSection
+from sqft.training import check_arguments
+from sqft.training.arguments import training_arguments
+
+
+def build(tmp_path: Path, **fields: Any) -> Any:
+    return training_arguments(TrainSection(**fields), seed=3, output_dir=tmp_path, device=torch.device("cpu"))
+
+
+def test_the_section_and_its_arguments(tmp_path: Path) -> None:
+    arguments = build(
+        tmp_path, batch_size=8, gradient_accumulation=4, arguments={"weight_decay": 0.1, "adam_beta2": 0.95}
+    )
+    assert arguments.per_device_train_batch_size == 2
+    assert arguments.gradient_accumulation_steps == 4
+    assert (arguments.weight_decay, arguments.adam_beta2, arguments.seed) == (0.1, 0.95, 3)
+    assert arguments.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arguments": {"wieght_decay": 0.1}}, "no field 'wieght_decay' .* near: weight_decay"),
+        ({"arguments": {"learning_rate": 0.1}}, r"write train\.learning_rate in place"),
+        ({"arguments": {"save_strategy": "no"}}, "'save_strategy' cannot be changed"),
+        ({"batch_size": 8, "gradient_accumulation": 3}, "8 cannot be cut into .* 3 equal"),
+    ],
+)
+def test_mistakes(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        check_arguments(TrainSection(**fields))
+
+
+def test_a_refused_value(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"train\.arguments: .*nonsense"):
+        build(tmp_path, arguments={"optim": "nonsense"})

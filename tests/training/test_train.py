@@ -1,0 +1,234 @@
+"""Training adapters: what is trained, resuming bit for bit, and stopping at trouble."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sqft.adapters import SearchSpace, attach_adapters
+from sqft.data import Example
+from sqft.errors import TrainingError
+from sqft.models import load_model
+from sqft.sections import AdapterSection, TrainSection
+from sqft.training import TrainingRecord, train_adapters
+from sqft.training import trainer as trainer_module
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def examples(count: int = 20) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(4, 288, (length,), generator=generator).tolist())
+
+    return [Example("", "", ids(3 + index % 5), (*ids(1 + index % 3), 1)) for index in range(count)]
+
+
+SECTION = TrainSection(batch_size=4, learning_rate=1e-2, max_steps=7, checkpoint_steps=3, schedule="constant")
+
+
+@pytest.fixture
+def make_model(tiny_model_dir: Callable[..., Path]) -> Callable[..., nn.Module]:
+    def make(ranks: tuple[int, ...] = (8, 4, 2), **settings: Any) -> nn.Module:
+        model = load_model(tiny_model_dir("llama"))
+        section = AdapterSection(method="lora", ranks=list(ranks), **settings)
+        return attach_adapters(model, section, seed=0)
+
+    return make
+
+
+def train(
+    model: nn.Module, directory: Path, section: TrainSection = SECTION, seed: int = 0, **changes: Any
+) -> TrainingRecord:
+    return train_adapters(
+        model, examples(), section, seed=seed, output_dir=directory, space=SearchSpace.of(model), **changes
+    )
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_loss_falls_and_every_step_is_recorded(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = make_model()
+    before = trained(model)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    record = train(model, tmp_path, SECTION.model_copy(update={"max_steps": 30}))
+    space = SearchSpace.of(model)
+    assert [step.step for step in record.steps] == list(range(1, 31))
+    assert record.groups == list(space.groups)
+    expected = [list(space.ranks_at(0, step).values()) for step in range(30)]
+    assert [step.ranks for step in record.steps] == expected
+    assert len({tuple(ranks) for ranks in expected}) > 1
+    assert sum(record.losses[-5:]) < 0.7 * sum(record.losses[:5])
+    assert record.summary()["num_steps"] == 30
+    assert record.peak_bytes > 0
+    assert json.loads(json.dumps(record.as_dict()))["steps"][0]["loss"] == record.losses[0]
+    assert any(not torch.equal(before[name], after) for name, after in trained(model).items())
+    assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if not p.requires_grad)
+    assert not model.training
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the library catches it."""
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch, *, when: str) -> None:
+    original = getattr(trainer_module.StepCallback, when)
+
+    def hook(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise Killed
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trainer_module.StepCallback, when, hook)
+
+
+@pytest.mark.parametrize(
+    ("step", "when", "accumulation"),
+    [(5, "on_step_begin", 1), (6, "on_save", 2), (2, "on_step_end", 2), (7, "on_save", 1)],
+)
+def test_a_killed_training_resumes_to_the_same_bits(
+    make_model: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    when: str,
+    accumulation: int,
+) -> None:
+    section = SECTION.model_copy(
+        update={
+            "gradient_accumulation": accumulation,
+            "arguments": {"train_sampling_strategy": "group_by_length"} if accumulation == 2 else {},
+        }
+    )
+    straight = make_model(dropout=0.1)
+    whole = train(straight, tmp_path / "straight", section)
+
+    with monkeypatch.context() as patch:
+        kill_at(step, patch, when=when)
+        with pytest.raises(Killed):
+            train(make_model(dropout=0.1), tmp_path / "killed", section)
+    torch.manual_seed(99)
+    resumed = make_model(dropout=0.1)
+    record = train(resumed, tmp_path / "killed", section)
+    assert_equal(trained(straight), trained(resumed))
+    assert record.losses == whole.losses
+    assert [s.ranks for s in record.steps] == [s.ranks for s in whole.steps]
+    expected = [] if step < 3 else [{"step": 3 if step < 7 else 6, "differences": {}}]
+    assert record.resumed == expected
+
+
+def test_a_finished_training_is_not_repeated(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    first = make_model()
+    record = train(first, tmp_path)
+    second = make_model()
+    again = train(second, tmp_path)
+    assert_equal(trained(first), trained(second))
+    assert again.losses == record.losses
+
+
+def test_another_training_does_not_resume_here(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    train(make_model(), tmp_path)
+    with pytest.raises(TrainingError, match="checkpoints of another training"):
+        train(make_model(), tmp_path, seed=1)
+
+
+def test_a_changed_environment_is_told(
+    make_model: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(make_model(), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-7")
+    marker = tmp_path / "checkpoint-6" / "complete.json"
+    facts = json.loads(marker.read_text())
+    facts["environment"]["threads"] = "64"
+    marker.write_text(json.dumps(facts))
+    record = train(make_model(), tmp_path)
+    assert record.resumed == [{"step": 6, "differences": {"threads": ["64", "1"]}}]
+    assert "another threads" in caplog.text
+
+
+def test_gradient_checkpointing_trains_the_same_sub_adapters(
+    make_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    plain, checkpointed = make_model(), make_model()
+    first = train(plain, tmp_path / "plain")
+    section = SECTION.model_copy(update={"gradient_checkpointing": True})
+    second = train(checkpointed, tmp_path / "checkpointed", section)
+    assert first.losses == pytest.approx(second.losses, abs=1e-5)
+    for name, weight in trained(plain).items():
+        torch.testing.assert_close(weight, trained(checkpointed)[name], atol=1e-4, rtol=1e-3)
+
+
+def test_accumulated_steps_equal_whole_ones(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    first = train(make_model(), tmp_path / "one")
+    section = SECTION.model_copy(update={"gradient_accumulation": 4})
+    second = train(make_model(), tmp_path / "four", section)
+    assert first.losses == pytest.approx(second.losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "text"])
+def test_the_loss_is_the_mean_over_counted_tokens(
+    make_model: Callable[..., Any], tmp_path: Path, loss_on: str
+) -> None:
+    items = examples(4)
+    model = make_model()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for item in items:
+            ids = torch.tensor([[*item.prompt_ids, *item.answer_ids]])
+            log_probs = model(input_ids=ids).logits[0].float().log_softmax(-1)
+            start = len(item.prompt_ids) if loss_on == "answer" else 1
+            for position in range(start, ids.shape[1]):
+                total -= log_probs[position - 1, ids[0, position]].item()
+                count += 1
+    record = train_adapters(
+        model,
+        items,
+        SECTION.model_copy(update={"max_steps": 1}),
+        loss_on=loss_on,  # type: ignore[arg-type]
+        output_dir=tmp_path,
+    )
+    assert record.losses == pytest.approx([total / count], abs=1e-5)
+
+
+def test_a_loss_that_is_no_number_ends_it(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = make_model()
+    original = model.forward
+    calls = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = original(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            outputs.logits = outputs.logits * float("nan")
+        return outputs
+
+    model.forward = forward
+    with pytest.raises(TrainingError, match="loss of step 2 is nan"):
+        train(model, tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_gradient_that_is_no_number_ends_it(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = make_model()
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="gradient of step 1 is not finite"):
+        train(model, tmp_path)
+
+
+def test_no_items(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no item to train on"):
+        train_adapters(make_model(), [], SECTION, output_dir=tmp_path)
