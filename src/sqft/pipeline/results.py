@@ -9,7 +9,8 @@ from typing import Any
 from sqft.artifacts import new_directory
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import FinishedStage
-from sqft.report import CheckRow, LayerRow, LineageRow, ModelRow, ReportData, write_report
+from sqft.report import ReportData, write_report
+from sqft.report.content import CheckRow, LayerRow, LineageRow, ModelRow
 
 __all__ = ["RunResult", "write_results"]
 
