@@ -1,0 +1,148 @@
+"""The search for a sub-adapter: heuristics that look at nothing, and hill climbing on an objective."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from sqft.adapters import SearchSpace, SubAdapter
+from sqft.artifacts import digest_json
+from sqft.errors import TrainingError, WorkspaceError
+from sqft.progress import SILENT, Progress
+from sqft.search.hill_climb import HillClimb
+from sqft.search.result import SearchResult, Trial
+from sqft.sections import SearchSection
+
+__all__ = ["METHODS", "Objective", "search_sub_adapter"]
+
+Objective = Callable[[SubAdapter], float]
+
+
+def search_sub_adapter(
+    space: SearchSpace,
+    objective: Objective,
+    section: SearchSection,
+    *,
+    seed: int = 0,
+    storage: Path,
+    progress: Progress = SILENT,
+) -> SearchResult:
+    """Choose one sub-adapter of a super-adapter.
+
+    median, maximal, minimal: chosen from the space alone, the objective is never called. hill_climb: at most
+    `section.num_trials` sub-adapters are evaluated, the median first; the lowest loss wins, the first of
+    equals. Finished trials are kept in `storage`, an Optuna journal: a call that finds some there goes on
+    from them and ends with the same result as a search that was never interrupted.
+
+    Raises: TrainingError if the space is empty or the objective is not a finite number; WorkspaceError if the
+    journal is damaged or of another search.
+
+    Source: arXiv 2410.03750, section 3.2.
+    """
+    if not space.groups:
+        raise TrainingError("there is nothing to search: the adapter has no rank group")
+    return METHODS[section.method](space, objective, section, seed, storage, progress)
+
+
+def _median(space: SearchSpace, *_: Any) -> SearchResult:
+    return SearchResult(space.median())
+
+
+def _maximal(space: SearchSpace, *_: Any) -> SearchResult:
+    return SearchResult(space.maximal())
+
+
+def _minimal(space: SearchSpace, *_: Any) -> SearchResult:
+    return SearchResult(space.minimal())
+
+
+def _hill_climb(
+    space: SearchSpace,
+    objective: Objective,
+    section: SearchSection,
+    seed: int,
+    storage: Path,
+    progress: Progress,
+) -> SearchResult:
+    sampler = HillClimb(space, seed, section.neighbours)
+    wanted = min(section.num_trials, len(space.ranks) ** len(space.groups))
+    with _quiet(), progress.task("search", wanted) as advance:
+        study = _open_study(storage, sampler, space, seed)
+        advance(min(wanted, len(_finished(study, space))))
+        while len(_finished(study, space)) < wanted:
+            trial = study.ask()
+            ranks = {group: trial.suggest_categorical(group, list(space.ranks)) for group in space.groups}
+            loss = float(objective(ranks))
+            if not math.isfinite(loss):
+                study.tell(trial, state=TrialState.FAIL)
+                raise TrainingError(
+                    f"the loss of a sub-adapter is {loss}; check the search items and the adapter"
+                )
+            study.tell(trial, loss)
+            advance(1)
+        trials = _finished(study, space)[:wanted]
+    return SearchResult(min(trials, key=lambda trial: trial.loss).ranks, trials)
+
+
+METHODS: dict[str, Callable[..., SearchResult]] = {
+    "hill_climb": _hill_climb,
+    "maximal": _maximal,
+    "median": _median,
+    "minimal": _minimal,
+}
+
+
+def _open_study(storage: Path, sampler: HillClimb, space: SearchSpace, seed: int) -> optuna.Study:
+    """The study in the journal, as far as it got: what a kill left behind is cleared away first."""
+    storage.parent.mkdir(parents=True, exist_ok=True)
+    for lock in storage.parent.glob(f"{storage.name}.lock*"):
+        lock.unlink()  # of a process that was killed; the workspace's own lock keeps others out
+    _cut_torn_line(storage)
+    name = digest_json([space.groups, space.ranks, seed, sampler.neighbours])
+    try:
+        study = optuna.create_study(
+            study_name=name,
+            storage=JournalStorage(JournalFileBackend(str(storage))),
+            sampler=sampler,
+            direction="minimize",
+            load_if_exists=True,
+        )
+        if len(study.get_trials(deepcopy=False)) == 0 and len(optuna.get_all_study_names(study._storage)) > 1:
+            raise WorkspaceError(f"{storage} holds another search; remove it, or choose another place")
+    except (ValueError, KeyError) as error:
+        raise WorkspaceError(f"{storage} is damaged ({error}); remove it to search anew") from error
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    return study
+
+
+def _cut_torn_line(storage: Path) -> None:
+    if storage.exists():
+        content = storage.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            storage.write_bytes(whole)
+
+
+def _finished(study: optuna.Study, space: SearchSpace) -> list[Trial]:
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [
+        Trial(number, {group: trial.params[group] for group in space.groups}, float(trial.value))
+        for number, trial in enumerate(trials)
+    ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
