@@ -85,8 +85,9 @@ def new_directory(final: Path, *, keep_partial: bool = False) -> Iterator[Path]:
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        # Libraries wrap the system's error in their own, and keep its words.
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
         free = shutil.disk_usage(partial.parent).free
         message = f"no space left in {partial.parent} ({free // 2**20} MiB free); make room and run again"

@@ -1,8 +1,9 @@
 """A model directory, opened without reading its weights: names, shapes, and one tensor at a time."""
 
+import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -131,12 +132,16 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and hints off the screen for a while."""
+    """Keep transformers' own bars and hints off the screen for a while.
+
+    Some of its bars know no switch, so what it writes to stderr is dropped.
+    """
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

@@ -19,8 +19,12 @@ __all__ = ["ModelOutline", "model_identity", "model_outline"]
 
 @dataclass(frozen=True)
 class ModelOutline:
-    """Shapes of a model. linears: (out, in) of every linear inside the decoder blocks, by full name."""
+    """Shapes of a model.
 
+    skeleton: the model on the meta device. linears: (out, in) of every linear inside the blocks, by full name.
+    """
+
+    skeleton: nn.Module
     linears: dict[str, tuple[int, int]]
     num_parameters: int
     num_blocks: int
@@ -67,6 +71,7 @@ def model_outline(section: ModelSection) -> ModelOutline:
     }
     parameters = {id(parameter): parameter.numel() for parameter in skeleton.parameters()}
     return ModelOutline(
+        skeleton,
         linears,
         sum(parameters.values()),
         len(blocks),

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import Workspace, stage_keys
 from sqft.pipeline.stages import Stage, recipe_stages
-from sqft.sections import CalibrationSection, DataSection, EvaluateSection, TrainSection
+from sqft.sections import (
+    CalibrationSection,
+    DataSection,
+    EvaluateSection,
+    QuantizeSection,
+    SparsifySection,
+    TrainSection,
+)
 
 if TYPE_CHECKING:
     from sqft.models import ModelOutline
@@ -93,13 +100,12 @@ def _stage(stage: Stage, directory: Path, estimate: "_Estimate") -> StagePlan:
 
 
 def _modules(recipe: Recipe, outline: "ModelOutline") -> list[ModulePlan]:
-    from sqft.adapters import adapter_targets
-    from sqft.compression import check_shapes, chosen_linears
+    sparsified, quantized = _chosen(outline, recipe.sparsify), _chosen(outline, recipe.quantize)
+    adapted: set[str] = set()
+    if recipe.adapters:
+        from sqft.adapters import find_targets
 
-    sparsified = chosen_linears(outline.linears, recipe.sparsify) if recipe.sparsify else set()
-    quantized = chosen_linears(outline.linears, recipe.quantize) if recipe.quantize else set()
-    check_shapes(outline.linears, recipe.sparsify, recipe.quantize)
-    adapted = adapter_targets(outline.linears, recipe.adapters) if recipe.adapters else set()
+        adapted = set(find_targets(outline.skeleton, recipe.adapters.target_modules))
     rank = max(recipe.adapters.ranks) if recipe.adapters else 0
     rows: dict[tuple[str, tuple[int, int], bool, bool, int], int] = {}
     for name, shape in outline.linears.items():
@@ -107,6 +113,18 @@ def _modules(recipe: Recipe, outline: "ModelOutline") -> list[ModulePlan]:
         row = (end, shape, name in sparsified, name in quantized, rank if name in adapted else 0)
         rows[row] = rows.get(row, 0) + 1
     return [ModulePlan(end, shape, count, s, q, r) for (end, shape, s, q, r), count in rows.items()]
+
+
+def _chosen(outline: "ModelOutline", section: SparsifySection | QuantizeSection | None) -> set[str]:
+    """The linears that a compression section touches, checked against its shapes."""
+    from sqft.compression import check_layers
+    from sqft.models import target_linears
+
+    if section is None:
+        return set()
+    chosen = set(target_linears(outline.skeleton, section.target_modules, section.skip_modules))
+    check_layers({name: outline.linears[name] for name in chosen}, section)
+    return chosen
 
 
 class _Estimate:

@@ -5,7 +5,7 @@ The packages know modules and tensors; only this file knows which directory hold
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from sqft.sections import (
     DataSection,
     EvaluateSection,
     QuantizeSection,
-    ReportedModel,
     SearchSection,
     SparsifySection,
     TrainSection,
@@ -207,7 +206,7 @@ def search(context: StageContext) -> dict[str, Any]:
     set_ranks(adapted, result.best)
     digest = None if context.adapters.method == "lora" else codes_digest(adapted)
     _check_digest(digest, Manifest.read(context.inputs["train"]).metrics, result.best)
-    write_json(context.directory / "sub_adapter.json", result.as_dict())
+    write_json(context.directory / "sub_adapter.json", asdict(result))
     return {"ranks": result.best, "codes_digest": digest, "num_trials": len(result.trials)}
 
 
@@ -244,7 +243,6 @@ def merge(context: StageContext) -> dict[str, Any]:
 
 def evaluate(context: StageContext) -> dict[str, Any]:
     """One model, measured on the test items."""
-    from sqft.evaluation import evaluate_accuracy, evaluate_loss, evaluate_perplexity
 
     section = context.recipe.evaluate or EvaluateSection()
     return {}
