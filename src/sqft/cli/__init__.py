@@ -1,0 +1,63 @@
+"""The command line. One module a command; this one turns every error into one line and an exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from sqft.errors import SqftError
+
+__all__ = ["main", "run_command_line"]
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """The entry point of `sqft` and of `python -m sqft`."""
+    # Libraries underneath draw bars and print advice of their own; a user who wants them sets these.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    sys.exit(run_command_line(sys.argv[1:]))
+
+
+def run_command_line(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code.
+
+    0: done. 1: `verify` found a difference. 2: the user can put it right, and one line on stderr says how.
+    130: interrupted. A defect of sqft itself ends in a traceback.
+    """
+    from typer.exceptions import Abort, TyperException
+    from typer.main import get_command
+
+    from sqft.cli.app import app
+    from sqft.cli.messages import catch_termination, quiet_warnings
+
+    try:
+        with quiet_warnings(), catch_termination():
+            words = list(arguments) or ["--help"]
+            code = get_command(app).main(words, prog_name="sqft", standalone_mode=False)
+        if code == EXIT_INTERRUPTED:  # what Typer makes of KeyboardInterrupt
+            raise KeyboardInterrupt
+    except SqftError as error:
+        return _complain(str(error), EXIT_ERROR)
+    except TyperException as error:
+        return _complain(f"{error.format_message()} Try 'sqft --help'.", EXIT_ERROR)
+    except (KeyboardInterrupt, Abort):
+        return _complain("interrupted; the same command goes on where it stopped", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _complain(f"{place}{error.strerror}", EXIT_ERROR)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str, code: int) -> int:
+    """Print one line, whatever the message holds."""
+    print("sqft: " + " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,39 @@
+"""The table of commands: one function each, in a module that imports what it needs when it runs."""
+
+from typing import Annotated
+
+import typer
+
+import sqft
+from sqft.cli.demo import demo
+from sqft.cli.doctor import doctor
+from sqft.cli.inspect import inspect
+from sqft.cli.plan import plan
+from sqft.cli.run import run
+from sqft.cli.schema import schema
+from sqft.cli.status import status
+from sqft.cli.verify import verify
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Fine-tune once, get one small file (sparse, INT4) that is provably the model you trained.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (run, plan, status, verify, inspect, demo, schema, doctor):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sqft {sqft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...

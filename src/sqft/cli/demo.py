@@ -1,0 +1,7 @@
+"""`sqft demo`."""
+
+__all__ = ["demo"]
+
+
+def demo() -> None:
+    """Placeholder."""

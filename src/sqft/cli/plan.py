@@ -1,0 +1,48 @@
+"""`sqft plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["plan"]
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change.")
+    ] = None,
+) -> None:
+    """Show what a recipe would do, before any weight is loaded."""
+    from sqft.cli.tables import print_table
+    from sqft.pipeline import load_recipe, plan_recipe
+    from sqft.report.summary import format_bytes
+
+    planned = plan_recipe(load_recipe(recipe, overrides))
+    print(f"{planned.name}: {planned.model}, {planned.num_parameters / 1e6:.1f} M parameters\n")
+    stages = [
+        [
+            stage.name,
+            "reused" if stage.reused else "resumed" if stage.resumed else "runs",
+            format_bytes(stage.memory_bytes),
+            format_bytes(stage.disk_bytes),
+            Path(stage.directory).name,
+        ]
+        for stage in planned.stages
+    ]
+    print_table(["stage", "state", "peak memory", "disk", "directory"], stages, left=2)
+    modules = [
+        [
+            module.name,
+            f"{module.shape[0]} x {module.shape[1]}",
+            str(module.count),
+            "yes" if module.sparsified else "-",
+            "yes" if module.quantized else "-",
+            str(module.rank) if module.rank else "-",
+        ]
+        for module in planned.modules
+    ]
+    print()
+    print_table(["linear", "shape", "count", "mask", "quantized", "adapter rank"], modules)
+    print("\nMemory and disk are estimates from shapes; Python and its libraries take about 0.5 GB more.")

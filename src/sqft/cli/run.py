@@ -1,0 +1,51 @@
+"""`sqft run`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sqft.pipeline import Recipe, RunResult
+
+__all__ = ["print_result", "run", "run_with_progress"]
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change.")
+    ] = None,
+) -> None:
+    """Run a recipe: every stage that is not there yet, then the report."""
+    from sqft.pipeline import load_recipe
+
+    print_result(run_with_progress(load_recipe(recipe, overrides)))
+
+
+def run_with_progress(recipe: "Recipe") -> "RunResult":
+    """Run a recipe with bars on the terminal."""
+    from sqft.cli.messages import RichProgress
+    from sqft.pipeline import run_recipe
+
+    with RichProgress() as progress:
+        return run_recipe(recipe, progress=progress)
+
+
+def print_result(result: "RunResult") -> None:
+    """The table of models, the certificate, and where things are."""
+    from sqft.cli.tables import print_table
+    from sqft.report import summary_table
+
+    data = result.data
+    if data.models:
+        header, *rows = summary_table(data)
+        print_table(header, rows)
+    if data.checks is not None:
+        passed = sum(check.passed for check in data.checks)
+        print(f"certificate: {'passed' if data.passed else 'FAILED'} ({passed} of {len(data.checks)} checks)")
+    print(f"report:      {result.report_html}")
+    if result.model_dir is not None:
+        print(f"model:       {result.model_dir}")
+    if result.adapter_dir is not None:
+        print(f"adapter:     {result.adapter_dir}")

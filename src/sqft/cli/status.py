@@ -1,0 +1,43 @@
+"""`sqft status`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["status"]
+
+
+def status(
+    workspace: Annotated[
+        Path, typer.Argument(help="A workspace, as in the recipe's runtime section.")
+    ] = Path("runs"),
+) -> None:
+    """List what a workspace holds: stages, and results."""
+    from sqft.cli.tables import print_table
+    from sqft.errors import WorkspaceError
+    from sqft.pipeline import workspace_status
+    from sqft.report import read_report
+    from sqft.report.summary import format_bytes, format_seconds
+
+    if not workspace.is_dir():
+        raise WorkspaceError(f"there is no workspace {workspace}; run a recipe first, or name another folder")
+    rows = [
+        [
+            stage.name,
+            "finished" if stage.finished else "begun",
+            format_bytes(stage.size_bytes),
+            format_seconds(stage.elapsed_seconds) if stage.finished else "-",
+            stage.directory.name,
+        ]
+        for stage in workspace_status(workspace)
+    ]
+    if rows:
+        print_table(["stage", "state", "disk", "time", "directory"], rows, left=2)
+    reports = sorted(workspace.glob("*/report.json"))
+    for path in reports:
+        data = read_report(path.parent)
+        certificate = {None: "no certificate", True: "certificate passed", False: "certificate FAILED"}
+        print(f"results: {path.parent}  ({certificate[data.passed]})")
+    if not rows and not reports:
+        print(f"{workspace} is empty")

@@ -1,0 +1,43 @@
+"""`sqft verify`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["verify"]
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A merged model.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The sparse or quantized model that the adapter was trained on.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter that was merged.")] = None,
+) -> None:
+    """Repeat the certificate of a merged model; with --base and --adapter, also recompute its weights.
+
+    Exits with 1 if a check fails.
+    """
+    from sqft.certificate import check_integrity, check_provenance
+    from sqft.cli.messages import RichProgress
+    from sqft.errors import CertificateError
+
+    for path in (directory, base, adapter):
+        if path is not None and not path.is_dir():
+            raise CertificateError(f"there is no directory {path}")
+    if (base is None) != (adapter is None):
+        raise CertificateError("give both --base and --adapter, or neither")
+    with RichProgress() as progress:
+        checks = list(check_integrity(directory, progress))
+        if base is not None and adapter is not None:
+            checks += check_provenance(directory, base, adapter, progress=progress)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{'passed' if check.passed else 'FAILED'}  {check.name:<{width}}  {check.detail}".rstrip())
+    failed = sum(not check.passed for check in checks)
+    level = "integrity" if base is None else "integrity and provenance"
+    verdict = "FAILED" if failed else "passed"
+    print(f"{directory}: {level} {verdict}, {len(checks) - failed} passed, {failed} failed")
+    if failed:
+        raise typer.Exit(1)

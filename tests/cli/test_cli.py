@@ -1,0 +1,124 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+import sqft
+from sqft import cli
+from sqft.cli import run_command_line
+from sqft.errors import RecipeError
+from sqft.report import write_report
+from tests.report.invented import invent_report
+
+
+def one_line(text: str) -> bool:
+    return text.startswith("sqft: ") and text.count("\n") == 1
+
+
+def test_version_and_help(capsys):
+    assert run_command_line(["--version"]) == 0
+    assert capsys.readouterr().out == f"sqft {sqft.__version__}\n"
+    assert run_command_line([]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        command in shown for command in ("run", "plan", "status", "verify", "inspect", "demo", "doctor")
+    )
+
+
+def test_module_can_be_run():
+    done = subprocess.run([sys.executable, "-m", "sqft", "--version"], capture_output=True, check=True)
+    assert done.stdout.decode() == f"sqft {sqft.__version__}\n"
+
+
+def test_schema_is_json_schema(capsys):
+    assert run_command_line(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert {"model", "sparsify", "quantize", "adapters"} <= schema["properties"].keys()
+
+
+def test_doctor_names_versions_and_extras(capsys):
+    assert run_command_line(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("torch", "memory", "disk", "openvino", "lm-evaluation-harness"))
+
+
+def test_doctor_says_how_to_get_what_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr("sqft.cli.doctor._found", lambda module: False)
+    assert run_command_line(["doctor"]) == 0
+    assert "pip install 'sqft[eval]'" in capsys.readouterr().out
+
+
+def test_status_shows_results(tmp_path, capsys):
+    write_report(invent_report(), tmp_path / "mine")
+    assert run_command_line(["status", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "mine" in shown
+    assert "certificate passed" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["fly"],
+        ["run"],
+        ["run", "missing.yaml"],
+        ["run", "--fast"],
+        ["plan", "missing.yaml"],
+        ["status", "missing"],
+        ["verify", "missing"],
+        ["verify", ".", "--base", "."],
+        ["inspect", "missing"],
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, capsys):
+    assert run_command_line(arguments) == 2
+    shown = capsys.readouterr()
+    assert one_line(shown.err)
+    assert shown.out == ""
+
+
+def test_verify_of_a_model_without_certificate_fails(tmp_path, capsys):
+    assert run_command_line(["verify", str(tmp_path)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (RecipeError("two\nlines"), 2, "sqft: two lines\n"),
+        (KeyboardInterrupt(), 130, "sqft: interrupted; the same command goes on where it stopped\n"),
+        (PermissionError(13, "Permission denied", "/x"), 2, "sqft: /x: Permission denied\n"),
+        (OSError(28, "No space left on device"), 2, "sqft: No space left on device\n"),
+    ],
+)
+def test_errors_become_one_line(error, code, line, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("sqft.pipeline.recipe.recipe_schema", fail)
+    assert run_command_line(["schema"]) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("sqft.pipeline.recipe.recipe_schema", fail)
+    with pytest.raises(ZeroDivisionError):
+        run_command_line(["schema"])
+
+
+def test_a_closed_pipe_is_no_error():
+    script = f"{sys.executable} -m sqft schema | head -c 10"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=False)
+    assert done.stdout == b'{\n  "$defs'
+    assert done.stderr == b""
+
+
+def test_exit_codes_reach_the_shell(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sqft", "fly"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2

@@ -1,0 +1,46 @@
+import logging
+import os
+import signal
+import warnings
+
+import pytest
+
+from sqft.cli import messages
+from sqft.cli.messages import RichProgress, catch_termination, quiet_warnings
+
+
+def test_long_work_leaves_a_line_in_a_log_file(capsys, monkeypatch):
+    monkeypatch.setattr(messages, "NOTABLE_SECONDS", 0.0)
+    with RichProgress() as progress, progress.task("pruning [1]", 3) as advance:
+        for _ in range(3):
+            advance(1)
+    assert "pruning [1]  0 s" in capsys.readouterr().err
+
+
+def test_short_work_leaves_none_and_bars_nest(capsys):
+    with RichProgress() as progress, progress.task("outer", 1) as outer:
+        with progress.task("inner", 0) as inner:
+            inner(1)
+        outer(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_only_our_own_warnings_are_shown(capsys):
+    with quiet_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("theirs", stacklevel=1)
+        warnings.warn_explicit("ours\nis one line", UserWarning, messages.__file__, 1)
+    assert capsys.readouterr().err == "sqft: warning: ours is one line\n"
+
+
+def test_log_lines_of_sqft_are_shown(capsys):
+    with quiet_warnings():
+        logging.getLogger("sqft.training").warning("slow")
+    assert capsys.readouterr().err == "sqft: WARNING: slow\n"
+    assert logging.getLogger("sqft").handlers == []
+
+
+def test_a_termination_ends_like_an_interrupt():
+    with pytest.raises(KeyboardInterrupt), catch_termination():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,95 @@
+"""Imports go one way, files stay small, and a command that needs no torch does not wait for it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "sqft"
+TIERS = [
+    {"errors", "progress", "artifacts", "sections", "kernels"},
+    {"ops"},
+    {"models", "data"},
+    {"compression", "adapters"},
+    {"training", "search", "evaluation", "certificate", "export", "report"},
+    {"pipeline"},
+    {"cli"},
+]
+TIER = {name: place for place, names in enumerate(TIERS) for name in names}
+FILES = sorted(SOURCE.rglob("*.py"))
+# Plain values and errors that everything of the lowest tier may share.
+FOUNDATION = {"errors", "progress", "artifacts", "sections"}
+# sqft itself, and `python -m sqft`, stand above all: they only hand on.
+ENTRANCES = {SOURCE / "__init__.py", SOURCE / "__main__.py"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every sqft module that a file imports, also inside functions and for types only."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "sqft":
+                names |= {f"sqft.{alias.name}" for alias in node.names}
+            elif node.module:
+                names.add(node.module)
+    return {name for name in names if name.startswith("sqft.")}
+
+
+def owner(path: Path) -> str:
+    """The package, or module at the top, that a file belongs to."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p not in ENTRANCES], ids=lambda p: str(p.relative_to(SOURCE))
+)
+def test_imports_go_down_only(path):
+    mine = owner(path)
+    assert mine in TIER, f"{mine} has no place in the tier table"
+    for module in imported_modules(path):
+        other = module.split(".")[1]
+        if other == mine or other.startswith("__"):
+            continue
+        assert other in TIER, f"{module} has no place in the tier table"
+        shared = other in FOUNDATION and mine in FOUNDATION
+        assert TIER[other] < TIER[mine] or shared, f"{mine} may not import {module}"
+
+
+def test_the_foundation_has_no_circle():
+    imports = {
+        name: {m.split(".")[1] for m in imported_modules(SOURCE / f"{name}.py")} for name in FOUNDATION
+    }
+    done: set[str] = set()
+    while imports:
+        ready = {name for name, needs in imports.items() if needs <= done}
+        assert ready, f"these import each other: {sorted(imports)}"
+        done |= ready
+        imports = {name: needs for name, needs in imports.items() if name not in ready}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_are_small_and_one_folder_deep(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 400
+    assert len(path.relative_to(SOURCE).parts) <= 2
+    assert "utils" not in path.stem
+
+
+def test_nothing_is_left_open():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in ("TODO", "FIXME", "NotImplementedError") if word in text], path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["schema"], ["run", "missing.yaml"]])
+def test_commands_that_need_no_torch_do_not_import_it(arguments):
+    script = (
+        "import sys; from sqft.cli import run_command_line; "
+        f"run_command_line({arguments!r}); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
