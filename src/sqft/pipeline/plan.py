@@ -103,7 +103,7 @@ def _modules(recipe: Recipe, outline: "ModelOutline") -> list[ModulePlan]:
     sparsified, quantized = _chosen(outline, recipe.sparsify), _chosen(outline, recipe.quantize)
     adapted: set[str] = set()
     if recipe.adapters:
-        from sqft.adapters import find_targets
+        from sqft.adapters.targets import find_targets
 
         adapted = set(find_targets(outline.skeleton, recipe.adapters.target_modules))
     rank = max(recipe.adapters.ranks) if recipe.adapters else 0

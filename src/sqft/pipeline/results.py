@@ -88,10 +88,10 @@ def _lineage(stage: FinishedStage) -> LineageRow:
 
 
 def _data_report(training: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    evaluated = next(
-        (m["data"] for name, m in metrics.items() if name.startswith("evaluate-") and "data" in m), {}
-    )
-    return dict(training.get("data") or evaluated)
+    if "data" in training:
+        return dict(training["data"])
+    reports = [m["data"] for name, m in metrics.items() if name.startswith("evaluate-") and "data" in m]
+    return dict(reports[0]) if reports else {}
 
 
 def _publish(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqft.artifacts import Manifest, digest_json, write_json
 from sqft.errors import CertificateError
@@ -19,6 +19,7 @@ from sqft.sections import (
     DataSection,
     EvaluateSection,
     QuantizeSection,
+    ReportedModel,
     SearchSection,
     SparsifySection,
     TrainSection,
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from sqft.adapters import MergedWeight
     from sqft.data import Splits
+    from sqft.models import QuantizedWeight
 
 __all__ = [
     "StageContext",
@@ -214,14 +217,11 @@ def merge(context: StageContext) -> dict[str, Any]:
     """The base and the sub-adapter → one model, re-opened and certified before it is called done."""
     from sqft.adapters import merge_adapters
     from sqft.certificate import certify_model
-    from sqft.models import QuantizedWeight, load_model, open_checkpoint, read_masks, write_model
+    from sqft.models import load_model, open_checkpoint, read_masks, write_model
 
     adapter = context.inputs["search"] / ADAPTER
     adapted = open_adapted(context, context.base, adapter).eval()
-    linears = {
-        name: weight.weight if weight.codes is None else QuantizedWeight(weight.codes, weight.qparams)
-        for name, weight in merge_adapters(adapted).items()
-    }
+    linears = {name: _stored_weight(weight) for name, weight in merge_adapters(adapted).items()}
     masks = read_masks(context.base)
     write_model(context.directory, open_checkpoint(context.base), linears, masks=masks, facts=_facts(context))
     checks = certify_model(
@@ -242,10 +242,46 @@ def merge(context: StageContext) -> dict[str, Any]:
 
 
 def evaluate(context: StageContext) -> dict[str, Any]:
-    """One model, measured on the test items."""
+    """One model, measured on the test items and the text that the recipe names."""
+    from sqft.models import load_tokenizer
+    from sqft.pipeline.measurement import measure_model, size_on_disk
+    from sqft.pipeline.stages import adapter_stage, model_stage
 
-    section = context.recipe.evaluate or EvaluateSection()
-    return {}
+    name = cast(ReportedModel, context.stage.removeprefix("evaluate-"))
+    directory = context.inputs[model_stage(context.recipe, name)]
+    stage = adapter_stage(name)
+    adapter = context.inputs[stage] / ADAPTER if stage else None
+    splits = context.splits() if context.recipe.data else None
+    row, items = measure_model(
+        open_model(context, directory, adapter),
+        load_tokenizer(context.inputs["model"]),
+        splits.test if splits else [],
+        context.recipe.evaluate or EvaluateSection(),
+        progress=context.progress,
+    )
+    write_json(context.directory / "items.json", items)
+    row |= {"name": name, "size_bytes": size_on_disk(directory) + (size_on_disk(adapter) if adapter else 0)}
+    return {"row": row, **({"data": splits.report} if splits else {})}
+
+
+def export(context: StageContext) -> dict[str, Any]:
+    """The recipe's product in the format of a runtime."""
+    from sqft.export import export_model
+
+    target = context.stage.removeprefix("export-")
+    result = export_model(
+        context.inputs[context.recipe.final_stage], target, context.directory, progress=context.progress
+    )
+    return {"export": asdict(result)}
+
+
+def _stored_weight(weight: "MergedWeight") -> "Tensor | QuantizedWeight":
+    from sqft.models import QuantizedWeight
+
+    if weight.codes is not None and weight.qparams is not None:
+        return QuantizedWeight(weight.codes, weight.qparams)
+    assert weight.weight is not None
+    return weight.weight
 
 
 def _check_digest(digest: str | None, trained: dict[str, Any], ranks: dict[str, int]) -> None:
@@ -253,7 +289,8 @@ def _check_digest(digest: str | None, trained: dict[str, Any], ranks: dict[str, 
     expected = trained["codes_digests"].get(digest_json(ranks))
     if expected is not None and expected != digest:
         raise CertificateError(
-            "the adapter read from disk gives other codes than the trained model had; run the train stage again"
+            "the adapter read from disk gives other codes than the trained model had; delete the train stage "
+            "and run again"
         )
 
 

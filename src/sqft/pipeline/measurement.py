@@ -1,0 +1,91 @@
+"""The figures of one model: loss, accuracy, perplexity, sparsity, size."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqft.progress import Progress
+from sqft.sections import EvaluateSection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sqft.data import Example
+
+__all__ = ["measure_model", "size_on_disk"]
+
+WEIGHTS = ("*.safetensors",)
+NOT_SERVED = ("sqft_latent.safetensors", "sqft_masks.safetensors", "sqft_reference.safetensors")
+
+
+def measure_model(
+    model: "nn.Module",
+    tokenizer: Any,
+    examples: Sequence["Example"],
+    section: EvaluateSection,
+    *,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(figures of the report's row, figures of every item for paired comparison)."""
+    from sqft.evaluation import evaluate_accuracy, evaluate_loss, evaluate_perplexity, evaluate_tasks
+
+    row: dict[str, Any] = {"sparsity": zero_share(model)}
+    items: dict[str, Any] = {}
+    if examples:
+        examples = examples[: section.max_items]
+        loss = evaluate_loss(model, examples, batch_size=section.batch_size, progress=progress)
+        row |= {"loss": loss.loss, "loss_low": loss.low, "loss_high": loss.high, "num_items": loss.num_items}
+        accuracy = evaluate_accuracy(
+            model,
+            examples,
+            tokenizer,
+            batch_size=section.batch_size,
+            max_new_tokens=section.max_new_tokens,
+            progress=progress,
+        )
+        row |= {"accuracy": accuracy.accuracy, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+        items |= {"loss_sums": loss.sums, "answer_tokens": loss.counts, "correct": accuracy.correct}
+        items |= {"answers": accuracy.answers, "expected": [example.answer for example in examples]}
+    if section.perplexity:
+        perplexity = evaluate_perplexity(
+            model,
+            Path(section.perplexity),
+            tokenizer,
+            num_tokens=section.perplexity_tokens,
+            sequence_length=section.sequence_length,
+            batch_size=section.batch_size,
+            progress=progress,
+        )
+        row["perplexity"] = perplexity.perplexity
+        items |= {"perplexity_sums": perplexity.sums, "log_perplexity_error": perplexity.standard_error}
+    if section.tasks:
+        results = evaluate_tasks(
+            model, tokenizer, section.tasks, batch_size=section.batch_size, max_items=section.max_items
+        )
+        row["tasks"] = {task: _main_figure(figures) for task, figures in results.items()}
+        items["tasks"] = results
+    return row, items
+
+
+def zero_share(model: "nn.Module") -> float:
+    """The share of exact zeros among the weights of the linears inside the decoder blocks."""
+    from sqft.adapters import base_weight
+    from sqft.models import target_linears
+
+    zeros = total = 0
+    for module in target_linears(model, None, []).values():
+        weight = base_weight(module)
+        zeros += int((weight == 0).sum())
+        total += weight.numel()
+    return zeros / total if total else 0.0
+
+
+def size_on_disk(directory: Path) -> int:
+    """Bytes of the weights that a runtime reads from a model or adapter directory."""
+    files = {path for pattern in WEIGHTS for path in directory.glob(pattern)}
+    return sum(path.stat().st_size for path in files if path.name not in NOT_SERVED)
+
+
+def _main_figure(figures: dict[str, Any]) -> float:
+    """The first figure that is a share or a score, and no error bar."""
+    return next(float(v) for k, v in figures.items() if isinstance(v, int | float) and "stderr" not in k)
