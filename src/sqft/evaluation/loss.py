@@ -1,0 +1,114 @@
+"""Loss on held-out answers, and perplexity on a text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from sqft.data import Example
+from sqft.errors import DataError
+from sqft.evaluation.intervals import ratio_interval
+from sqft.evaluation.scoring import Row, score_rows
+from sqft.progress import SILENT, Progress
+
+__all__ = ["LossResult", "PerplexityResult", "evaluate_loss", "evaluate_perplexity"]
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Nats per answer token over all items, with a 95 % interval over items.
+
+    sums and counts: nats and answer tokens of each item, for paired comparison.
+    """
+
+    loss: float
+    low: float
+    high: float
+    num_items: int
+    sums: list[float]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity exp(log_perplexity); the standard error is of log_perplexity, over windows."""
+
+    perplexity: float
+    log_perplexity: float
+    standard_error: float
+    num_tokens: int
+    sums: list[float]
+    counts: list[int]
+
+
+def evaluate_loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    loss_on: Literal["answer", "text"] = "answer",
+    batch_size: int = 16,
+    progress: Progress = SILENT,
+) -> LossResult:
+    """The loss that training lowers, on items it has not seen: sum of nats / number of counted tokens.
+
+    Raises: DataError if there is no item; ModelError if the logits are not numbers.
+    """
+    if not examples:
+        raise DataError("there is no item to measure the loss on")
+    rows = [_answer_row(example, loss_on) for example in examples]
+    scores = score_rows(model, rows, batch_size=batch_size, description="answer loss", progress=progress)
+    sums = [-math.fsum(values) for values in scores]
+    counts = [len(row.wanted) for row in rows]
+    return LossResult(*ratio_interval(sums, counts), len(rows), sums, counts)
+
+
+def evaluate_perplexity(
+    model: nn.Module,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_tokens: int = 8192,
+    sequence_length: int = 512,
+    batch_size: int = 16,
+    progress: Progress = SILENT,
+) -> PerplexityResult:
+    """Perplexity of the first `num_tokens` tokens of a text file, in windows that do not overlap.
+
+    Every token of a window but its first is predicted from those before it in the window.
+
+    Raises: DataError if the file is missing or shorter than one window.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; check evaluate.perplexity") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    ids = tokenizer(text[: 16 * num_tokens], verbose=False)["input_ids"][:num_tokens]
+    windows = [
+        ids[i : i + sequence_length] for i in range(0, len(ids) - sequence_length + 1, sequence_length)
+    ]
+    if not windows:
+        raise DataError(
+            f"{path} has {len(ids)} tokens, less than one window of {sequence_length}; "
+            "lower evaluate.sequence_length or give more text"
+        )
+    rows = [Row(window[:-1], list(enumerate(window[1:]))) for window in windows]
+    scores = score_rows(model, rows, batch_size=batch_size, description="perplexity", progress=progress)
+    sums = [-math.fsum(values) for values in scores]
+    counts = [len(row.wanted) for row in rows]
+    mean = math.fsum(sums) / sum(counts)
+    spread = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    n = len(rows)
+    deviation = math.sqrt(spread * n / (n - 1)) / sum(counts) if n > 1 else math.inf
+    return PerplexityResult(math.exp(min(mean, 700.0)), mean, deviation, sum(counts), sums, counts)
+
+
+def _answer_row(example: Example, loss_on: Literal["answer", "text"]) -> Row:
+    ids = (*example.prompt_ids, *example.answer_ids)
+    start = len(example.prompt_ids) if loss_on == "answer" else 1
+    return Row(ids[:-1], [(position - 1, ids[position]) for position in range(start, len(ids))])

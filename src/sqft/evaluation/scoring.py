@@ -1,0 +1,97 @@
+"""Log-probabilities of given tokens at given positions, in batches."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sqft.data.batches import pad_right
+from sqft.errors import ModelError
+from sqft.progress import SILENT, Progress
+
+__all__ = ["Row", "evaluating", "score_rows"]
+
+LOGIT_ROWS = 2048  # rows of logits held at once; 2048 of 50,000 float32 are 400 MB
+
+
+@dataclass(frozen=True)
+class Row:
+    """A token sequence, and the (position, token) pairs to score.
+
+    The score of (p, t) is log P(t | ids[0 .. p]): position p predicts what comes after it.
+    """
+
+    ids: Sequence[int]
+    wanted: Sequence[tuple[int, int]]
+
+
+def score_rows(
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 16,
+    description: str = "score",
+    progress: Progress = SILENT,
+) -> list[list[float]]:
+    """Natural-log probabilities for every wanted pair of every row, in the order given.
+
+    Raises: ModelError if the model's logits are not numbers.
+    """
+    scores: list[list[float]] = [[] for _ in rows]
+    with evaluating(model), progress.task(description, len(rows)) as advance:
+        for batch in _batches(rows, batch_size):
+            for index, values in zip(batch, _score(model, [rows[i] for i in batch]), strict=True):
+                scores[index] = values
+            advance(len(batch))
+    return scores
+
+
+def _score(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:
+    device = next(model.parameters()).device
+    input_ids, attention_mask = (part.to(device) for part in pad_right([row.ids for row in rows]))
+    positions = sorted({position for row in rows for position, _ in row.wanted})
+    logits: Tensor = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        logits_to_keep=torch.tensor(positions, device=device),
+        use_cache=False,
+    ).logits.float()
+    column = {position: index for index, position in enumerate(positions)}
+    triples = [(r, column[p], t) for r, row in enumerate(rows) for p, t in row.wanted]
+    r, c, t = torch.tensor(triples, device=device).unbind(1)
+    values = (logits[r, c, t] - logits.logsumexp(dim=-1)[r, c]).double().cpu()
+    if not torch.isfinite(values).all():
+        raise ModelError(
+            "the model's logits are not finite numbers; its weights are damaged, or overflow the dtype"
+        )
+    split = values.split([len(row.wanted) for row in rows])
+    return [part.tolist() for part in split]
+
+
+def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:
+    """Row indices, longest first so that a batch pads little and a lack of memory shows at once."""
+    batch: list[int] = []
+    span = 0
+    for index in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
+        wider = max(span, len(rows[index].wanted))
+        if batch and (len(batch) == batch_size or wider * (len(batch) + 1) > LOGIT_ROWS):
+            yield batch
+            batch, wider = [], len(rows[index].wanted)
+        batch.append(index)
+        span = wider
+    if batch:
+        yield batch
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; the model's mode is put back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
