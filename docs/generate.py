@@ -1,0 +1,137 @@
+"""Rewrite the parts of the documentation that are made from the code and from measured reports.
+
+python docs/generate.py           docs/recipe.md; the demo's table in README.md if runs/demo-full or
+                                  runs/demo holds a report
+python docs/generate.py --check   exit with 1 if docs/recipe.md is not what the code says
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from sqft.pipeline.recipe import recipe_schema
+from sqft.report import ReportData, markdown_table, read_report
+from sqft.report.summary import format_seconds
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+INTRODUCTION = """\
+# Recipe
+
+<!-- Written by docs/generate.py (make docs) from the schema; edit the sections in src/sqft/sections.py. -->
+
+A recipe is one YAML file. Only `model` is required; a section that is not there is a step that is not made.
+Unknown keys are refused, and every error is told at once, with its path. `sqft schema` prints the JSON
+schema, with which editors complete and check recipes. On the command line, `section.key=value` changes a
+setting: `sqft run recipe.yaml sparsify.sparsity=0.6`.
+
+Steps always run in this order: sparsify, quantize, train, search, merge, evaluate, export, report.
+"""
+
+
+def render_recipe() -> str:
+    """docs/recipe.md."""
+    schema = recipe_schema()
+    sections: list[tuple[str, dict[str, Any]]] = []
+    lines = [INTRODUCTION, "| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in schema["properties"].items():
+        section = _section(field, schema)
+        if section is not None:
+            sections.append((name, section))
+            required = "required" if name in schema.get("required", []) else "none"
+            default = "see below" if name == "runtime" else required
+            lines.append(f"| `{name}` | [section](#{name}) | {default} | {_text(section)} |")
+        else:
+            lines.append(_row(name, field, schema))
+    for name, section in sections:
+        lines += ["", f"## {name}", "", str(section.get("description", "")), ""]
+        lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+        for key, field in section["properties"].items():
+            lines.append(_row(key, field, section))
+    return "\n".join(lines) + "\n"
+
+
+def render_demo(data: ReportData) -> str:
+    """The table of the demo, with what a reader needs to judge it."""
+    verdict = {None: "no certificate", True: "certificate passed", False: "certificate FAILED"}[data.passed]
+    facts = [
+        f"`{data.name}`, seed {data.recipe.get('seed', 0)}",
+        "in brackets 95 % intervals over the held-out items",
+        verdict,
+        f"{format_seconds(data.elapsed_seconds)} in all",
+        *(f"{name} {data.versions[name]}" for name in ("torch", "transformers") if name in data.versions),
+    ]
+    return "\n".join([BEGIN, markdown_table(data), "", "; ".join(facts) + ".", END])
+
+
+def _section(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any] | None:
+    for option in [field, *field.get("anyOf", []), *field.get("allOf", [])]:
+        if "$ref" in option:
+            found: dict[str, Any] = schema["$defs"][option["$ref"].rsplit("/", 1)[-1]]
+            return found if "properties" in found else None
+    return None
+
+
+def _row(name: str, field: dict[str, Any], parent: dict[str, Any]) -> str:
+    default = "required" if name in parent.get("required", []) else f"`{_yaml(field.get('default'))}`"
+    return f"| `{name}` | {_kind(field)} | {default} | {_text(field)} |"
+
+
+def _kind(field: dict[str, Any]) -> str:
+    """A JSON schema type in words."""
+    if "anyOf" in field:
+        return " or ".join(_kind(option) for option in field["anyOf"] if option.get("type") != "null")
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    kind = field.get("type", "value")
+    if kind == "array":
+        return f"list of {_kind(field.get('items', {}))}"
+    words = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {field[key]:g}" for key, sign in bounds.items() if key in field]
+    return " ".join([words.get(kind, "mapping"), *limits])
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    return str(value) if value != "" else "''"
+
+
+def _text(field: dict[str, Any]) -> str:
+    return " ".join(str(field.get("description", "")).split()).replace("|", "\\|")
+
+
+def replace_demo(readme: str, table: str) -> str:
+    """The README with its generated block exchanged."""
+    before, rest = readme.split(BEGIN)
+    return before + table + rest.split(END)[1]
+
+
+def main(arguments: list[str]) -> int:
+    """Write, or with --check compare."""
+    path = ROOT / "docs" / "recipe.md"
+    if "--check" in arguments:
+        return int(path.read_text(encoding="utf-8") != render_recipe())
+    path.write_text(render_recipe(), encoding="utf-8")
+    print(f"wrote {path.relative_to(ROOT)}")
+    readme = ROOT / "README.md"
+    for results in (ROOT / "runs" / "demo-full", ROOT / "runs" / "demo"):
+        if (results / "report.json").exists():
+            text = replace_demo(readme.read_text(encoding="utf-8"), render_demo(read_report(results)))
+            readme.write_text(text, encoding="utf-8")
+            print(f"wrote the table in README.md from {results.relative_to(ROOT)}")
+            break
+    else:
+        print("no report of the demo; README.md keeps its table")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
