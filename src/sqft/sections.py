@@ -138,7 +138,15 @@ class AdapterSection(Section):
     method: AdapterMethod = "qa_sparse_peft"
     ranks: list[Positive] = Field([16], min_length=1, description="More than one entry: elastic ranks (NLS).")
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / max(ranks) at every rank.")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the update only, never of the base.")
+    dropout_kind: Literal["column", "token"] = Field(
+        "column",
+        description="column: columns of A, once a step; token: as published, costs a second product.",
+    )
+    gradient: Literal["exact", "lowrank", "hybrid"] = Field(
+        "exact", description="lowrank: mask in the forward only; hybrid: exact every hybrid_steps-th step."
+    )
+    hybrid_steps: Positive = Field(4, description="Every how many steps hybrid is exact.")
     target_modules: list[str] | None = Field(
         None, description="Name ends; default q, k, v, up, down and fused forms."
     )
@@ -154,6 +162,12 @@ class AdapterSection(Section):
     @classmethod
     def _ranks(cls, value: list[int]) -> list[int]:
         return sorted(set(value), reverse=True)
+
+    @model_validator(mode="after")
+    def _gradient(self) -> "AdapterSection":
+        if self.method == "lora" and self.gradient != "exact":
+            raise ValueError("gradient lowrank and hybrid are for sparse_peft and qa_sparse_peft")
+        return self
 
 
 class TrainSection(Section):

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sqft.adapters import MergedWeight, SearchSpace, attach_adapters, codes_digest, merge_adapters, set_ranks
+from sqft.adapters import (
+    MergedWeight,
+    SearchSpace,
+    SqftConfig,
+    attach_adapters,
+    codes_digest,
+    merge_adapters,
+    set_ranks,
+    set_step,
+)
 from sqft.adapters.identity import base_weight
 from sqft.adapters.space import adapter_layers
 from sqft.errors import AdapterError
@@ -128,13 +137,83 @@ def test_safe_merge_refuses_nan(sparse_model: Any) -> None:
         model.merge_and_unload(safe_merge=True)
 
 
+@pytest.mark.parametrize("kind", ["column", "token"])
 @pytest.mark.parametrize("method", METHODS)
-def test_dropout_touches_the_update_only(method: str, make_base: Any, tokens: Tensor) -> None:
+def test_dropout_touches_the_update_only(
+    kind: str, method: str, make_base: Any, randomize: Any, tokens: Tensor
+) -> None:
     base = make_base(method)
     before = logits(base, tokens)
-    model = attach(base, method, dropout=0.5)
+    model = attach(base, method, dropout=0.5, dropout_kind=kind)
     model.train()
+    set_step(model, 0, 0)
     torch.testing.assert_close(model(input_ids=tokens).logits, before, atol=1e-5, rtol=1e-5)
+    randomize(model)
+    undropped = logits(model, tokens)
+    model.train()
+    assert not torch.allclose(model(input_ids=tokens).logits, undropped, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_column_dropout_is_a_function_of_seed_and_step(
+    method: str, make_base: Any, randomize: Any, tokens: Tensor
+) -> None:
+    model = attach(make_base(method), method, dropout=0.5)
+    randomize(model)
+    model.train()
+    with pytest.raises(AdapterError, match="set_step"):
+        model(input_ids=tokens)
+    outputs = []
+    for seed, step in ((0, 1), (0, 2), (1, 1), (0, 1)):
+        set_step(model, seed, step)
+        torch.manual_seed(step * 7)
+        outputs.append(model(input_ids=tokens).logits)
+    assert torch.equal(outputs[0], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_gradient_kinds(method: str, make_base: Any, randomize: Any, tokens: Tensor) -> None:
+    found: dict[str, list[Tensor]] = {}
+    for gradient in ("exact", "lowrank", "hybrid"):
+        model = attach(make_base(method), method, gradient=gradient, hybrid_steps=3)
+        randomize(model)
+        model.train()
+        for step in (0, 1, 3) if gradient == "hybrid" else (0,):
+            set_step(model, 0, step)
+            model.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            found[f"{gradient} {step}"] = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    def equal(first: str, second: str) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(found[first], found[second], strict=True))
+
+    assert equal("exact 0", "hybrid 0")
+    assert equal("exact 0", "hybrid 3")
+    assert equal("lowrank 0", "hybrid 1")
+    assert not equal("exact 0", "lowrank 0")
+
+
+def test_lora_has_no_other_gradient() -> None:
+    with pytest.raises(ValueError, match="sparse_peft"):
+        AdapterSection(method="lora", gradient="lowrank")
+    with pytest.raises(AdapterError, match="no meaning"):
+        SqftConfig(method="lora", gradient="lowrank")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sharing_layers_save_their_input_once(method: str, make_base: Any, tokens: Tensor) -> None:
+    model = attach(make_base(method), method, target_modules=["q_proj", "k_proj", "v_proj"])
+    model.train()
+    attention = model.base_model.model.model.layers[0].self_attn
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+            layer(x)
+    inputs = {t.data_ptr() for t in saved if t.numel() == x.numel()}
+    assert inputs == {x.data_ptr()}
 
 
 @pytest.mark.parametrize("method", METHODS)

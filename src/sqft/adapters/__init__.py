@@ -9,7 +9,7 @@ from sqft.adapters.extraction import extract_sub_adapter
 from sqft.adapters.identity import base_identity
 from sqft.adapters.layer import MergedWeight
 from sqft.adapters.merge import codes_digest, merge_adapters
-from sqft.adapters.space import SearchSpace, SubAdapter, set_ranks
+from sqft.adapters.space import SearchSpace, SubAdapter, set_ranks, set_step
 from sqft.adapters.tuner import register_peft_method
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "extract_sub_adapter",
     "merge_adapters",
     "set_ranks",
+    "set_step",
 ]
 
 register_peft_method()

@@ -58,6 +58,8 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
             raise AdapterError(f"adapter method '{self.method}' is unknown; choose from {', '.join(METHODS)}")
         if not self.ranks or min(self.ranks) < 1:
             raise AdapterError(f"ranks {self.ranks} must be one or more positive numbers")
+        if self.method == "lora" and self.gradient != "exact":
+            raise AdapterError(f"gradient '{self.gradient}' has no meaning for lora; leave it at exact")
         self.ranks = sorted(set(self.ranks), reverse=True)
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]

@@ -10,7 +10,7 @@ from sqft.adapters.targets import find_targets
 from sqft.errors import AdapterError
 from sqft.ops import QParams, pack_mask
 
-__all__ = ["base_identity", "base_qparams", "base_weight", "check_identity", "digest_tensors"]
+__all__ = ["base_identity", "base_qparams", "base_tensor", "base_weight", "check_identity", "digest_tensors"]
 
 Named = tuple[str, Tensor]
 
@@ -22,6 +22,14 @@ def base_weight(layer: nn.Module) -> Tensor:
     weight = layer.weight if decode is None else decode()
     assert isinstance(weight, Tensor)
     return weight.detach()
+
+
+def base_tensor(layer: nn.Module) -> Tensor:
+    """The tensor that holds the base: a float weight, or the latent of a quantized layer."""
+    layer = getattr(layer, "base_layer", layer)
+    tensor = layer.weight if base_qparams(layer) is None else layer.latent
+    assert isinstance(tensor, Tensor)
+    return tensor.detach()
 
 
 def base_qparams(layer: nn.Module) -> QParams | None:

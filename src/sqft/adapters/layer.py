@@ -7,8 +7,9 @@
 The mask is never stored: it is `base != 0`.
 """
 
+import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from sqft.adapters.config import SqftConfig
-from sqft.adapters.identity import base_qparams, base_weight
+from sqft.adapters.identity import base_qparams, base_tensor, base_weight
 from sqft.errors import AdapterError
 from sqft.ops import (
     QParams,
@@ -28,8 +29,9 @@ from sqft.ops import (
     encode_latent,
     fake_quantize,
 )
+from sqft.ops.adapted_linear import adapted_linear, frozen_linear
 
-__all__ = ["AdapterLinear", "MergedWeight"]
+__all__ = ["AdapterLinear", "MergedWeight", "seeded_generator"]
 
 # A dense checkpoint has a stray exact zero here and there; beyond this share a base counts as sparse.
 STRAY_ZEROS = 0.01
@@ -79,6 +81,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._kept_base: Tensor | None = None
+        self.seed_and_step: tuple[int, int] | None = None
 
     def add_adapter(self, adapter_name: str, config: SqftConfig, generator: torch.Generator) -> None:
         """Add an adapter whose update is 0: A uniform in ±1/sqrt(in), B zero, both float32.
@@ -194,29 +197,68 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         return self._adapted_forward(x, name)
 
     def _base_forward(self, x: Tensor) -> Tensor:
-        weight = getattr(self.base_layer, "weight", None)
-        if base_qparams(self) is None and weight is not None and weight.dtype != x.dtype:
-            return F.linear(x, weight.to(x.dtype), _as(self.base_layer.bias, x.dtype))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if base_qparams(self) is None and not autocast and base_tensor(self).dtype != x.dtype:
+            return frozen_linear(x, base_tensor(self), self._bias())
         out: Tensor = self.base_layer(x)
         return out
 
     def _low_rank_forward(self, x: Tensor, name: str) -> Tensor:
         config = self.settings[name]
-        lora_A, lora_B = self.active_slice(name)
-        update_input = F.dropout(x, config.dropout, self.training)
+        lora_A, lora_B = self._dropped_slice(name)
+        update_input = F.dropout(x, config.dropout, self.training) if config.dropout_kind == "token" else x
         update = F.linear(F.linear(update_input.to(lora_A.dtype), lora_A), lora_B) * config.scaling
         result = self._base_forward(x)
         return result + update.to(result.dtype)
 
     def _adapted_forward(self, x: Tensor, name: str) -> Tensor:
-        config, bias = self.settings[name], _as(self.base_layer.bias, x.dtype)
-        weight = self.adapted(name)
-        if not (self.training and config.dropout):
-            return F.linear(x, weight.to(x.dtype), bias)
-        qparams, base = base_qparams(self), base_weight(self).float()
+        config, qparams = self.settings[name], base_qparams(self)
+        if self.training and config.dropout and config.dropout_kind == "token":
+            return self._token_dropout_forward(x, name)
+        lora_A, lora_B = self._dropped_slice(name)
+        return adapted_linear(
+            x,
+            base_tensor(self),
+            lora_A,
+            lora_B,
+            self._bias(),
+            scaling=config.scaling,
+            qparams=qparams,
+            storage_dtype=config.rounding_dtype if qparams is None else None,
+            gradient=self._gradient(config),
+        )
+
+    def _token_dropout_forward(self, x: Tensor, name: str) -> Tensor:
+        """The published dropout of the update's input: the base and the update need a product each."""
+        config, qparams, base = self.settings[name], base_qparams(self), base_weight(self).float()
         base = base if qparams is None else fake_quantize(base, qparams)
-        update_input = F.dropout(x, config.dropout)
-        return F.linear(x, base.to(x.dtype), bias) + F.linear(update_input, (weight - base).to(x.dtype))
+        update = (self.adapted(name) - base).to(x.dtype)
+        result = frozen_linear(x, base, self._bias())
+        return result + F.linear(F.dropout(x, config.dropout), update)
+
+    def _dropped_slice(self, name: str) -> tuple[Tensor, Tensor]:
+        """The active slice; in training, with the columns of A that this step drops set to 0."""
+        config = self.settings[name]
+        lora_A, lora_B = self.active_slice(name)
+        if self.training and config.dropout and config.dropout_kind == "column":
+            seed, step = self._known_step("column dropout")
+            generator = seeded_generator(f"{seed}:{step}:{self.module_name}")
+            kept = torch.rand(self.in_features, generator=generator) >= config.dropout
+            lora_A = lora_A * (kept.to(lora_A) / (1 - config.dropout))
+        return lora_A, lora_B
+
+    def _gradient(self, config: SqftConfig) -> Literal["exact", "lowrank"]:
+        if config.gradient == "hybrid" and torch.is_grad_enabled():
+            _, step = self._known_step("the hybrid gradient")
+            return "exact" if step % config.hybrid_steps == 0 else "lowrank"
+        return "lowrank" if config.gradient == "lowrank" else "exact"
+
+    def _known_step(self, what: str) -> tuple[int, int]:
+        if self.seed_and_step is None:
+            raise AdapterError(
+                f"{what} depends on the training step; call sqft.adapters.set_step before each"
+            )
+        return self.seed_and_step
 
     def active_name(self) -> str | None:
         """The adapter that runs, or None.
@@ -229,6 +271,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
                 f"{self.module_name} has {len(names)} active adapters; sqft runs one at a time"
             )
         return names[0] if names else None
+
+    def _bias(self) -> Tensor | None:
+        bias = self.base_layer.bias
+        return bias if isinstance(bias, Tensor) else None
 
     def _names(self) -> list[str]:
         return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
@@ -266,12 +312,14 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             self.base_layer.latent = tensor
 
 
+def seeded_generator(text: str) -> torch.Generator:
+    """A generator that is a pure function of a text."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 def base_weight_device(layer: nn.Module) -> torch.device:
     """The device of a layer's tensors."""
     for tensor in (*layer.parameters(), *layer.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def _as(bias: Any, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)

@@ -13,7 +13,7 @@ from sqft.adapters.layer import AdapterLinear
 from sqft.adapters.targets import rank_groups
 from sqft.errors import AdapterError
 
-__all__ = ["SearchSpace", "SubAdapter", "adapter_config", "adapter_layers", "set_ranks"]
+__all__ = ["SearchSpace", "SubAdapter", "adapter_config", "adapter_layers", "set_ranks", "set_step"]
 
 SubAdapter = dict[str, int]
 
@@ -81,6 +81,15 @@ def set_ranks(peft_model: nn.Module, sub_adapter: SubAdapter) -> None:
     ranks = SearchSpace.of(peft_model).modules(sub_adapter)
     for name, layer in adapter_layers(peft_model).items():
         layer.set_rank(ranks[name])
+
+
+def set_step(peft_model: nn.Module, seed: int, step: int) -> None:
+    """Tell every layer the optimizer step, on which column dropout and the hybrid gradient depend.
+
+    Both are pure functions of (seed, step), so accumulation, recomputation and several processes agree.
+    """
+    for layer in adapter_layers(peft_model).values():
+        layer.seed_and_step = (seed, step)
 
 
 def adapter_layers(peft_model: nn.Module) -> dict[str, AdapterLinear]:

@@ -1,6 +1,5 @@
 """The PEFT tuner, and its entry in PEFT's tables."""
 
-import hashlib
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from sqft.adapters.config import PEFT_TYPE, SqftConfig
 from sqft.adapters.identity import base_identity, base_weight, check_identity
-from sqft.adapters.layer import AdapterLinear
+from sqft.adapters.layer import AdapterLinear, seeded_generator
 from sqft.adapters.targets import find_targets, rank_groups
 from sqft.errors import AdapterError
 
@@ -74,7 +73,9 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, AdapterLinear) else AdapterLinear(target, current_key)
-        layer.add_adapter(adapter_name, peft_config, _generator(peft_config.init_seed, current_key))
+        layer.add_adapter(
+            adapter_name, peft_config, seeded_generator(f"{peft_config.init_seed}:{current_key}")
+        )
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         if layer is not target:
@@ -96,11 +97,6 @@ def _cast_other_linears(model: nn.Module, adapted: set[nn.Module]) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear) and module not in inside and module.weight.dtype != dtype:
             module.to(dtype)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def register_peft_method() -> None:

@@ -1,0 +1,129 @@
+"""The adapted weight built in row blocks that stay in cache: the same values as `ops.adapted`, fewer passes.
+
+`ops.adapted` is the definition; this is how training computes it. On a CPU the values are equal, number for
+number (a tested fact; zeros may differ in sign). No mask is read: it is `base != 0`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sqft.ops.grid import QParams
+
+__all__ = ["WeightBlocks", "row_blocks"]
+
+# Elements of a float32 block that the elementwise passes walk over while it lies in a core's cache.
+CACHE_ELEMENTS = 1 << 17
+# Elements of the two transients of a backward block (weight and gradient); at least MIN_ROWS rows.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+MIN_ROWS = 256
+
+
+def row_blocks(rows: int, columns: int, elements: int, minimum: int = 1) -> list[slice]:
+    """Slices that cover `rows`: at most `elements` elements each, at least `minimum` rows, 16-aligned."""
+    size = max(elements // columns // 16 * 16, minimum, 16)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+@dataclass(frozen=True)
+class WeightBlocks:
+    """Builds rows of the adapted weight from a base, which is a float weight or an integer latent.
+
+    storage_dtype: round to this 16-bit type; qparams: round to this grid.
+    """
+
+    base: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    qparams: QParams | None
+    storage_dtype: torch.dtype | None
+
+    def transient_blocks(self) -> list[slice]:
+        """The row blocks of a backward pass."""
+        rows, columns = self.base.shape
+        return row_blocks(rows, columns, BLOCK_ELEMENTS.get(self.base.device.type, 1 << 24), MIN_ROWS)
+
+    def cache_blocks(self, rows: slice) -> list[slice]:
+        """The pieces of a row block that are worked on at a time; on a GPU the whole block."""
+        count = rows.stop - rows.start
+        if self.base.device.type != "cpu":
+            return [slice(0, count)]
+        return row_blocks(count, self.base.shape[1], CACHE_ELEMENTS)
+
+    def build(self, rows: slice, dtype: torch.dtype, gradient: Tensor | None = None) -> Tensor:
+        """Rows of the adapted weight in a compute dtype.
+
+        gradient: that of these rows; multiplied in place by the mask, and by 0 where a code was clamped.
+        """
+        weight = torch.empty(rows.stop - rows.start, self.base.shape[1], dtype=dtype, device=self.base.device)
+        lora_A, lora_B = self.lora_A.float(), self.lora_B[rows].float()
+        for part in self.cache_blocks(rows):
+            target = weight[part]
+            whole = slice(rows.start + part.start, rows.start + part.stop)
+            block = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+            torch.mm(lora_B[part], lora_A, out=block)
+            keep = torch.empty_like(block)
+            self._add_base(block, keep, whole)
+            if self.qparams is not None:
+                self._round_to_grid(block, keep if gradient is not None else None, whole)
+            elif self.storage_dtype is not None:
+                block.copy_(block.to(self.storage_dtype))
+            if gradient is not None:
+                gradient[part].mul_(keep)
+            if block is not target:
+                target.copy_(block)
+        return weight
+
+    def scale_term(self, rows: slice) -> Tensor:
+        """What the weight's gradient is multiplied with for the scale's (LSQ), (rows, groups, group size)."""
+        assert self.qparams is not None
+        block = torch.mm(self.lora_B[rows].float(), self.lora_A.float())
+        self._add_base(block, torch.empty_like(block), rows)
+        exact = block.unflatten(1, (self.qparams.scale.shape[1], -1)) / self.qparams.scale[rows, :, None]
+        zero = self.qparams.zero_point[rows, :, None].float()
+        rounded = exact.round()
+        steps = torch.clamp(rounded, -zero, self.qparams.max_code - zero)
+        return torch.where(steps == rounded, steps - exact, steps)
+
+    def _add_base(self, block: Tensor, keep: Tensor, rows: slice) -> None:
+        """block = base + mask * block * scaling; keep = mask."""
+        base = self.base[rows]
+        if not base.is_floating_point():
+            assert self.qparams is not None
+            base = self._decode(base, keep, rows)
+        else:
+            base = base.float()
+            torch.ne(base, 0, out=keep)
+        torch.addcmul(base, block, keep, value=self.scaling, out=block)
+
+    def _decode(self, latent: Tensor, keep: Tensor, rows: slice) -> Tensor:
+        # (latent - 8) / 16 - zero_point, times scale: exact, so the sixteenth may go into the scale.
+        assert self.qparams is not None
+        base = torch.empty_like(keep)
+        base.copy_(latent)
+        groups = base.unflatten(1, (self.qparams.scale.shape[1], -1))
+        if self.qparams.symmetric:
+            base.sub_(16 * (1 << (self.qparams.bits - 1)) + 8)
+        else:
+            groups.sub_(self.qparams.zero_point[rows, :, None].float() * 16 + 8)
+        torch.ne(base, 0, out=keep)
+        groups.mul_(self.qparams.scale[rows, :, None] / 16)
+        return base
+
+    def _round_to_grid(self, block: Tensor, keep: Tensor | None, rows: slice) -> None:
+        assert self.qparams is not None
+        scale = self.qparams.scale[rows, :, None]
+        groups = block.unflatten(1, (scale.shape[1], -1))
+        torch.round(groups.div_(scale), out=groups)
+        if self.qparams.symmetric:
+            zero = 1 << (self.qparams.bits - 1)
+            clamped = torch.clamp(groups, -zero, self.qparams.max_code - zero)
+        else:
+            zeros = self.qparams.zero_point[rows, :, None].float()
+            clamped = torch.clamp(groups, -zeros, self.qparams.max_code - zeros)
+        if keep is not None:
+            inside = torch.eq(clamped, groups, out=torch.empty_like(groups))
+            keep.unflatten(1, (scale.shape[1], -1)).mul_(inside)
+        torch.mul(clamped, scale, out=groups)
