@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from sqft.adapters import SearchSpace, set_ranks
+from sqft.adapters import SearchSpace, set_ranks, set_step
 from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
 from sqft.errors import TrainingError
@@ -169,6 +169,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         """Draw the ranks of the step: a pure function of (seed, step)."""
         self.loss, self.tokens, self.started = 0.0, 0, time.perf_counter()
         self.step = state.global_step + 1
+        set_step(self.model, self.seed, state.global_step)
         if self.space is not None:
             sub_adapter = self.space.ranks_at(self.seed, state.global_step)
             set_ranks(self.model, sub_adapter)
