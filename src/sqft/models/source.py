@@ -127,7 +127,6 @@ def _recast(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
         file = TensorFile(partial / SINGLE, specs, {"format": "pt"})
         for name in specs:
             file.write(name, checkpoint.tensor(name).to(dtype))
-        file.close()
         for kept in KEPT_FILES:
             if (directory / kept).is_file():
                 shutil.copyfile(directory / kept, partial / kept)

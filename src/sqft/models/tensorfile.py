@@ -36,6 +36,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.path = path
         self.specs = dict(specs)
         self._offsets: dict[str, int] = {}
         entries: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -55,23 +56,15 @@ class TensorFile:
             with path.open("wb") as file:
                 file.write(prefix)
                 file.truncate(self._start + end)
-        self._file = path.open("r+b")
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a tensor into its place. Its dtype and shape must be the declared ones."""
         dtype, shape = self.specs[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), (name, tensor.dtype, tensor.shape)
-        self._file.seek(self._start + self._offsets[name])
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(data.numpy().data)
-
-    def flush(self) -> None:
-        """Hand everything written so far to the operating system."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        with self.path.open("r+b") as file:
+            file.seek(self._start + self._offsets[name])
+            file.write(data.numpy().data)
 
 
 def _begins(path: Path, prefix: bytes) -> bool:

@@ -123,12 +123,6 @@ class CheckpointWriter:
             ends = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
             self._written |= {f"{name}.{end}" for end in ends}
 
-    def flush(self) -> None:
-        """Hand what was written so far to the operating system."""
-        for file in (self._weights, self._masks, self._latents):
-            if file is not None:
-                file.flush()
-
     def close(self, facts: Mapping[str, Any] | None = None) -> None:
         """Copy everything not written from the source; write config, tokenizer and `facts` (sqft.json)."""
         if self._weights is None:
@@ -141,9 +135,6 @@ class CheckpointWriter:
                 stored = name in self.source.names
                 value = self.source.tensor(name) if stored else self.source.weight(linear)
                 self._weights.write(name, value.to(self._weights.specs[name][0]))
-        for file in (self._weights, self._masks, self._latents):
-            if file is not None:
-                file.close()
         for kept in KEPT_FILES:
             if (self.source.directory / kept).is_file():
                 shutil.copyfile(self.source.directory / kept, self.directory / kept)
@@ -200,7 +191,6 @@ def write_masks(directory: Path, masks: Mapping[str, Bool[Tensor, "out in"]]) ->
     file = _mask_file(Path(directory), {name: (m.shape[0], m.shape[1]) for name, m in masks.items()})
     for name, mask in masks.items():
         file.write(name, pack_mask(mask))
-    file.close()
 
 
 def read_masks(directory: Path) -> dict[str, Bool[Tensor, "out in"]]:

@@ -1,0 +1,168 @@
+"""Quantize a model onto its masks, block by block, from the dense weights."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Integer
+from torch import Tensor, nn
+
+from sqft.compression.gptq import Rounded, gptq
+from sqft.compression.reports import LayerReport, check_finite
+from sqft.compression.rtn import rtn
+from sqft.compression.sparsify import blocks_of, chosen_linears, input_groups, weight_of
+from sqft.compression.statistics import Hessian
+from sqft.compression.walk import BlockWalk, InputGroup
+from sqft.errors import CompressionError
+from sqft.models import Checkpoint, CheckpointWriter, GridSpec, QuantizedWeight
+from sqft.models.packing import scale_dtype
+from sqft.ops import encode_latent, keep_nonzero
+from sqft.progress import SILENT, Progress
+from sqft.sections import QuantizeSection
+
+__all__ = ["METHODS", "quantize_model"]
+
+Masks = dict[str, Bool[Tensor, "out in"]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A quantizer: the statistic it wants (None: no calibration), and what it makes of a weight."""
+
+    statistic: Callable[[int, torch.device], Any] | None
+    round: Callable[[Tensor, Tensor | None, Any, QuantizeSection], Rounded]
+
+
+def _rtn(weight: Tensor, mask: Tensor | None, statistic: None, section: QuantizeSection) -> Rounded:
+    return rtn(weight, mask, **_grid_options(section))
+
+
+def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: QuantizeSection) -> Rounded:
+    return gptq(
+        weight,
+        mask,
+        statistic,
+        **_grid_options(section),
+        damping=section.damping,
+        activation_order=section.activation_order,
+    )
+
+
+METHODS: dict[str, Method] = {
+    "gptq": Method(Hessian, _gptq),
+    "rtn": Method(None, _rtn),
+}
+
+
+def quantize_model(
+    checkpoint: Checkpoint,
+    masks: Masks | None,
+    section: QuantizeSection,
+    calibration: Integer[Tensor, "n length"] | None,
+    writer: CheckpointWriter,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = SILENT,
+) -> list[LayerReport]:
+    """Write codes, grids, latent codes and masks, one block in memory at a time; close the writer yourself.
+
+    checkpoint: the dense model. masks: True = kept, by linear; None keeps all. A masked linear that is not
+    quantized is written sparse.
+
+    Raises: CompressionError if the group size does not divide a width, a mask does not fit its layer, weights
+    or inputs are not finite, or the method needs calibration and has none; ModelError for an unknown module.
+    """
+    method = METHODS[section.method]
+    linears = chosen_linears(checkpoint, section.target_modules, section.skip_modules)
+    masks = masks or {}
+    _check_fit(checkpoint, linears, masks, section)
+    if method.statistic is not None and calibration is None:
+        raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
+    walk = BlockWalk(checkpoint, calibration if method.statistic else None, device=device)
+    dtype = scale_dtype(section.symmetric, section.scale_bits)
+    grid = GridSpec(section.bits, section.group_size, section.symmetric, dtype)
+    writer.prepare(quantized=linears, grid=grid, masked=masks, latent=linears)
+    reports: list[LayerReport] = []
+    with progress.task(f"quantize ({section.method})", len(walk.blocks)) as advance:
+        for name, modules in blocks_of(walk, linears):
+            for group in input_groups(walk, name, modules, method.statistic):
+                for linear in group.names:
+                    mask = masks.get(linear)
+                    reports.append(
+                        _quantize_linear(group, linear, modules[linear], mask, method, section, writer)
+                    )
+            _apply_other_masks(walk, name, masks, linears, writer)
+            walk.advance(name)
+            walk.unload(name)
+            advance(1)
+    return reports
+
+
+def _grid_options(section: QuantizeSection) -> dict[str, Any]:
+    return {
+        "bits": section.bits,
+        "group_size": section.group_size,
+        "symmetric": section.symmetric,
+        "scale_bits": section.scale_bits,
+    }
+
+
+def _check_fit(checkpoint: Checkpoint, linears: list[str], masks: Masks, section: QuantizeSection) -> None:
+    for name in linears:
+        columns = checkpoint.linears[name][1]
+        if section.group_size != -1 and columns % section.group_size:
+            raise CompressionError(
+                f"{name}: group size {section.group_size} does not divide its width {columns}; "
+                "choose one that does, or -1 for one group a row"
+            )
+    for name, mask in masks.items():
+        shape = checkpoint.linears.get(name)
+        if shape is None or tuple(mask.shape) != shape:
+            raise CompressionError(f"the mask of {name} has shape {tuple(mask.shape)}, the model has {shape}")
+
+
+def _quantize_linear(
+    group: InputGroup,
+    name: str,
+    module: nn.Module,
+    mask: Tensor | None,
+    method: Method,
+    section: QuantizeSection,
+    writer: CheckpointWriter,
+) -> LayerReport:
+    started = time.perf_counter()
+    dense = weight_of(module)
+    check_finite(name, dense)
+    if mask is not None:
+        mask = mask.to(dense.device)
+    rounded = method.round(dense, mask, group.statistic, section)
+    latent = encode_latent(rounded.before_rounding, rounded.codes, mask, rounded.qparams)
+    quantized = QuantizedWeight(rounded.codes, rounded.qparams)
+    writer.write_linear(name, quantized, mask=mask, latent=latent)
+    module.weight = nn.Parameter(quantized.dequantize().to(dense.dtype), requires_grad=False)
+    has_inputs = group.statistic is not None
+    return LayerReport(
+        name,
+        (dense.shape[0], dense.shape[1]),
+        0.0 if mask is None else 1 - float(mask.sum(dtype=torch.int64)) / mask.numel(),
+        group.error(dense, module.weight) if has_inputs else None,
+        rounded.damping,
+        group.statistic.num_tokens if has_inputs else 0,
+        group.statistic.num_dead if has_inputs else 0,
+        time.perf_counter() - started,
+    )
+
+
+def _apply_other_masks(
+    walk: BlockWalk, block: str, masks: Masks, quantized: list[str], writer: CheckpointWriter
+) -> None:
+    """Linears with a mask that are left out of quantization become sparse."""
+    for name in set(masks) - set(quantized):
+        if name.startswith(block + "."):
+            module = walk.model.get_submodule(name)
+            mask = masks[name].to(walk.device)
+            sparse = keep_nonzero(weight_of(module).to(walk.checkpoint.storage_dtype), mask)
+            writer.write_linear(name, sparse, mask=mask)
+            module.weight = nn.Parameter(sparse.to(walk.dtype), requires_grad=False)

@@ -1,0 +1,52 @@
+"""What is told of every compressed layer, and the checks that all methods share."""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqft.errors import CompressionError
+
+__all__ = ["LayerReport", "check_finite", "warn_few_tokens"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed linear.
+
+    error: squared error of its output relative to the dense layer's, on calibration tokens that the
+    statistics did not see (where there are 8 sequences or more); None without calibration. damping: share of
+    the Hessian's mean diagonal that had to be added, 0 where no Hessian is used.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    error: float | None
+    damping: float
+    num_tokens: int
+    dead_inputs: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return asdict(self)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises: CompressionError if a weight is NaN or infinite."""
+    if not bool(torch.isfinite(weight).all()):
+        raise CompressionError(f"{name} holds NaN or infinite weights; fetch the model again")
+
+
+def warn_few_tokens(names: list[str], num_tokens: int, width: int) -> None:
+    """Warn if a Hessian of this width has seen fewer tokens than columns."""
+    if num_tokens < width:
+        logger.warning(
+            "%s: %d calibration tokens for a width of %d leave the Hessian singular; give at least %d",
+            names[0], num_tokens, width, 2 * width,
+        )  # fmt: skip

@@ -1,0 +1,117 @@
+"""What a compression method wants to know of a linear's calibration inputs.
+
+Linears that read the very same tensor (q/k/v, gate/up) share one statistic. X has a row for each token.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sqft.errors import CompressionError
+from sqft.ops.adapted import exact_float32
+
+__all__ = ["Hessian", "InputNorm", "factor_inverse"]
+
+TILE = 512  # columns; tiles below the diagonal are not computed
+MAX_DAMPING = 1.0
+
+
+class InputNorm:
+    """L2 norm of every input feature: sqrt(sum over tokens of x²), shape (in,)."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.num_tokens = 0
+        self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Take in more tokens."""
+        self.num_tokens += inputs.shape[0]
+        self._squares += inputs.float().square().sum(0)
+
+    @property
+    def norm(self) -> Float[Tensor, " in"]:
+        """The norms so far."""
+        return self._squares.sqrt()
+
+    @property
+    def num_dead(self) -> int:
+        """Inputs that were 0 in every token."""
+        return int((self._squares == 0).sum())
+
+    def check(self, name: str) -> None:
+        """Raises: CompressionError if an input of linear `name` was NaN or infinite."""
+        if not bool(torch.isfinite(self._squares).all()):
+            raise CompressionError(
+                f"{name}: calibration gave NaN or infinite inputs; check the model and the texts"
+            )
+
+
+class Hessian:
+    """The Gram matrix of the inputs, Xᵀ X / tokens, float32 (in, in); only its upper half is accumulated."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.num_tokens = 0
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._factors: dict[tuple[float, bool], tuple[Tensor, float]] = {}
+
+    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+        """Take in more tokens."""
+        self.num_tokens += inputs.shape[0]
+        x = inputs.float()
+        with exact_float32(x.device):
+            for start in range(0, x.shape[1], TILE):
+                tile = slice(start, start + TILE)
+                self._sum[tile, start:].addmm_(x[:, tile].T, x[:, start:])
+
+    @property
+    def norm(self) -> Float[Tensor, " in"]:
+        """The L2 norm of every input feature."""
+        return self._sum.diagonal().sqrt()
+
+    @property
+    def num_dead(self) -> int:
+        """Inputs that were 0 in every token."""
+        return int((self._sum.diagonal() == 0).sum())
+
+    def check(self, name: str) -> None:
+        """Raises: CompressionError if an input of linear `name` was NaN or infinite."""
+        if not bool(torch.isfinite(self._sum).all()):
+            raise CompressionError(
+                f"{name}: calibration gave NaN or infinite inputs; check the model and the texts"
+            )
+
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """The whole symmetric matrix, a new tensor."""
+        upper = torch.triu(self._sum)
+        return (upper + torch.triu(upper, 1).T) / max(self.num_tokens, 1)
+
+    def inverse_factor(self, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+        """`factor_inverse` of the matrix, its rows and columns in `order`; computed once for each input."""
+        key = (damping, order is not None)
+        if key not in self._factors:
+            matrix = self.matrix()
+            self._factors[key] = factor_inverse(matrix if order is None else matrix[order][:, order], damping)
+        return self._factors[key]
+
+
+def factor_inverse(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
+    """U, upper triangular with (H + d·I)⁻¹ = Uᵀ U, and the damping that was needed.
+
+    d = damping · mean(diag H). If H + d·I is singular in float32, damping grows tenfold until it is not.
+    One Cholesky factorisation: with the order of columns reversed H = R Rᵀ, R upper triangular, U = R⁻¹.
+
+    Raises: CompressionError if even damping 1 does not help (H holds NaN).
+    """
+    mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    while damping <= MAX_DAMPING:
+        damped = (hessian + eye * (mean * damping)).flip(0, 1)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            if bool(torch.isfinite(factor).all()):
+                return factor, damping
+        damping *= 10
+    raise CompressionError(
+        "the Hessian cannot be factorised even with damping 1; check the calibration inputs"
+    )
