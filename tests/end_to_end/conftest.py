@@ -13,7 +13,9 @@ PIPELINES = ["shears", "sqft", "sparse_peft", "qa_sparse_peft"]
 @pytest.fixture
 def task_files(tmp_path: Path) -> dict[str, str]:
     """Sums of two digits: 60 items to train on, 12 to search with, 12 to test on."""
-    items = [{"question": f"what is {a} plus {b}?", "answer": str(a + b)} for a in range(10) for b in range(9)]
+    items = [
+        {"question": f"what is {a} plus {b}?", "answer": str(a + b)} for a in range(10) for b in range(9)
+    ]
     items = items[::2] + items[1::2]
     splits = {"train": items[:60], "search": items[60:72], "test": items[72:84]}
     paths = {}

@@ -26,7 +26,10 @@ def _command(recipe: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_run_finishes_bit_identically(
-    seed: int, recipe_values: Callable[..., dict[str, Any]], tiny_model_dir: Callable[..., Path], tmp_path: Path
+    seed: int,
+    recipe_values: Callable[..., dict[str, Any]],
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     values = recipe_values("qa_sparse_peft", tiny_model_dir("llama"))
     values["train"]["max_steps"] = 40

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import sqft.adapters
-from sqft.models import load_trainable, read_masks, read_quantized
+from sqft.models import load_model, load_trainable, read_masks, read_quantized
 from sqft.pipeline import RunResult, parse_recipe, run_recipe
 from tests.end_to_end.conftest import PIPELINES
 
@@ -32,12 +32,16 @@ def test_result_is_the_trained_model(
     assert result.model_dir is not None
 
     adapted = load_trainable(stages[base_stage])
-    adapted = PeftModel.from_pretrained(adapted, stages["search"] / "adapter").eval()
-    served = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(adapted, stages["train"] / "adapter").eval()
+    sqft.adapters.set_ranks(adapted, result.data.ranks)
+    if pipeline == "sqft":  # stock PEFT wraps plain weights only
+        served = load_model(result.model_dir)
+    else:
+        served = AutoModelForCausalLM.from_pretrained(result.model_dir, dtype=torch.float32)
     if result.adapter_dir is not None:  # plain LoRA stays beside its base
         served = PeftModel.from_pretrained(served, result.adapter_dir)
     with torch.no_grad():
-        expected, found = adapted.float()(TOKENS).logits, served.eval()(TOKENS).logits
+        expected, found = adapted(TOKENS).logits, served.eval()(TOKENS).logits
     assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
 
     masks = read_masks(stages["sparsify"])

@@ -69,7 +69,7 @@ def measure_model(
 
 def zero_share(model: "nn.Module") -> float:
     """The share of exact zeros among the weights of the linears inside the decoder blocks."""
-    from sqft.adapters import base_weight
+    from sqft.adapters.identity import base_weight
     from sqft.models import target_linears
 
     zeros = total = 0

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -230,5 +231,6 @@ def _source_digest(packages: tuple[str, ...]) -> dict[str, Any]:
     return {name: digest_json(_package_digest(root / name)) for name in packages}
 
 
+@cache  # a process runs the source it has imported, whatever is edited meanwhile
 def _package_digest(package: Path) -> dict[str, str]:
     return {path.name: digest_file(path) for path in sorted(package.glob("*.py"))}

@@ -115,7 +115,7 @@ def sparsify(context: StageContext) -> dict[str, Any]:
         checkpoint, section, context.calibration(), writer, device=context.device, progress=context.progress
     )
     writer.close()
-    return {"layers": [layer.as_dict() for layer in layers]}
+    return {"layers": [layer.to_json() for layer in layers]}
 
 
 def quantize(context: StageContext) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def quantize(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
     )
     writer.close()
-    return {"layers": [layer.as_dict() for layer in layers]}
+    return {"layers": [layer.to_json() for layer in layers]}
 
 
 def train(context: StageContext) -> dict[str, Any]:
@@ -319,10 +319,14 @@ def open_model(context: StageContext, directory: Path, adapter: Path | None) -> 
 
 def open_adapted(context: StageContext, directory: Path, adapter: Path) -> Any:
     """The base as it was trained on, with the adapter from a directory."""
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     import sqft.adapters  # noqa: F401  enters the method into PEFT's tables
-    from sqft.models import load_trainable
+    from sqft.models import load_model, load_trainable
 
-    base = load_trainable(directory, base_precision=context.adapters.base_precision, device=context.device)
+    if PeftConfig.from_pretrained(adapter).peft_type == "LORA":  # stock PEFT wants the base in one dtype
+        base = load_model(directory, device=context.device)
+    else:
+        precision = context.adapters.base_precision
+        base = load_trainable(directory, base_precision=precision, device=context.device)
     return PeftModel.from_pretrained(base, adapter)
