@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
+from sqft.compression.fit import choose_layers
 from sqft.compression.gptq import Rounded, gptq
 from sqft.compression.reports import LayerReport, check_finite
 from sqft.compression.rtn import rtn
-from sqft.compression.sparsify import blocks_of, chosen_linears, input_groups, weight_of
+from sqft.compression.sparsify import blocks_of, input_groups, weight_of
 from sqft.compression.statistics import Hessian
 from sqft.compression.walk import BlockWalk, InputGroup
 from sqft.errors import CompressionError
@@ -75,9 +76,9 @@ def quantize_model(
     or inputs are not finite, or the method needs calibration and has none; ModelError for an unknown module.
     """
     method = METHODS[section.method]
-    linears = chosen_linears(checkpoint, section.target_modules, section.skip_modules)
+    linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
     masks = masks or {}
-    _check_fit(checkpoint, linears, masks, section)
+    _check_masks(checkpoint, masks)
     if method.statistic is not None and calibration is None:
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
     walk = BlockWalk(checkpoint, calibration if method.statistic else None, device=device)
@@ -109,14 +110,7 @@ def _grid_options(section: QuantizeSection) -> dict[str, Any]:
     }
 
 
-def _check_fit(checkpoint: Checkpoint, linears: list[str], masks: Masks, section: QuantizeSection) -> None:
-    for name in linears:
-        columns = checkpoint.linears[name][1]
-        if section.group_size != -1 and columns % section.group_size:
-            raise CompressionError(
-                f"{name}: group size {section.group_size} does not divide its width {columns}; "
-                "choose one that does, or -1 for one group a row"
-            )
+def _check_masks(checkpoint: Checkpoint, masks: Masks) -> None:
     for name, mask in masks.items():
         shape = checkpoint.linears.get(name)
         if shape is None or tuple(mask.shape) != shape:

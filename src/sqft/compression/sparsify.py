@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from sqft.compression.fit import choose_layers
 from sqft.compression.magnitude import magnitude_scores
 from sqft.compression.reports import LayerReport, check_finite, warn_few_tokens
 from sqft.compression.statistics import Hessian, InputNorm
 from sqft.compression.walk import BlockWalk, InputGroup
 from sqft.compression.wanda import wanda_scores
 from sqft.errors import CompressionError
-from sqft.models import Checkpoint, CheckpointWriter, check_fused_groups, target_linears
+from sqft.models import Checkpoint, CheckpointWriter
 from sqft.ops import keep_nonzero, mask_pattern, mask_rows
-from sqft.ops.mask import parse_pattern
 from sqft.progress import SILENT, Progress
 from sqft.sections import SparsifySection
 
@@ -72,9 +72,7 @@ def sparsify_model(
     method needs calibration and has none; ModelError for an unknown module or a split q/k/v or gate/up.
     """
     method = METHODS[section.method]
-    linears = chosen_linears(checkpoint, section.target_modules, section.skip_modules)
-    if section.pattern is not None:
-        _check_pattern(checkpoint, linears, section.pattern)
+    linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
     if method.statistic is not None and calibration is None:
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
     walk = BlockWalk(checkpoint, calibration if method.statistic else None, device=device)
@@ -91,19 +89,6 @@ def sparsify_model(
             walk.unload(name)
             advance(1)
     return reports
-
-
-def chosen_linears(checkpoint: Checkpoint, targets: list[str] | None, skip: list[str]) -> list[str]:
-    """Full names of the linears to compress.
-
-    Raises: ModelError for an unknown name, or if a group that runtimes fuse is split.
-    """
-    skeleton = checkpoint.skeleton()
-    chosen = list(target_linears(skeleton, targets, skip))
-    check_fused_groups(chosen, target_linears(skeleton, None, []))
-    if not chosen:
-        raise CompressionError("target_modules and skip_modules leave no layer to compress")
-    return chosen
 
 
 def blocks_of(walk: BlockWalk, linears: list[str]) -> Iterator[tuple[str, dict[str, nn.Module]]]:
@@ -146,14 +131,6 @@ def weight_of(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
-
-
-def _check_pattern(checkpoint: Checkpoint, linears: list[str], pattern: str) -> None:
-    _, block = parse_pattern(pattern)
-    for name in linears:
-        columns = checkpoint.linears[name][1]
-        if columns % block:
-            raise CompressionError(f"{name}: pattern {pattern} does not fit a width of {columns}; skip it")
 
 
 def _sparsify_linear(

@@ -117,14 +117,11 @@ def _modules(recipe: Recipe, outline: "ModelOutline") -> list[ModulePlan]:
 
 def _chosen(outline: "ModelOutline", section: SparsifySection | QuantizeSection | None) -> set[str]:
     """The linears that a compression section touches, checked against its shapes."""
-    from sqft.compression import check_layers
-    from sqft.models import target_linears
+    from sqft.compression import choose_layers
 
     if section is None:
         return set()
-    chosen = set(target_linears(outline.skeleton, section.target_modules, section.skip_modules))
-    check_layers({name: outline.linears[name] for name in chosen}, section)
-    return chosen
+    return set(choose_layers(outline.skeleton, outline.linears, section))
 
 
 class _Estimate:

@@ -1,0 +1,42 @@
+"""Which layers a section means, and whether it fits them: shapes alone, before any weight is read."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from sqft.errors import CompressionError
+from sqft.models import check_fused_groups, target_linears
+from sqft.ops.mask import parse_pattern
+from sqft.sections import QuantizeSection, SparsifySection
+
+__all__ = ["choose_layers"]
+
+
+def choose_layers(
+    skeleton: nn.Module, shapes: Mapping[str, tuple[int, int]], section: SparsifySection | QuantizeSection
+) -> list[str]:
+    """Full names of the linears to compress. shapes: (out, in) by name.
+
+    Raises: ModelError for an unknown name, or if a group that runtimes fuse is split; CompressionError if
+    nothing is left, or a group size or pattern does not fit a width.
+    """
+    chosen = list(target_linears(skeleton, section.target_modules, section.skip_modules))
+    check_fused_groups(chosen, target_linears(skeleton, None, []))
+    if not chosen:
+        raise CompressionError("target_modules and skip_modules leave no layer to compress")
+    for name in chosen:
+        _check_width(name, shapes[name][1], section)
+    return chosen
+
+
+def _check_width(name: str, columns: int, section: SparsifySection | QuantizeSection) -> None:
+    if isinstance(section, QuantizeSection):
+        if section.group_size != -1 and columns % section.group_size:
+            raise CompressionError(
+                f"{name}: group size {section.group_size} does not divide its width {columns}; "
+                "choose one that does, or -1 for one group a row"
+            )
+    elif section.pattern is not None and columns % parse_pattern(section.pattern)[1]:
+        raise CompressionError(
+            f"{name}: pattern {section.pattern} does not fit a width of {columns}; skip it"
+        )
