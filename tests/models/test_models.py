@@ -227,6 +227,21 @@ def test_scales_that_need_float16(tiny_model_dir: Maker, tmp_path: Path) -> None
     assert torch.equal(theirs.get_submodule(name).weight, stored.dequantize())
 
 
+def test_a_width_of_one_group_keeps_the_group_size_of_its_source(
+    tiny_model_dir: Maker, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(tiny_model_dir("llama"))
+    weights = {}
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"):  # widths 128 and 64
+        weight = checkpoint.weight(name).float()
+        qparams = compute_qparams(weight, bits=4, group_size=64, symmetric=True)
+        weights[name] = QuantizedWeight(quantize(weight, qparams), qparams)
+    name = "model.layers.0.mlp.down_proj"
+    write_model(tmp_path / "a", checkpoint, {name: weights[name]})
+    write_model(tmp_path / "b", open_checkpoint(tmp_path / "a"), weights)
+    assert read_quantized(tmp_path / "b").keys() == weights.keys()
+
+
 def _damage(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)

@@ -62,13 +62,14 @@ class GridSpec:
     scale_dtype: torch.dtype = torch.bfloat16
 
     @classmethod
-    def of(cls, weight: QuantizedWeight) -> "GridSpec":
-        """The grid of a weight."""
+    def of(cls, weight: QuantizedWeight, like: "GridSpec | None" = None) -> "GridSpec":
+        """The grid of a weight; one group a row is called by its width where `like` has that group size."""
         qparams, columns = weight.qparams, weight.codes.shape[1]
         size = qparams.group_size(columns)
         exact = torch.equal(qparams.scale.bfloat16().float(), qparams.scale)
         dtype = scale_dtype(qparams.symmetric, 8 if exact else 11)
-        return cls(qparams.bits, -1 if size == columns else size, qparams.symmetric, dtype)
+        rowwise = size == columns and not (like and like.group_size == size)
+        return cls(qparams.bits, -1 if rowwise else size, qparams.symmetric, dtype)
 
 
 def scale_dtype(symmetric: bool, scale_bits: int) -> torch.dtype:

@@ -168,7 +168,7 @@ def write_model(
     writer = CheckpointWriter(directory, source)
     quantized = {name: weight for name, weight in linears.items() if isinstance(weight, QuantizedWeight)}
     kept = [name for name in source.quantized_names if name not in linears]
-    grids = {GridSpec.of(weight) for weight in quantized.values()}
+    grids = {GridSpec.of(weight, source.grid) for weight in quantized.values()}
     if source.grid is not None and (kept or quantized):
         grids = {source.grid} | {g for g in grids if _layout(g) != _layout(source.grid)}
     if len({_layout(grid) for grid in grids}) > 1:
