@@ -1,0 +1,41 @@
+"""The model directory itself: compressed-tensors for transformers and vLLM."""
+
+import shutil
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from sqft.export.plain import copy_tokenizer
+from sqft.export.source import ExportSource
+
+__all__ = ["copy_model"]
+
+MODEL_FILES = ("config.json", "sqft.json", "sqft_masks.safetensors")
+
+
+def copy_model(source: ExportSource, directory: Path) -> dict[str, str]:
+    """Copy weights, masks, configuration and tokenizer, and not what a merge left beside them.
+
+    The scales of an asymmetric grid are widened to float32, which changes none of them: transformers 5.23 opens
+    such a model with `CompressedTensorsConfig(dequantize=True)` only, and multiplies in the type of the scale.
+    """
+    grid = source.checkpoint.grid
+    kinds: dict[str, str] = {}
+    for path in sorted(source.directory.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if grid is not None and not grid.symmetric:
+            for name in tensors:
+                if name.endswith(".weight_scale"):
+                    tensors[name] = tensors[name].float()
+            save_file(tensors, directory / path.name, metadata={"format": "pt"})
+        else:
+            shutil.copyfile(path, directory / path.name)
+        kinds |= {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    index = source.directory / "model.safetensors.index.json"
+    for path in (index, *(source.directory / name for name in MODEL_FILES)):
+        if path.is_file():
+            shutil.copyfile(path, directory / path.name)
+    copy_tokenizer(source, directory)
+    return kinds

@@ -1,0 +1,175 @@
+"""Exporting one model to one format: refuse or write, read back, run, and say what was found."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft.artifacts import digest_files, new_directory, write_json
+from sqft.errors import ExportError
+from sqft.export.fidelity import (
+    CodeComparison,
+    LogitComparison,
+    compare_codes,
+    compare_logits,
+    probe_items,
+    reference_logits,
+)
+from sqft.export.formats import FORMATS, Format, require_runtime
+from sqft.export.model_card import model_card
+from sqft.export.requantization import Damage, requantize_source, rounding_damage
+from sqft.export.serving import serving_commands
+from sqft.export.source import ExportSource, open_source
+from sqft.progress import SILENT, Progress
+
+__all__ = ["ExportResult", "export_model", "formats_that_hold"]
+
+EXPORT = "sqft_export.json"
+LARGEST_SHARE = 1e-4  # of the largest logit, for runtimes that compute in float32
+LARGEST_KL = 0.02  # nats, for llama.cpp, which rounds activations to 8 bits
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote, and how faithful it is.
+
+    tensor_types: how many tensors are stored in which type. damage: None unless the grid was changed.
+    logit_comparison: None where no runtime of the format runs here.
+    """
+
+    format: str
+    directory: Path
+    size_bytes: int
+    tensor_types: dict[str, int]
+    head_type: str
+    code_comparison: CodeComparison
+    logit_comparison: LogitComparison | None
+    damage: Damage | None
+    serve: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"directory": self.directory.name}
+
+
+def export_model(
+    directory: Path,
+    format: str,
+    output_dir: Path,
+    *,
+    allow_requantize: bool = False,
+    head_type: str = "auto",
+    recipe: dict[str, Any] | None = None,
+    evaluation: list[dict[str, Any]] | None = None,
+    progress: Progress = SILENT,
+) -> ExportResult:
+    """Write a model in a format, reopen it in the format's runtime, and compare codes and logits.
+
+    head_type: gguf only: the type of embedding and head, auto (exact), f16, bf16, f32 or q8_0.
+    allow_requantize: where the format cannot hold the grid, round to one that it can, and report the damage.
+    recipe, evaluation: go into the model card.
+
+    Raises: ExportError if the format is unknown or cannot hold the model exactly, or if what was written is
+    not what was trained; MissingExtraError if the runtime that must check it is not installed.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format '{format}' is unknown; choose from {', '.join(FORMATS)}")
+    target = FORMATS[format]
+    require_runtime(format)
+    trained = open_source(directory)
+    source, damage = _fit(trained, format, allow_requantize)
+    with progress.task(f"export {format}", 4) as advance, new_directory(output_dir) as partial:
+        kinds = target.write(source, partial, head_type)
+        advance(1)
+        codes = compare_codes(source, target.read(source, partial))
+        _check_codes(format, codes, damage, head_type)
+        advance(1)
+        logits = _compare_logits(trained, source, target, partial)
+        _check_logits(format, logits, exact=damage is None and head_type != "q8_0")
+        advance(1)
+        file = next((path.name for path in partial.glob("*.gguf")), None)
+        result = ExportResult(
+            format=format,
+            directory=output_dir,
+            size_bytes=sum(path.stat().st_size for path in partial.iterdir()),
+            tensor_types=dict(Counter(kinds.values())),
+            head_type=_head_type(kinds),
+            code_comparison=codes,
+            logit_comparison=logits,
+            damage=damage,
+            serve=serving_commands(format, output_dir, file),
+        )
+        card = model_card(result, directory, recipe=recipe, evaluation=evaluation)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_json(partial / EXPORT, result.as_dict() | {"files": digest_files(partial)})
+        advance(1)
+    return result
+
+
+def formats_that_hold(source: ExportSource) -> list[str]:
+    """The formats that hold a model exactly."""
+    return [name for name, target in FORMATS.items() if target.refusal(source) is None]
+
+
+def _fit(source: ExportSource, format: str, allow_requantize: bool) -> tuple[ExportSource, Damage | None]:
+    """The source as the format can hold it, and what that cost."""
+    target = FORMATS[format]
+    reason = target.refusal(source)
+    if reason is None:
+        return source, None
+    can = ", ".join(formats_that_hold(source)) or "none"
+    if not allow_requantize:
+        raise ExportError(f"{format} cannot hold {reason}; formats that can: {can}; or allow requantizing")
+    if target.grid is not None and source.quantized_names:
+        bits, group_size, symmetric, scale_bits = target.grid
+        widths = {source.quantized(name).codes.shape[1] for name in source.quantized_names}
+        if all(width % group_size == 0 for width in widths):
+            fitted, damage = requantize_source(
+                source, bits=bits, group_size=group_size, symmetric=symmetric, scale_bits=scale_bits
+            )
+            if target.refusal(fitted) is None:
+                return fitted, damage
+    if format == "safetensors":
+        return source, rounding_damage(source)
+    raise ExportError(f"{format} cannot hold {reason}, requantized or not; formats that can: {can}")
+
+
+def _compare_logits(
+    trained: ExportSource, source: ExportSource, target: Format, directory: Path
+) -> LogitComparison | None:
+    if target.run is None:
+        return None
+    items = probe_items(trained)
+    expected = reference_logits(trained.directory, items)
+    found = target.run(source, directory, items)
+    return compare_logits(target.runtime, found, expected, probabilities=target.gives_probabilities)
+
+
+def _check_codes(format: str, codes: CodeComparison, damage: Damage | None, head_type: str) -> None:
+    if codes.changed:
+        raise ExportError(f"{codes.changed} of {codes.codes} codes changed on the way to {format}")
+    if codes.weights_changed and damage is None and head_type == "auto":
+        raise ExportError(
+            f"{codes.weights_changed} of {codes.weights} weights changed on the way to {format}"
+        )
+
+
+def _check_logits(format: str, logits: LogitComparison | None, *, exact: bool) -> None:
+    if logits is None or not exact:
+        return
+    if logits.largest_share is not None and not logits.largest_share <= LARGEST_SHARE:
+        raise ExportError(
+            f"{logits.runtime} differs from float32 by {logits.largest_share:.1e} of the largest logit "
+            f"(allowed {LARGEST_SHARE:.0e}); {format} was not written"
+        )
+    if not logits.kl <= LARGEST_KL:
+        raise ExportError(
+            f"{logits.runtime} differs from float32 by a KL of {logits.kl:.3f} nats (allowed {LARGEST_KL}); "
+            f"{format} was not written"
+        )
+
+
+def _head_type(kinds: dict[str, str]) -> str:
+    heads = ("token_embd.weight", "output.weight", "model.embed_tokens.weight", "lm_head.weight")
+    found = [f"{name} {kinds[name]}" for name in heads if name in kinds]
+    return ", ".join(found) or "not stated"

@@ -1,0 +1,205 @@
+"""The table of formats: what each holds, how it is written, read back and run."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from sqft.errors import ExportError, require
+from sqft.export.compressed import copy_model
+from sqft.export.fidelity import run_model
+from sqft.export.gguf_file import gguf_refusal, read_gguf, write_gguf
+from sqft.export.gptq import gptq_refusal, read_gptq, write_gptq
+from sqft.export.llama_cpp import LlamaCpp
+from sqft.export.openvino_ir import OpenVinoModel, openvino_refusal, read_openvino, write_openvino
+from sqft.export.plain import plain_refusal, read_plain, write_plain
+from sqft.export.source import ExportSource, IntegerWeight, open_source
+from sqft.models.checkpoint import quiet_transformers
+
+__all__ = ["FORMATS", "Format", "gguf_path"]
+
+Stored = Iterator[tuple[str, IntegerWeight | Tensor]]
+Items = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format.
+
+    refusal: why it cannot hold a model exactly, or None. write: (source, directory, head type) → types of
+    all tensors. read: the stored weights in the names of transformers. run: the runtime's logits at every
+    position, None where no runtime of this format runs here. gives_probabilities: of their log softmax.
+    grid: (bits, group size, symmetric, scale bits) to requantize to if allowed.
+    """
+
+    holds: str
+    runtime: str
+    refusal: Callable[[ExportSource], str | None]
+    write: Callable[[ExportSource, Path, str], dict[str, str]]
+    read: Callable[[ExportSource, Path], Stored]
+    run: Callable[[ExportSource, Path, Items], Tensor] | None
+    extra: tuple[str, str] | None = None
+    gives_probabilities: bool = False
+    grid: tuple[int, int, bool, int] | None = None
+
+
+def gguf_path(directory: Path) -> Path:
+    """The GGUF file of an artefact. Raises: ExportError if there is not exactly one."""
+    found = sorted(directory.glob("*.gguf"))
+    if len(found) != 1:
+        raise ExportError(f"{directory} holds {len(found)} GGUF files, not one")
+    return found[0]
+
+
+def _compressed_refusal(source: ExportSource) -> str | None:
+    return None if source.quantized_names else "weights that are not on an integer grid"
+
+
+def _read_compressed(source: ExportSource, directory: Path) -> Stored:
+    written = open_source(directory)
+    yield from written.integers()
+    for name in written.plain_names:
+        yield name, written.checkpoint.tensor(name)
+
+
+def _run_transformers(source: ExportSource, directory: Path, items: Items) -> Tensor:
+    options: dict[str, Any] = {"dtype": torch.float32}
+    grid = open_source(directory).checkpoint.grid
+    if grid is not None and not grid.symmetric:  # the default of transformers 5.23 fails on zero points
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings(), quiet_transformers():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        return run_model(AutoModelForCausalLM.from_pretrained(directory, **options), items)
+
+
+def _write_half(source: ExportSource, directory: Path, head_type: str) -> dict[str, str]:
+    return write_plain(source, directory, None)
+
+
+def _write_single(source: ExportSource, directory: Path, head_type: str) -> dict[str, str]:
+    return write_plain(source, directory, torch.float32)
+
+
+def _write_gguf(source: ExportSource, directory: Path, head_type: str) -> dict[str, str]:
+    return write_gguf(
+        source, directory / f"{directory.name.removesuffix('.partial')}.gguf", head_type=head_type
+    )
+
+
+def _run_llama_cpp(source: ExportSource, directory: Path, items: Items) -> Tensor:
+    context = max(256, 2 * max(len(item) for item in items))
+    runtime = LlamaCpp(gguf_path(directory), context=context)
+    check_tokenizer(source, runtime)
+    vocabulary = int(source.config["vocab_size"])
+    return torch.stack(
+        [
+            runtime.next_log_probabilities(item[: end + 1], vocabulary)
+            for item in items
+            for end in range(len(item))
+        ]
+    )
+
+
+def check_tokenizer(source: ExportSource, runtime: LlamaCpp) -> None:
+    """Compare llama.cpp's token ids with the tokenizer's on probe texts.
+
+    Raises: ExportError if they differ.
+    """
+    tokenizer = source.tokenizer
+    probes = [
+        "Hello, world! It's 3.14 + 12345 = 7?",
+        "def f(x):\n\treturn  x**2  # naïve",
+        "Ünïcödé 日本語 🙂",
+    ]
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "What is 3 plus 4?"}]
+        probes.append(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    for text in probes:
+        expected = tokenizer(text, add_special_tokens=False).input_ids
+        if runtime.tokenize(text) != expected:
+            raise ExportError(f"llama.cpp splits {text[:40]!r} into other tokens than the model's tokenizer")
+
+
+def _run_openvino(source: ExportSource, directory: Path, items: Items) -> Tensor:
+    model = OpenVinoModel(directory)
+    rows = []
+    for item in items:
+        model.reset()
+        rows.append(model.logits(list(item)))
+    return torch.cat(rows)
+
+
+def _exact(source: ExportSource) -> str | None:
+    return None
+
+
+def _read_gguf(source: ExportSource, directory: Path) -> Stored:
+    return read_gguf(source, gguf_path(directory))
+
+
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": Format(
+        holds="every integer grid of sqft",
+        runtime="transformers",
+        refusal=_compressed_refusal,
+        write=lambda source, directory, head_type: copy_model(source, directory),
+        read=_read_compressed,
+        run=_run_transformers,
+    ),
+    "gptq": Format(
+        holds="integer grids whose rows and columns fill int32 words",
+        runtime="none here",
+        refusal=gptq_refusal,
+        write=lambda source, directory, head_type: write_gptq(source, directory),
+        read=read_gptq,
+        run=None,
+    ),
+    "safetensors": Format(
+        holds="weights that are exact in 16 bits, among them symmetric grids up to 4 bits",
+        runtime="transformers",
+        refusal=plain_refusal,
+        write=_write_half,
+        read=lambda source, directory: read_plain(directory),
+        run=_run_transformers,
+    ),
+    "safetensors-float32": Format(
+        holds="every model",
+        runtime="transformers",
+        refusal=_exact,
+        write=_write_single,
+        read=lambda source, directory: read_plain(directory),
+        run=_run_transformers,
+    ),
+    "gguf": Format(
+        holds="groups of a multiple of 32: Q4_0 up to 4 bits symmetric, Q4_1 or Q8_0 else; plain weights",
+        runtime="llama.cpp",
+        refusal=gguf_refusal,
+        write=_write_gguf,
+        read=_read_gguf,
+        run=_run_llama_cpp,
+        extra=("xllamacpp", "gguf"),
+        gives_probabilities=True,
+        grid=(4, 32, True, 8),
+    ),
+    "openvino": Format(
+        holds="integer grids with scales exact in float16; plain weights",
+        runtime="openvino",
+        refusal=openvino_refusal,
+        write=lambda source, directory, head_type: write_openvino(source, directory),
+        read=read_openvino,
+        run=_run_openvino,
+        extra=("openvino", "openvino"),
+    ),
+}
+
+
+def require_runtime(name: str) -> None:
+    """Raises: MissingExtraError if the runtime that checks a format is not installed."""
+    extra = FORMATS[name].extra
+    if extra is not None:
+        require(*extra)

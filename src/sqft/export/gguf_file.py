@@ -1,0 +1,255 @@
+"""GGUF files for llama.cpp: the trained codes as Q4_0, Q4_1 or Q8_0 blocks, everything else in 16 bits.
+
+Source: gguf-py and llama.cpp's `convert_hf_to_gguf.py` for names, metadata and the order of rotary rows.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf import get_tensor_name_map as tensor_name_map
+from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
+from gguf.quants import quantize as quantize_blocks
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sqft.errors import ExportError
+from sqft.export.gguf_blocks import BLOCK, Q4_0, Q4_1, Q8_0, choose_block_type, pack_blocks, unpack_blocks
+from sqft.export.gguf_tokenizer import write_tokenizer
+from sqft.export.source import ExportSource, IntegerWeight, exact_in
+
+__all__ = ["ARCHITECTURES", "gguf_refusal", "read_gguf", "write_gguf", "write_gguf_adapter"]
+
+# transformers' model type → llama.cpp's architecture, and whether it wants rotary rows interleaved.
+ARCHITECTURES: dict[str, tuple[MODEL_ARCH, bool]] = {
+    "llama": (MODEL_ARCH.LLAMA, True),
+    "mistral": (MODEL_ARCH.LLAMA, True),
+    "phi3": (MODEL_ARCH.PHI3, False),
+    "qwen2": (MODEL_ARCH.QWEN2, False),
+    "qwen3": (MODEL_ARCH.QWEN3, False),
+}
+FILE_TYPES = {
+    Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+PLAIN_TYPES = {
+    torch.float16: GGMLQuantizationType.F16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
+    torch.float32: GGMLQuantizationType.F32,
+}
+
+Array = NDArray[Any]
+
+
+def gguf_refusal(source: ExportSource) -> str | None:
+    """Why a model cannot be held exactly; None if it can."""
+    if source.architecture not in ARCHITECTURES:
+        return f"the architecture {source.architecture} (only {', '.join(ARCHITECTURES)})"
+    for name in source.quantized_names:
+        weight = source.quantized(name)
+        if choose_block_type(weight) is None:
+            size = weight.qparams.group_size(weight.codes.shape[1])
+            kind = "symmetric" if weight.qparams.symmetric else "asymmetric"
+            return f"{kind} {weight.qparams.bits}-bit groups of {size} (blocks are of {BLOCK})"
+    return None
+
+
+def write_gguf(source: ExportSource, path: Path, *, head_type: str = "auto") -> dict[str, str]:
+    """Write a model as GGUF and return the type of every tensor.
+
+    head_type: type of embedding and output head, auto (the smallest exact one), f16, bf16, f32 or q8_0.
+
+    Raises: ExportError if the tokenizer or the rotary embedding has no GGUF form.
+    """
+    arch, _ = ARCHITECTURES[source.architecture]
+    config = source.config
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
+    _write_metadata(writer, source, arch)
+    write_tokenizer(writer, source.tokenizer, int(config["vocab_size"]))
+    kinds: dict[str, str] = {}
+    for name, data, kind in _tensors(source, head_type):
+        writer.add_tensor(name, data, raw_dtype=kind)
+        kinds[name] = kind.name
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return kinds
+
+
+def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWeight | Tensor]]:
+    """The weights of a GGUF file under the names and in the row order of transformers.
+
+    Raises: ExportError if a tensor is missing.
+    """
+    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    tied = _tied_head(source)
+    for name in source.weight_names():
+        if name == tied:
+            continue
+        gguf_name = _gguf_name(source, name)
+        if gguf_name not in stored:
+            raise ExportError(f"{path} lacks {gguf_name}")
+        tensor = stored[gguf_name]
+        undo = _rotary_order(source, name, inverse=True)
+        data = tensor.data[undo] if undo is not None else tensor.data
+        kind = tensor.tensor_type
+        if name.removesuffix(".weight") in source.quantized_names and kind in FILE_TYPES:
+            yield name, unpack_blocks(np.asarray(data), kind)
+        elif kind == GGMLQuantizationType.BF16:
+            yield name, torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
+        elif kind == Q8_0:
+            integers = unpack_blocks(np.asarray(data), kind)
+            yield name, torch.from_numpy(integers.steps * integers.scale.repeat(BLOCK, axis=1))
+        else:
+            yield name, torch.from_numpy(np.array(data))
+
+
+def write_gguf_adapter(
+    source: ExportSource, factors: dict[str, tuple[Tensor, Tensor]], alpha: float, path: Path
+) -> None:
+    """Write a plain LoRA (A (rank, in), B (out, rank) by linear; scaling alpha / rank) for llama.cpp."""
+    arch, _ = ARCHITECTURES[source.architecture]
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    for name, (lora_A, lora_B) in factors.items():
+        gguf_name = _gguf_name(source, f"{name}.weight")
+        rows = _rotary_order(source, f"{name}.weight")
+        high = lora_B.float().numpy() if rows is None else lora_B.float().numpy()[rows]
+        writer.add_tensor(f"{gguf_name}.lora_a", np.ascontiguousarray(lora_A.float().numpy(), np.float32))
+        writer.add_tensor(f"{gguf_name}.lora_b", np.ascontiguousarray(high, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
+    tied = _tied_head(source)
+    for name in source.weight_names():
+        if name == tied:
+            continue
+        gguf_name, order = _gguf_name(source, name), _rotary_order(source, name)
+        linear = name.removesuffix(".weight")
+        if linear in source.quantized_names:
+            weight = source.quantized(linear)
+            kind = choose_block_type(weight)
+            assert kind is not None, name
+            data: Array = pack_blocks(weight, kind)
+        else:
+            tensor = source.weight(name)
+            is_head = gguf_name in {"token_embd.weight", "output.weight"}
+            data, kind = _plain(tensor, head_type if is_head else "auto")
+        yield gguf_name, data if order is None else np.ascontiguousarray(data[order]), kind
+    factors = _rope_factors(source.config)
+    if factors is not None:
+        yield "rope_freqs.weight", factors, GGMLQuantizationType.F32
+
+
+def _plain(tensor: Tensor, wanted: str) -> tuple[Array, GGMLQuantizationType]:
+    """A tensor as stored numbers: vectors in float32, matrices in the smallest type that is exact."""
+    if tensor.ndim == 1:
+        return tensor.float().numpy(), GGMLQuantizationType.F32
+    if wanted == "q8_0":
+        if tensor.shape[1] % BLOCK:
+            raise ExportError(f"q8_0 needs a width divisible by {BLOCK}, not {tensor.shape[1]}; use f16")
+        return quantize_blocks(tensor.float().numpy(), Q8_0), Q8_0
+    choices = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+    if wanted in choices:
+        dtype = choices[wanted]
+    elif wanted == "auto":
+        dtype = next(d for d in PLAIN_TYPES if exact_in(tensor, d))
+    else:
+        raise ExportError(f"head type '{wanted}' is unknown; choose auto, f16, bf16, f32 or q8_0")
+    if dtype == torch.bfloat16:
+        return tensor.bfloat16().view(torch.int16).numpy().view(np.uint8), GGMLQuantizationType.BF16
+    return tensor.to(dtype).numpy(), PLAIN_TYPES[dtype]
+
+
+def _tied_head(source: ExportSource) -> str | None:
+    return "lm_head.weight" if source.config.get("tie_word_embeddings") else None
+
+
+def _gguf_name(source: ExportSource, name: str) -> str:
+    arch, _ = ARCHITECTURES[source.architecture]
+    names = tensor_name_map(arch, len(source.checkpoint.block_names))
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if found is None:
+        raise ExportError(f"llama.cpp's {MODEL_ARCH_NAMES[arch]} has no place for {name}")
+    return str(found)
+
+
+def _rotary_order(source: ExportSource, name: str, *, inverse: bool = False) -> NDArray[np.int64] | None:
+    """The rows of a q or k projection in llama.cpp's order: the two halves of a head interleaved."""
+    linear = name.rsplit(".", 2)[-2] if name.count(".") > 1 else ""
+    if not ARCHITECTURES[source.architecture][1] or linear not in {"q_proj", "k_proj"}:
+        return None
+    config = source.config
+    heads = int(config["num_attention_heads"])
+    if linear == "k_proj":
+        heads = int(config.get("num_key_value_heads") or heads)
+    rows = heads * _head_size(config)
+    order = np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
+    return np.argsort(order) if inverse else order
+
+
+def _head_size(config: dict[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _write_metadata(writer: GGUFWriter, source: ExportSource, arch: MODEL_ARCH) -> None:
+    config = source.config
+    rope = config.get("rope_parameters") or {}
+    window = config.get("sliding_window")
+    context = int(config["max_position_embeddings"])
+    writer.add_type("model")
+    writer.add_name(source.directory.name)
+    writer.add_vocab_size(config["vocab_size"])
+    # llama.cpp's llama has no sliding window: within one window there is no difference.
+    writer.add_context_length(min(context, window) if window and arch is MODEL_ARCH.LLAMA else context)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
+    writer.add_key_length(_head_size(config))
+    writer.add_value_length(_head_size(config))
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
+    partial = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    writer.add_rope_dimension_count(int(_head_size(config) * partial))
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    elif kind not in {"default", "llama3"}:
+        raise ExportError(f"the rotary embedding '{kind}' is not exported to gguf; use another format")
+    if arch is MODEL_ARCH.PHI3:
+        writer.add_rope_scaling_orig_ctx_len(int(config.get("original_max_position_embeddings") or context))
+        writer.add_sliding_window(int(window or 0))
+    writer.add_quantization_version(2)
+    first = choose_block_type(source.quantized(source.quantized_names[0])) if source.quantized_names else None
+    writer.add_file_type(LlamaFileType.MOSTLY_F16 if first is None else FILE_TYPES[first])
+    facts = source.directory / "sqft.json"
+    if facts.is_file():
+        writer.add_string("sqft.facts", json.dumps(json.loads(facts.read_text(encoding="utf-8"))))
+
+
+def _rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
+    """Llama 3's frequency factors. Source: transformers, `modeling_rope_utils`."""
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    size = _head_size(config)
+    frequency = float(rope["rope_theta"]) ** (-np.arange(0, size, 2, dtype=np.float64) / size)
+    wavelength, original = 2 * np.pi / frequency, float(rope["original_max_position_embeddings"])
+    low, high, factor = (float(rope[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    factors: NDArray[np.float64] = 1 / ((1 - smooth) / factor + smooth)
+    return factors.astype(np.float32)

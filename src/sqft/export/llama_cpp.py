@@ -1,0 +1,119 @@
+"""Running GGUF files in llama.cpp, through the prebuilt wheels of xllamacpp."""
+
+import json
+import os
+import sys
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sqft.errors import ExportError, require
+
+__all__ = ["LlamaCpp"]
+
+
+class LlamaCpp:
+    """A model in llama.cpp's server, inside this process.
+
+    lora_path: an adapter in GGUF that is applied at run time, unmerged.
+    """
+
+    def __init__(
+        self, path: Path, *, context: int = 512, threads: int | None = None, lora_path: Path | None = None
+    ) -> None:
+        xllamacpp = require("xllamacpp", "gguf")
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx = context
+        parameters.n_parallel = 1
+        parameters.warmup = False
+        parameters.verbosity = -1
+        count = threads or torch.get_num_threads()
+        parameters.cpuparams.n_threads = count
+        parameters.cpuparams_batch.n_threads = count
+        if lora_path is not None:
+            adapter = xllamacpp.CommonAdapterLoraInfo(str(lora_path), 1.0)
+            parameters.lora_adapters = [adapter]
+        try:
+            with silent_output():
+                self._server = xllamacpp.Server(parameters)
+        except RuntimeError as error:
+            raise ExportError(f"llama.cpp cannot open {path}: {error}") from error
+        self._letter = self.tokenize("a")[0]
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text, special tokens parsed, none added."""
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/tokenize",
+            data=json.dumps({"content": text, "add_special": False, "parse_special": True}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return [int(token) for token in json.loads(response.read())["tokens"]]
+
+    def next_log_probabilities(
+        self, token_ids: Sequence[int], vocabulary: int
+    ) -> Float[Tensor, "vocabulary"]:
+        """log softmax of the logits after the last token.
+
+        The token that is then sampled is forced to be a letter, since the server keeps back the
+        probabilities of an end token or half a character; the bias does not enter the probabilities.
+        """
+        answer = self._complete(
+            {
+                "prompt": list(token_ids),
+                "n_predict": 1,
+                "n_probs": vocabulary,
+                "temperature": 0.0,
+                "logit_bias": [[self._letter, 1000.0]],
+            }
+        )
+        content = answer["choices"][0]["logprobs"]["content"]
+        values = torch.full((vocabulary,), -torch.inf)
+        for entry in content[0]["top_logprobs"]:
+            values[entry["id"]] = entry["logprob"]
+        return values
+
+    def generate(self, token_ids: Sequence[int], num_tokens: int) -> dict[str, float]:
+        """Generate greedily, whatever the end token, and return llama.cpp's timings."""
+        answer = self._complete(
+            {
+                "prompt": list(token_ids),
+                "n_predict": num_tokens,
+                "temperature": 0.0,
+                "ignore_eos": True,
+                "cache_prompt": False,
+            }
+        )
+        return {key: float(value) for key, value in answer["timings"].items() if not isinstance(value, str)}
+
+    def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        answer = self._server.handle_completions(request)
+        values: dict[str, Any] = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
+        if "choices" not in values:
+            raise ExportError(f"llama.cpp refused a request: {json.dumps(values)[:200]}")
+        return values
+
+
+@contextmanager
+def silent_output() -> Iterator[None]:
+    """Send what native code prints to nowhere."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for descriptor in (1, 2):
+            os.dup2(sink, descriptor)
+        yield
+    finally:
+        for descriptor, original in zip((1, 2), kept, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+        os.close(sink)

@@ -1,0 +1,67 @@
+"""Moving a model to a grid that it was not trained on, where a user allows it, and saying what that cost."""
+
+from dataclasses import dataclass, replace
+
+from sqft.export.plain import half_dtype, rounding_dtype
+from sqft.export.source import ExportSource
+from sqft.models import QuantizedWeight
+from sqft.ops import compute_qparams, quantize
+
+__all__ = ["Damage", "requantize_source", "rounding_damage"]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a new grid changed.
+
+    weights: all quantized weights; changed: those that differ; relative_error: root mean square of the
+    change over that of the weights; zeros_lost: zeros that are no longer 0.
+    """
+
+    grid: str
+    weights: int
+    changed: int
+    relative_error: float
+    zeros_lost: int
+
+
+def requantize_source(
+    source: ExportSource, *, bits: int, group_size: int, symmetric: bool, scale_bits: int
+) -> tuple[ExportSource, Damage]:
+    """Round every quantized weight to the nearest point of a new grid."""
+    replaced: dict[str, QuantizedWeight] = {}
+    weights = changed = zeros_lost = 0
+    error = size = 0.0
+    for name in source.quantized_names:
+        old = source.quantized(name).dequantize()
+        qparams = compute_qparams(
+            old, bits=bits, group_size=group_size, symmetric=symmetric, scale_bits=scale_bits
+        )
+        replaced[name] = QuantizedWeight(quantize(old, qparams), qparams)
+        new = replaced[name].dequantize()
+        weights += old.numel()
+        changed += int((new != old).sum())
+        zeros_lost += int(((old == 0) & (new != 0)).sum())
+        error += float((new - old).double().square().sum())
+        size += float(old.double().square().sum())
+    kind = "symmetric" if symmetric else "asymmetric"
+    grid = f"{kind} {bits}-bit, groups of {group_size}"
+    damage = Damage(grid, weights, changed, (error / max(size, 1e-300)) ** 0.5, zeros_lost)
+    return replace(source, replaced=replaced), damage
+
+
+def rounding_damage(source: ExportSource) -> Damage:
+    """What 16 bits change: the weights that neither 16-bit type holds are rounded."""
+    weights = changed = zeros_lost = 0
+    error = size = 0.0
+    for name in source.weight_names():
+        old = source.weight(name).float()
+        dtype = half_dtype(source, name) or rounding_dtype(source)
+        new = old.to(dtype).float()
+        weights += old.numel()
+        changed += int((new != old).sum())
+        zeros_lost += int(((old == 0) & (new != 0)).sum())
+        error += float((new - old).double().square().sum())
+        size += float(old.double().square().sum())
+    kind = str(rounding_dtype(source)).removeprefix("torch.")
+    return Damage(kind, weights, changed, (error / max(size, 1e-300)) ** 0.5, zeros_lost)

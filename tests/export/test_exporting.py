@@ -1,0 +1,139 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sqft.errors import ExportError, ModelError
+from sqft.export import FORMATS, ExportResult, export_model
+from sqft.export.fidelity import compare_codes
+from sqft.export.source import open_source
+
+MergedDir = Callable[..., Path]
+RUNTIMES = {"gguf": "xllamacpp", "openvino": "openvino"}
+# torch's tracer warns of every Python branch in transformers' masks and of its own deprecation.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:openvino"),
+]
+
+
+def export(directory: Path, format: str, tmp_path: Path, **options: Any) -> ExportResult:
+    if format in RUNTIMES:
+        pytest.importorskip(RUNTIMES[format])
+    return export_model(directory, format, tmp_path / "artefact", **options)
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "safetensors", "gguf"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "phi3"])
+def test_no_code_changes_in_any_format(merged_dir: MergedDir, tmp_path: Path, arch: str, format: str) -> None:
+    result = export(merged_dir(arch), format, tmp_path)
+    assert result.code_comparison.changed == 0
+    assert result.code_comparison.weights_changed == 0
+    assert result.code_comparison.codes + result.code_comparison.weights > 70_000
+    logits = result.logit_comparison
+    assert (logits is None) == (format == "gptq")
+    if logits is not None:
+        assert logits.kl < (1e-3 if format == "gguf" else 1e-6)
+        assert logits.largest_share is None or logits.largest_share < 1e-5
+    assert result.damage is None
+    assert result.serve
+    assert (tmp_path / "artefact" / "README.md").is_file()
+    assert json.loads((tmp_path / "artefact" / "sqft_export.json").read_text())["format"] == format
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "kinds"),
+    [
+        ("gguf", {"group_size": 64}, {"Q4_0"}),
+        ("gguf", {"symmetric": False, "scale_bits": 7}, {"Q4_1"}),
+        ("gguf", {"symmetric": False}, {"Q4_1", "Q8_0"}),
+        ("gguf", {"bits": 3, "symmetric": False}, {"Q4_0"}),
+        ("gguf", {"bits": 8}, {"Q8_0"}),
+        ("gptq", {"symmetric": False}, {"int32"}),
+        ("gptq", {"bits": 8, "group_size": -1}, {"int32"}),
+        ("gptq", {"bits": 3}, {"int32"}),
+        ("openvino", {"arch": "phi3", "symmetric": False, "group_size": 64}, {"u4"}),
+        ("openvino", {}, {"i4"}),
+        ("safetensors", {"bits": 3}, {"float16"}),
+        ("safetensors-float32", {"symmetric": False}, {"float32"}),
+        ("compressed-tensors", {"symmetric": False, "bits": 2}, {"int32"}),
+    ],
+)
+def test_other_grids_are_exact_too(
+    merged_dir: MergedDir, tmp_path: Path, format: str, changes: dict[str, Any], kinds: set[str]
+) -> None:
+    directory = merged_dir(**changes)
+    result = export(directory, format, tmp_path)
+    assert result.code_comparison.changed == result.code_comparison.weights_changed == 0
+    assert kinds <= set(result.tensor_types) or len(kinds & set(result.tensor_types)) == 1
+
+
+@pytest.mark.parametrize("format", ["safetensors", "gguf", "openvino"])
+def test_a_sparse_model_keeps_its_weights(merged_dir: MergedDir, tmp_path: Path, format: str) -> None:
+    result = export(merged_dir("mistral", quantized=False), format, tmp_path)
+    assert result.code_comparison.weights_changed == 0
+    assert result.logit_comparison is not None
+    assert result.logit_comparison.kl < 1e-4
+
+
+def test_what_a_format_cannot_hold_is_refused(merged_dir: MergedDir, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"groups of 16 .*formats that can: compressed-tensors, gptq"):
+        export(merged_dir(group_size=16), "gguf", tmp_path)
+    with pytest.raises(ExportError, match="exact in neither float16 nor bfloat16; formats"):
+        export(merged_dir(bits=8), "safetensors", tmp_path)
+    with pytest.raises(ExportError, match="not on an integer grid"):
+        export(merged_dir(quantized=False), "gptq", tmp_path, allow_requantize=True)
+    with pytest.raises(ExportError, match="unknown; choose from compressed-tensors"):
+        export(merged_dir(), "onnx", tmp_path)
+    with pytest.raises(ModelError):
+        export(tmp_path, "gguf", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("format", "changes"), [("gguf", {"group_size": 16}), ("safetensors", {"bits": 8})])
+def test_requantizing_reports_the_damage(
+    merged_dir: MergedDir, tmp_path: Path, format: str, changes: dict[str, Any]
+) -> None:
+    damage = export(merged_dir(**changes), format, tmp_path, allow_requantize=True).damage
+    assert damage is not None
+    assert damage.changed > 0
+    assert 0 < damage.relative_error < 0.2
+    assert damage.zeros_lost == 0
+    assert "moved to another grid" in (tmp_path / "artefact" / "README.md").read_text()
+
+
+def test_the_head_may_be_smaller_and_is_named(merged_dir: MergedDir, tmp_path: Path) -> None:
+    result = export(merged_dir(), "gguf", tmp_path, head_type="q8_0")
+    assert result.head_type == "token_embd.weight Q8_0, output.weight Q8_0"
+    assert result.code_comparison.changed == 0
+    assert result.code_comparison.weights_changed > 0
+    with pytest.raises(ExportError, match="head type 'q2' is unknown"):
+        export(merged_dir(), "gguf", tmp_path, head_type="q2")
+
+
+def test_a_changed_code_in_an_artefact_is_counted(merged_dir: MergedDir, tmp_path: Path) -> None:
+    directory = merged_dir(symmetric=False)
+    export(directory, "gptq", tmp_path)
+    path = tmp_path / "artefact" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.qweight"][1, 1] ^= 1 << 8
+    tensors["model.layers.1.mlp.up_proj.qzeros"][0, 0] ^= 1
+    save_file(tensors, path)
+    source = open_source(directory)
+    compared = compare_codes(source, FORMATS["gptq"].read(source, tmp_path / "artefact"))
+    assert compared.changed == 1 + 32
+
+
+def test_a_missing_tensor_in_an_artefact_is_told(merged_dir: MergedDir, tmp_path: Path) -> None:
+    export(merged_dir(), "gptq", tmp_path)
+    path = tmp_path / "artefact" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.0.mlp.up_proj.scales"]
+    save_file(tensors, path)
+    source = open_source(merged_dir())
+    with pytest.raises(ExportError, match=r"lacks model.layers.0.mlp.up_proj.scales"):
+        list(FORMATS["gptq"].read(source, tmp_path / "artefact"))
