@@ -25,6 +25,15 @@ __all__ = [
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+QuantizeTarget = Literal["gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gptq", "openvino"]
+# What a target fixes, and what it takes unless the recipe says otherwise. GGUF has blocks of 32.
+TARGET_GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gguf-q4_0": ({"bits": 4, "symmetric": True}, {"group_size": 32}),
+    "gguf-q4_1": ({"bits": 4, "symmetric": False, "scale_bits": 7}, {"group_size": 32}),
+    "gguf-q8_0": ({"bits": 8, "symmetric": True}, {"group_size": 32}),
+    "gptq": ({}, {"group_size": 128}),
+    "openvino": ({}, {}),
+}
 AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft"]
 ReportedModel = Literal["base", "dense_tuned", "sparse", "quantized", "adapted", "merged"]
 
@@ -123,6 +132,26 @@ class QuantizeSection(Section):
     activation_order: bool = Field(False, description="Most important columns first; groups stay static.")
     target_modules: list[str] | None = None
     skip_modules: list[str] = []
+    target: QuantizeTarget | None = Field(
+        None, description="The format to serve in; fixes the grid such that its codes are exact there."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _target(cls, values: Any) -> Any:
+        target = values.get("target") if isinstance(values, dict) else None
+        if target not in TARGET_GRIDS:
+            return values
+        fixed, usual = TARGET_GRIDS[target]
+        wrong = [f"{k}: {v}" for k, v in fixed.items() if values.get(k, v) != v]
+        if wrong:
+            raise ValueError(f"target {target} needs {', '.join(wrong)}; leave it out or take another target")
+        group_size = values.get("group_size", 32)
+        if target.startswith("gguf") and (
+            not isinstance(group_size, int) or group_size < 1 or group_size % 32
+        ):
+            raise ValueError(f"target {target} needs a group_size that is a multiple of 32")
+        return usual | fixed | values
 
     @field_validator("group_size")
     @classmethod

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from sqft.errors import ExportError, ModelError
 from sqft.export import FORMATS, ExportResult, export_model
 from sqft.export.fidelity import compare_codes
 from sqft.export.source import open_source
+from sqft.sections import QuantizeSection
 
 MergedDir = Callable[..., Path]
 RUNTIMES = {"gguf": "xllamacpp", "openvino": "openvino"}
@@ -137,3 +139,26 @@ def test_a_missing_tensor_in_an_artefact_is_told(merged_dir: MergedDir, tmp_path
     source = open_source(merged_dir())
     with pytest.raises(ExportError, match=r"lacks model.layers.0.mlp.up_proj.scales"):
         list(FORMATS["gptq"].read(source, tmp_path / "artefact"))
+
+
+@pytest.mark.parametrize(
+    ("values", "grid"),
+    [
+        ({"target": "gguf-q4_0"}, (4, True, 32)),
+        ({"target": "gguf-q4_0", "group_size": 64}, (4, True, 64)),
+        ({"target": "gguf-q4_1"}, (4, False, 32)),
+        ({"target": "gguf-q8_0"}, (8, True, 32)),
+        ({}, (4, True, 64)),
+    ],
+)
+def test_a_target_fixes_the_grid(values: dict[str, Any], grid: tuple[int, bool, int]) -> None:
+    section = QuantizeSection(**values)
+    assert (section.bits, section.symmetric, section.group_size) == grid
+
+
+@pytest.mark.parametrize(
+    "values", [{"symmetric": False}, {"bits": 8}, {"group_size": 16}, {"group_size": -1}]
+)
+def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="target gguf-q4_0 needs"):
+        QuantizeSection(target="gguf-q4_0", **values)

@@ -7,6 +7,7 @@ import typer
 import sqft
 from sqft.cli.demo import demo
 from sqft.cli.doctor import doctor
+from sqft.cli.export import export
 from sqft.cli.inspect import inspect
 from sqft.cli.plan import plan
 from sqft.cli.run import run
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, plan, status, verify, inspect, demo, schema, doctor):
+for command in (run, plan, status, verify, export, inspect, demo, schema, doctor):
     app.command()(command)
 
 

@@ -14,6 +14,7 @@ EXTRAS = {
     "demo": ("reasoning_gym", "the task of `sqft demo`"),
     "eval": ("lm_eval", "evaluate.tasks: tasks of lm-evaluation-harness"),
     "hub": ("datasets", "calibration texts from the Hugging Face hub"),
+    "gguf": ("xllamacpp", "export to GGUF, checked in llama.cpp"),
     "openvino": ("openvino", "export to OpenVINO, and checking it there"),
 }
 

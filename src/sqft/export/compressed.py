@@ -17,8 +17,8 @@ MODEL_FILES = ("config.json", "sqft.json", "sqft_masks.safetensors")
 def copy_model(source: ExportSource, directory: Path) -> dict[str, str]:
     """Copy weights, masks, configuration and tokenizer, and not what a merge left beside them.
 
-    The scales of an asymmetric grid are widened to float32, which changes none of them: transformers 5.23 opens
-    such a model with `CompressedTensorsConfig(dequantize=True)` only, and multiplies in the type of the scale.
+    The scales of an asymmetric grid are widened to float32, which changes none of them: transformers 5.23
+    opens such a model with dequantize=True only, and then multiplies in the type of the scale.
     """
     grid = source.checkpoint.grid
     kinds: dict[str, str] = {}

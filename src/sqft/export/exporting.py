@@ -75,6 +75,7 @@ def export_model(
     if format not in FORMATS:
         raise ExportError(f"format '{format}' is unknown; choose from {', '.join(FORMATS)}")
     target = FORMATS[format]
+    place = output_dir.with_name(output_dir.name.removesuffix(".partial"))
     require_runtime(format)
     trained = open_source(directory)
     source, damage = _fit(trained, format, allow_requantize)
@@ -90,14 +91,14 @@ def export_model(
         file = next((path.name for path in partial.glob("*.gguf")), None)
         result = ExportResult(
             format=format,
-            directory=output_dir,
+            directory=place,
             size_bytes=sum(path.stat().st_size for path in partial.iterdir()),
             tensor_types=dict(Counter(kinds.values())),
             head_type=_head_type(kinds),
             code_comparison=codes,
             logit_comparison=logits,
             damage=damage,
-            serve=serving_commands(format, output_dir, file),
+            serve=serving_commands(format, place, file),
         )
         card = model_card(result, directory, recipe=recipe, evaluation=evaluation)
         (partial / "README.md").write_text(card, encoding="utf-8")

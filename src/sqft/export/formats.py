@@ -86,9 +86,7 @@ def _write_single(source: ExportSource, directory: Path, head_type: str) -> dict
 
 
 def _write_gguf(source: ExportSource, directory: Path, head_type: str) -> dict[str, str]:
-    return write_gguf(
-        source, directory / f"{directory.name.removesuffix('.partial')}.gguf", head_type=head_type
-    )
+    return write_gguf(source, directory / "model.gguf", head_type=head_type)
 
 
 def _run_llama_cpp(source: ExportSource, directory: Path, items: Items) -> Tensor:

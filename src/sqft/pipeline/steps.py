@@ -272,7 +272,7 @@ def export(context: StageContext) -> dict[str, Any]:
     result = export_model(
         context.inputs[context.recipe.final_stage], target, context.directory, progress=context.progress
     )
-    return {"export": asdict(result)}
+    return {"export": result.as_dict()}
 
 
 def _stored_weight(weight: "MergedWeight") -> "Tensor | QuantizedWeight":

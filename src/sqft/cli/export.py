@@ -1,0 +1,62 @@
+"""`sqft export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["export"]
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A merged model.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--to", help="compressed-tensors, gptq, safetensors, safetensors-float32, gguf or openvino."
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option(help="Where to write; default DIR-FORMAT.")] = None,
+    head: Annotated[
+        str, typer.Option(help="gguf: type of embedding and head: auto (exact), f16, bf16, f32 or q8_0.")
+    ] = "auto",
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Change the grid where the format needs it.")
+    ] = False,
+) -> None:
+    """Write a model in the format of a runtime, open it there, and compare codes and logits."""
+    from sqft.cli.messages import RichProgress
+    from sqft.cli.tables import print_table
+    from sqft.export import export_model
+    from sqft.report.summary import format_bytes
+
+    output = output or directory.with_name(f"{directory.resolve().name}-{format}")
+    with RichProgress() as progress:
+        result = export_model(
+            directory, format, output, allow_requantize=allow_requantize, head_type=head, progress=progress
+        )
+    codes, logits, damage = result.code_comparison, result.logit_comparison, result.damage
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.tensor_types.items()))
+    rows = [
+        ["written", f"{result.directory} ({format_bytes(result.size_bytes)})"],
+        ["tensors", kinds],
+        ["embedding, head", result.head_type],
+        ["codes changed", f"{codes.changed} of {codes.codes}"],
+        ["other weights changed", f"{codes.weights_changed} of {codes.weights}"],
+    ]
+    if damage is not None:
+        share = f"relative error {damage.relative_error:.4f}"
+        changed = f"{damage.changed} of {damage.weights} weights changed, {share}"
+        rows.append([f"requantized to {damage.grid}", changed])
+    if logits is None:
+        rows.append(["run", "no: no runtime of this format runs here; its fields were checked"])
+    else:
+        share = (
+            "" if logits.largest_share is None else f"largest logit difference {logits.largest_share:.1e}, "
+        )
+        rows.append(
+            [f"run in {logits.runtime}", f"{share}KL {logits.kl:.1e} nats, same top token {logits.top1:.1%}"]
+        )
+    print_table(["export", format], rows, left=2)
+    for line in result.serve:
+        print(line)
