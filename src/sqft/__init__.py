@@ -1,59 +1,45 @@
 """Fine-tune once, get one small file (sparse, INT4) that is provably the model you trained.
 
-The steps of the command line as functions; each is imported when it is first used.
+    recipe = sqft.load_recipe("recipe.yaml")
+    result = sqft.run_recipe(recipe)
+
+The packages below (`sqft.adapters`, `sqft.compression`, ...) are the same steps on models and tensors. Names
+here are imported when they are first used, so that `import sqft` costs nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from sqft.pipeline import (
+        Plan,
+        Recipe,
+        RunResult,
+        load_recipe,
+        parse_recipe,
+        plan_recipe,
+        run_recipe,
+        workspace_status,
+    )
+
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from sqft.adapters import SqftConfig, attach_adapters, merge_adapters
-    from sqft.certificate import check_integrity, check_provenance
-    from sqft.compression import quantize_model, sparsify_model
-    from sqft.models import load_model, load_trainable, open_checkpoint
-    from sqft.pipeline import load_recipe, parse_recipe, plan_recipe, run_recipe
-
 __all__ = [
-    "SqftConfig",
-    "attach_adapters",
-    "check_integrity",
-    "check_provenance",
-    "load_model",
+    "Plan",
+    "Recipe",
+    "RunResult",
     "load_recipe",
-    "load_trainable",
-    "merge_adapters",
-    "open_checkpoint",
     "parse_recipe",
     "plan_recipe",
-    "quantize_model",
     "run_recipe",
-    "sparsify_model",
+    "workspace_status",
 ]
-
-_HOMES = {
-    "SqftConfig": "adapters",
-    "attach_adapters": "adapters",
-    "merge_adapters": "adapters",
-    "check_integrity": "certificate",
-    "check_provenance": "certificate",
-    "quantize_model": "compression",
-    "sparsify_model": "compression",
-    "load_model": "models",
-    "load_trainable": "models",
-    "open_checkpoint": "models",
-    "load_recipe": "pipeline",
-    "parse_recipe": "pipeline",
-    "plan_recipe": "pipeline",
-    "run_recipe": "pipeline",
-}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"sqft.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'sqft' has no attribute '{name}'")
+    if name not in __all__:
+        raise AttributeError(f"module 'sqft' has no attribute {name!r}")
+    return getattr(import_module("sqft.pipeline"), name)
 
 
 def __dir__() -> list[str]:

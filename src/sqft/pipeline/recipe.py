@@ -139,11 +139,12 @@ class Recipe(Section):
         return [name for name in self.existing_models() if name != "adapted" or not self.merges]
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply overrides of the form section.key=value (the value is YAML).
 
     Raises: RecipeError that lists every wrong key with its path.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
