@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from sqft.pipeline import Recipe, RunResult
 
-__all__ = ["print_result", "run", "run_with_progress"]
+__all__ = ["print_result", "print_usage", "run", "run_with_progress"]
 
 
 def run(
@@ -49,3 +49,16 @@ def print_result(result: "RunResult") -> None:
         print(f"model:       {result.model_dir}")
     if result.adapter_dir is not None:
         print(f"adapter:     {result.adapter_dir}")
+    if result.model_dir is not None:
+        print_usage(result)
+
+
+def print_usage(result: "RunResult") -> None:
+    """What to type next: open the model, and prove again that it is the one that was trained."""
+    model, adapter = result.model_dir, result.adapter_dir
+    print("\nuse it:      from transformers import AutoModelForCausalLM")
+    print(f"             model = AutoModelForCausalLM.from_pretrained({str(model)!r})")
+    if result.data.checks is not None:
+        print(f"verify it:   sqft verify {model} --base {result.base_dir} --adapter {adapter}")
+    elif adapter is not None:
+        print(f"             model = PeftModel.from_pretrained(model, {str(adapter)!r})")

@@ -22,8 +22,8 @@ NOT_PUBLISHED = ("manifest.json", "sqft_latent.safetensors", ".environment.json"
 class RunResult:
     """Where the results of a recipe are, and the figures in them.
 
-    model_dir: the recipe's product, None for a recipe that only measures. adapter_dir: set where the adapter
-    stays beside its base.
+    model_dir: the recipe's product, None for a recipe that only measures. adapter_dir: the chosen sub-adapter,
+    which is merged into model_dir or stands beside it. base_dir: the model that it was trained on.
     """
 
     data: ReportData
@@ -31,6 +31,7 @@ class RunResult:
     report_html: Path
     model_dir: Path | None
     adapter_dir: Path | None
+    base_dir: Path | None
     stages: list[FinishedStage]
 
 
@@ -43,12 +44,14 @@ def write_results(recipe: Recipe, stages: list[FinishedStage], directory: Path, 
     if final is not None:
         model_dir = directory / ("merged" if recipe.merges else "model")
         _publish(final.directory, model_dir)
-    if recipe.adapters and not recipe.merges:
+    if recipe.adapters:
         adapter_dir = directory / "adapter"
         _publish(by_name["search"].directory / "adapter", adapter_dir)
     data = report_data(recipe, stages, seconds, model_dir)
     report_json, report_html = write_report(data, directory)
-    return RunResult(data, report_json, report_html, model_dir, adapter_dir, stages)
+    base = by_name.get(recipe.base_stage)
+    base_dir = base.directory if base and recipe.adapters else None
+    return RunResult(data, report_json, report_html, model_dir, adapter_dir, base_dir, stages)
 
 
 def report_data(
