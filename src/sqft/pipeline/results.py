@@ -22,8 +22,8 @@ NOT_PUBLISHED = ("manifest.json", "sqft_latent.safetensors", ".environment.json"
 class RunResult:
     """Where the results of a recipe are, and the figures in them.
 
-    model_dir: the recipe's product, None for a recipe that only measures. adapter_dir: the chosen sub-adapter,
-    which is merged into model_dir or stands beside it. base_dir: the model that it was trained on.
+    model_dir: the recipe's product, None for a recipe that only measures. adapter_dir: the chosen
+    sub-adapter, merged into model_dir or beside it. base_dir: the model that it was trained on.
     """
 
     data: ReportData
