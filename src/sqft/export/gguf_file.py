@@ -110,15 +110,16 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
             yield name, torch.from_numpy(np.array(data))
 
 
-def write_gguf_adapter(
-    source: ExportSource, factors: dict[str, tuple[Tensor, Tensor]], alpha: float, path: Path
-) -> None:
-    """Write a plain LoRA (A (rank, in), B (out, rank) by linear; scaling alpha / rank) for llama.cpp."""
+def write_gguf_adapter(source: ExportSource, factors: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
+    """Write a plain LoRA, A (rank, in) and B (out, rank) by linear, for llama.cpp, which adds B A x.
+
+    llama.cpp scales by alpha / rank, and by 1 where alpha is 0: B holds the scaling.
+    """
     arch, _ = ARCHITECTURES[source.architecture]
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", alpha)
+    writer.add_float32("adapter.lora.alpha", 0.0)
     for name, (lora_A, lora_B) in factors.items():
         gguf_name = _gguf_name(source, f"{name}.weight")
         rows = _rotary_order(source, f"{name}.weight")

@@ -1,0 +1,41 @@
+"""Adapters that stay unmerged: a plain LoRA for the runtimes that take one."""
+
+import shutil
+from pathlib import Path
+
+from sqft.artifacts import new_directory
+from sqft.errors import ExportError
+from sqft.export.foreign_adapter import open_foreign_adapter
+from sqft.export.gguf_file import ARCHITECTURES, write_gguf_adapter
+from sqft.export.source import open_source
+
+__all__ = ["export_adapter"]
+
+
+def export_adapter(adapter_dir: Path, base_dir: Path, format: str, output_dir: Path) -> Path:
+    """Write a plain LoRA adapter as stock PEFT (`peft`) or for llama.cpp (`gguf`), and return what to serve.
+
+    A masked or quantization-aware adapter is refused: a server would add it dense, and so run another model.
+
+    Raises: AdapterError if it is no plain LoRA; ExportError if the format takes none.
+    """
+    adapter = open_foreign_adapter(adapter_dir)
+    if format == "peft":
+        with new_directory(output_dir) as partial:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                shutil.copyfile(adapter_dir / name, partial / name)
+        return output_dir
+    if format != "gguf":
+        raise ExportError(f"an unmerged adapter cannot be written as {format}; choose peft or gguf")
+    source = open_source(base_dir)
+    if source.architecture not in ARCHITECTURES or adapter.config.get("use_dora"):
+        what = "DoRA" if adapter.config.get("use_dora") else source.architecture
+        raise ExportError(f"llama.cpp takes no adapter of {what}; merge it")
+    factors = {}
+    for name in adapter.names:
+        lora_A, lora_B = adapter.factors(name)
+        # llama.cpp knows one alpha for all modules, whatever their rank; so the scaling goes into B.
+        factors[name] = lora_A, lora_B * adapter.scaling(name)
+    with new_directory(output_dir) as partial:
+        write_gguf_adapter(source, factors, partial / "adapter.gguf")
+    return output_dir / "adapter.gguf"

@@ -1,0 +1,74 @@
+"""How much of an adapter's update a base's grid or mask would erase, layer by layer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sqft.export.foreign_adapter import ForeignAdapter
+from sqft.models import Checkpoint, QuantizedWeight
+from sqft.ops import dequantize, quantize
+
+__all__ = ["LayerErasure", "adapted_layers", "layer_erasure", "round_update"]
+
+Weight = Tensor | QuantizedWeight
+
+
+@dataclass(frozen=True)
+class LayerErasure:
+    """What plain rounding does to one update.
+
+    erased: 1 - <kept update, update> / <update, update>; 1 is all of it, and rounding noise can push it
+    below 0. masked: share of the update's energy that falls on pruned weights. changed: share of the
+    weights that change at all. update_in_steps: root mean square of the update, in steps of the grid.
+    """
+
+    name: str
+    erased: float
+    masked: float
+    changed: float
+    update_in_steps: float | None
+
+
+def adapted_layers(
+    checkpoint: Checkpoint, adapter: ForeignAdapter, masks: dict[str, Tensor]
+) -> Iterator[tuple[str, Weight, Float[Tensor, "out in"], Bool[Tensor, "out in"] | None]]:
+    """One layer at a time: name, base, the unmerged model's float32 weight, and mask (True = kept)."""
+    quantized = set(checkpoint.quantized_names)
+    for name in adapter.names:
+        base: Weight = checkpoint.quantized(name) if name in quantized else checkpoint.weight(name)
+        plain = base.dequantize() if isinstance(base, QuantizedWeight) else base.float()
+        yield name, base, adapter.adapted(name, plain), masks.get(name)
+
+
+def round_update(base: Weight, adapted: Tensor, mask: Tensor | None) -> Weight:
+    """Keep grid and mask, and round: codes of the adapted weight, or the weight in the base's dtype."""
+    if mask is not None:
+        adapted = torch.where(mask, adapted, torch.zeros_like(adapted))
+    if isinstance(base, QuantizedWeight):
+        return QuantizedWeight(quantize(adapted, base.qparams), base.qparams)
+    return adapted.to(base.dtype)
+
+
+def layer_erasure(name: str, base: Weight, adapted: Tensor, mask: Tensor | None) -> LayerErasure:
+    """Compare the update with what plain rounding keeps of it."""
+    rounded = round_update(base, adapted, mask)
+    steps = None
+    if isinstance(base, QuantizedWeight) and isinstance(rounded, QuantizedWeight):
+        before, after = base.dequantize(), dequantize(rounded.codes, rounded.qparams)
+        groups = (base.qparams.scale.shape[1], -1)
+        in_steps = (adapted - before).unflatten(1, groups) / base.qparams.scale[..., None]
+        steps = float(in_steps.square().mean().sqrt())
+    else:
+        assert isinstance(base, Tensor)
+        assert isinstance(rounded, Tensor)
+        before, after = base.float(), rounded.float()
+    update, kept = adapted - before, after - before
+    energy = float(update.square().sum())
+    if energy == 0:
+        return LayerErasure(name, 0.0, 0.0, 0.0, steps)
+    masked = 0.0 if mask is None else float(update[~mask].square().sum()) / energy
+    erased = 1 - float((kept * update).sum()) / energy
+    return LayerErasure(name, erased, masked, float((kept != 0).float().mean()), steps)

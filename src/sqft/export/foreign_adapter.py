@@ -1,0 +1,125 @@
+"""Adapters trained elsewhere: plain LoRA, rsLoRA and DoRA in PEFT's files, one linear at a time.
+
+    lora    adapted = base + B A alpha / rank
+    rslora  adapted = base + B A alpha / sqrt(rank)
+    dora    adapted = magnitude * (base + B A scaling) / ||base + B A scaling||     norm of each output row
+
+Source: PEFT 0.21, `tuners/lora`; arXiv 2106.09685, 2312.03732, 2402.09353 (equation 5).
+Differs from the papers: a row of DoRA that is all 0 stays 0 (PEFT divides 0 by 0).
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sqft.errors import AdapterError
+from sqft.ops.adapted import low_rank_delta
+
+__all__ = ["ForeignAdapter", "open_foreign_adapter"]
+
+KEY = re.compile(
+    r"^(?:base_model\.model\.)?(?P<name>.+?)\.lora_(?P<part>A|B|magnitude_vector)(?:\.default)?(?:\.weight)?$"
+)
+
+
+@dataclass(frozen=True)
+class ForeignAdapter:
+    """An opened adapter. keys: the file's key of every part of every linear."""
+
+    directory: Path
+    config: dict[str, Any]
+    keys: dict[str, dict[str, str]]
+
+    @property
+    def names(self) -> list[str]:
+        """The linears it adapts."""
+        return sorted(self.keys)
+
+    def scaling(self, name: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        rank = _of_module(self.config.get("rank_pattern"), name, self.config["r"])
+        alpha = _of_module(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
+        return float(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+
+    def factors(self, name: str) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+        """A and B of a linear, float32."""
+        with safe_open(self.directory / "adapter_model.safetensors", framework="pt") as file:
+            parts = {part: file.get_tensor(self.keys[name][part]).float() for part in ("A", "B")}
+        return parts["A"], parts["B"]
+
+    def adapted(self, name: str, base: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The float32 weight that the unmerged model multiplies with."""
+        lora_A, lora_B = self.factors(name)
+        if lora_A.shape[1] != base.shape[1] or lora_B.shape[0] != base.shape[0]:
+            raise AdapterError(
+                f"the adapter of {name} is for a weight of {lora_B.shape[0]} x {lora_A.shape[1]}, "
+                f"the base has {base.shape[0]} x {base.shape[1]}"
+            )
+        adapted = base.float() + low_rank_delta(lora_A, lora_B, self.scaling(name))
+        if not self.config.get("use_dora"):
+            return adapted
+        with safe_open(self.directory / "adapter_model.safetensors", framework="pt") as file:
+            magnitude = file.get_tensor(self.keys[name]["magnitude_vector"]).float().reshape(-1, 1)
+        norm = adapted.norm(dim=1, keepdim=True)
+        return torch.where(norm > 0, adapted * (magnitude / norm.clamp_min(1e-30)), adapted)
+
+
+def open_foreign_adapter(directory: Path) -> ForeignAdapter:
+    """Open a PEFT LoRA directory.
+
+    Raises: AdapterError if it is missing, damaged, of another kind, or changes more than linears.
+    """
+    path = directory / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"{directory} is not a PEFT adapter: {path.name} cannot be read ({error})"
+        ) from None
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        hint = "merge it with the recipe that trained it" if kind == "SQFT" else "only LORA can be merged"
+        raise AdapterError(f"{directory} is an adapter of the type {kind}; {hint}")
+    for key in (
+        "modules_to_save",
+        "trainable_token_indices",
+        "lora_bias",
+        "target_parameters",
+        "alora_invocation_tokens",
+    ):
+        if config.get(key):
+            raise AdapterError(f"{directory} sets {key}, which no linear can hold; train without it")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{directory} trains biases, which the merge does not hold; train with bias='none'"
+        )
+    keys: dict[str, dict[str, str]] = {}
+    try:
+        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                match = KEY.match(key)
+                if match is None:
+                    raise AdapterError(f"{directory}: the tensor {key} is not understood")
+                keys.setdefault(match["name"], {})[match["part"]] = key
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{directory}/adapter_model.safetensors cannot be read ({error})") from None
+    needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
+    for name, parts in keys.items():
+        if not needed <= set(parts):
+            raise AdapterError(f"{directory}: {name} lacks lora_{sorted(needed - set(parts))[0]}")
+    return ForeignAdapter(directory, config, keys)
+
+
+def _of_module(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: a pattern is a regular expression for the end of a module's name."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default

@@ -1,0 +1,297 @@
+"""Merging an adapter that was trained elsewhere, rung by rung, and telling what each rung keeps."""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from sqft.artifacts import new_directory, write_json
+from sqft.errors import AdapterError, ExportError
+from sqft.export.erasure import LayerErasure, Weight, adapted_layers, layer_erasure, round_update
+from sqft.export.foreign_adapter import ForeignAdapter, open_foreign_adapter
+from sqft.export.foreign_base import convert_base
+from sqft.export.ladder import polish_weights, walk_rung
+from sqft.export.plain import TOKENIZER_FILES
+from sqft.models import (
+    Checkpoint,
+    CheckpointWriter,
+    load_model,
+    open_checkpoint,
+    read_masks,
+)
+from sqft.models.tensorfile import TensorFile, TensorSpec
+from sqft.progress import SILENT, Progress
+
+__all__ = ["RUNGS", "MergeResult", "RungResult", "merge_foreign"]
+
+RUNGS = ("round", "feedback", "refit", "polish")
+SPARSE_FROM = 0.01  # share of exact zeros from which a base without stored masks counts as sparse
+MERGE = "sqft_merge.json"
+Measure = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class RungResult:
+    """One rung: the loss, and the share of the adapter's gain that survives (None: no gain)."""
+
+    name: str
+    loss: float | None
+    retention: float | None
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge found. erasure: of plain rounding; losses: None where nothing was given to measure on."""
+
+    directory: Path
+    erasure: list[LayerErasure]
+    base_loss: float | None
+    unmerged_loss: float | None
+    rungs: list[RungResult] = field(default_factory=list)
+    chosen: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"directory": self.directory.name}
+
+
+def merge_foreign(
+    base_dir: Path,
+    adapter_dir: Path,
+    output_dir: Path,
+    *,
+    calibration: Int[Tensor, "n length"] | None = None,
+    measure: Measure | None = None,
+    trained_on: Path | None = None,
+    rungs: Iterable[str] = RUNGS,
+    enough: float = 0.95,
+    least: float = 0.5,
+    polish_steps: int = 60,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> MergeResult:
+    """Merge a LoRA, rsLoRA or DoRA adapter into a GPTQ, AWQ, compressed-tensors or 16-bit (sparse) base.
+
+    calibration: token ids for feedback, refit and polish. measure: the loss of a model, lower is better;
+    without it only the first rung is climbed. trained_on: the base that the adapter was trained on, if it is
+    another one: the unmerged loss is measured there. The ladder ends at the first rung that retains `enough`
+    of the adapter's gain; the best rung is written, unless it retains less than `least`.
+    All rungs but polish hold one block in memory.
+
+    Raises: AdapterError if the adapter does not fit; ExportError if a rung is unknown or lacks what it needs,
+    or the merge is refused because too little survives.
+    """
+    rungs = list(rungs)
+    unknown = [rung for rung in rungs if rung not in RUNGS]
+    if unknown or not rungs:
+        raise ExportError(f"rung {', '.join(unknown) or '(none)'} is unknown; choose from {', '.join(RUNGS)}")
+    if calibration is None and set(rungs) - {"round"}:
+        rungs = [rung for rung in rungs if rung == "round"]
+    with new_directory(output_dir) as partial:
+        work = partial / "work"
+        work.mkdir()
+        source = convert_base(base_dir, work / "base")
+        checkpoint, adapter = open_checkpoint(source), open_foreign_adapter(adapter_dir)
+        _check_fit(checkpoint, adapter)
+        masks = read_masks(source) or _visible_masks(checkpoint, adapter.names)
+        erasure = []
+        with progress.task("update", len(adapter.names)) as advance:
+            for layer in adapted_layers(checkpoint, adapter, masks):
+                erasure.append(layer_erasure(*layer))
+                advance(1)
+        _write_adapted(checkpoint, adapter, work / "adapted")
+        climb = _Climb(checkpoint, adapter, masks, work, calibration, polish_steps, seed, progress)
+        base_loss = None if measure is None else measure(load_model(source))
+        teacher_dir = _trained_on(trained_on, adapter, work)
+        unmerged_loss = None if measure is None else measure(load_model(teacher_dir))
+        results = _climb(climb, rungs, measure, base_loss, unmerged_loss, enough)
+        best = _best(results)
+        if best.retention is not None and best.retention < least:
+            raise ExportError(
+                f"merging would lose the adapter: the best rung, {best.name}, retains "
+                f"{best.retention:.0%} of its gain (at least {least:.0%} is asked); "
+                "serve it unmerged, or train it on this grid"
+            )
+        _move(work / best.name, partial)
+        shutil.rmtree(work)
+        result = MergeResult(output_dir, erasure, base_loss, unmerged_loss, results, best.name)
+        write_json(partial / MERGE, result.as_dict())
+    return result
+
+
+@dataclass
+class _Climb:
+    """What all rungs need, and the best weights so far for the last one to start from."""
+
+    checkpoint: Checkpoint
+    adapter: ForeignAdapter
+    masks: Mapping[str, Tensor]
+    work: Path
+    calibration: Tensor | None
+    polish_steps: int
+    seed: int
+    progress: Progress
+
+    def write(self, rung: str, start: str | None) -> None:
+        """Write the model of a rung to its directory."""
+        directory = self.work / rung
+        base = self.checkpoint
+        if rung == "round":
+            layers = adapted_layers(base, self.adapter, dict(self.masks))
+            weights: Iterable[tuple[str, Weight]] = (
+                (name, round_update(old, adapted, mask)) for name, old, adapted, mask in layers
+            )
+        elif rung == "polish":
+            assert self.calibration is not None
+            assert start is not None
+            before = open_checkpoint(self.work / start)
+            names = base.quantized_names or tuple(self.adapter.names)
+            first = {n: before.quantized(n) if base.grid else before.weight(n) for n in names}
+            weights = polish_weights(
+                self.work / start,
+                load_model(self.work / "adapted"),
+                first,
+                self.masks,
+                self.calibration,
+                steps=self.polish_steps,
+                seed=self.seed,
+                progress=self.progress,
+            ).items()
+        else:
+            assert self.calibration is not None
+            weights = walk_rung(
+                rung,
+                base,
+                open_checkpoint(self.work / "adapted"),
+                self.masks,
+                self.adapter.names,
+                self.calibration,
+                self.progress,
+            )
+        _write_rung(directory, base, weights, self.masks)
+
+
+def _climb(
+    climb: _Climb,
+    rungs: list[str],
+    measure: Measure | None,
+    base_loss: float | None,
+    unmerged_loss: float | None,
+    enough: float,
+) -> list[RungResult]:
+    results: list[RungResult] = []
+    for rung in rungs:
+        if rung in {"feedback", "refit"} and climb.checkpoint.grid is None:
+            continue  # a 16-bit base has no grid to round to
+        climb.write(rung, _best(results).name if results else _first(climb, rung))
+        loss = None if measure is None else measure(load_model(climb.work / rung))
+        retention = None
+        if (
+            loss is not None
+            and base_loss is not None
+            and unmerged_loss is not None
+            and base_loss > unmerged_loss
+        ):
+            retention = (base_loss - loss) / (base_loss - unmerged_loss)
+        results.append(RungResult(rung, loss, retention))
+        if measure is None or (retention is not None and retention >= enough):
+            break
+    if not results:
+        raise ExportError("no rung fits a base without a grid; ask for round or polish")
+    return results
+
+
+def _first(climb: _Climb, rung: str) -> str | None:
+    """polish alone starts from plain rounding."""
+    if rung != "polish":
+        return None
+    climb.write("round", None)
+    return "round"
+
+
+def _best(results: list[RungResult]) -> RungResult:
+    return min(results, key=lambda result: float("inf") if result.loss is None else result.loss)
+
+
+def _check_fit(checkpoint: Checkpoint, adapter: ForeignAdapter) -> None:
+    for name in adapter.names:
+        if name not in checkpoint.linears:
+            raise AdapterError(f"the adapter is for {name}, which the base does not have")
+
+
+def _visible_masks(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
+    """The zeros of a sparse 16-bit base whose masks were not stored; codes may be 0 by rounding only."""
+    masks = {}
+    for name in names:
+        if name not in checkpoint.quantized_names:
+            kept = checkpoint.weight(name) != 0
+            if float(kept.float().mean()) < 1 - SPARSE_FROM:
+                masks[name] = kept
+    return masks
+
+
+def _write_adapted(checkpoint: Checkpoint, adapter: ForeignAdapter, directory: Path) -> None:
+    """The unmerged model as a dense float32 one, written a tensor at a time."""
+    directory.mkdir()
+    quantized, adapted = set(checkpoint.quantized_names), set(adapter.names)
+    shapes = checkpoint.linears
+    specs: dict[str, TensorSpec] = {f"{name}.weight": (torch.float32, shapes[name]) for name in quantized}
+    for name in checkpoint.names:
+        linear, _, end = name.rpartition(".")
+        if linear not in quantized or end == "bias":
+            specs[name] = (torch.float32, checkpoint.shape(name))
+    file = TensorFile(directory / "model.safetensors", specs, {"format": "pt"})
+    for name in specs:
+        linear = name.removesuffix(".weight")
+        value = checkpoint.weight(linear) if linear in quantized else checkpoint.tensor(name)
+        value = adapter.adapted(linear, value) if linear in adapted and name.endswith(".weight") else value
+        file.write(name, value.float())
+    config = checkpoint.config.to_dict()
+    config.pop("quantization_config", None)
+    write_json(directory / "config.json", config | {"dtype": "float32"})
+    for kept in TOKENIZER_FILES:
+        if (checkpoint.directory / kept).is_file():
+            shutil.copyfile(checkpoint.directory / kept, directory / kept)
+
+
+def _trained_on(trained_on: Path | None, adapter: ForeignAdapter, work: Path) -> Path:
+    if trained_on is None:
+        return work / "adapted"
+    checkpoint = open_checkpoint(convert_base(trained_on, work / "trained_on_base"))
+    _check_fit(checkpoint, adapter)
+    _write_adapted(checkpoint, adapter, work / "trained_on")
+    return work / "trained_on"
+
+
+def _write_rung(
+    directory: Path, base: Checkpoint, weights: Iterable[tuple[str, Weight]], masks: Mapping[str, Tensor]
+) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+    writer = CheckpointWriter(directory, base)
+    stored = masks if (base.directory / "sqft_masks.safetensors").is_file() else {}
+    writer.prepare(quantized=base.quantized_names, grid=base.grid, masked=stored)
+    written = set()
+    for name, weight in weights:
+        writer.write_linear(name, weight, mask=stored.get(name))
+        written.add(name)
+    for name in base.quantized_names:
+        if name not in written:
+            writer.write_linear(name, base.quantized(name), mask=stored.get(name))
+            written.add(name)
+    for name in set(stored) - written:
+        writer.write_mask(name, stored[name])
+    facts = base.directory / "sqft.json"
+    writer.close()
+    if facts.is_file():
+        shutil.copyfile(facts, directory / facts.name)
+
+
+def _move(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        shutil.move(path, target / path.name)

@@ -1,0 +1,228 @@
+"""Size, time to first token, decode speed and peak memory of artefacts, side by side in their runtimes.
+
+Each artefact runs in a process of its own, so that its peak memory is its own; the processes take turns, so
+that a busy machine slows all of them alike. Figures are medians over rounds.
+"""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sqft.errors import ExportError
+from sqft.export.llama_cpp import LlamaCpp
+from sqft.export.openvino_ir import XML, OpenVinoModel
+from sqft.progress import SILENT, Progress
+
+__all__ = ["Artefact", "SpeedRow", "measure_speed", "open_artefact"]
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What is measured. adapter: a plain LoRA applied at run time (PEFT directory, or GGUF for llama.cpp)."""
+
+    name: str
+    path: Path
+    runtime: str
+    adapter: Path | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Weights on disk, the adapter's included."""
+        return sum(_weight_bytes(path) for path in (self.path, self.adapter) if path is not None)
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One artefact in one runtime. tokens_per_second: of every round, whose median is decode_speed.
+
+    peak_bytes: what the process grew by from before the model was opened; 0 where the system does not tell.
+    """
+
+    name: str
+    runtime: str
+    size_bytes: int
+    first_token_seconds: float
+    decode_speed: float
+    peak_bytes: int
+    tokens_per_second: list[float]
+
+
+class _Runner(Protocol):
+    def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
+        """Seconds to the first token, and tokens a second after it."""
+
+
+def open_artefact(path: Path, name: str | None = None, adapter: Path | None = None) -> Artefact:
+    """Say what a path is.
+
+    Raises: ExportError if no runtime here opens it.
+    """
+    name = name or path.name
+    if path.suffix == ".gguf" or list(path.glob("*.gguf")):
+        file = path if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))[0]
+        return Artefact(name, file, "llama.cpp", adapter)
+    if (path / XML).is_file():
+        if adapter is not None:
+            raise ExportError("an adapter beside an OpenVINO model is not measured; use its merged form")
+        return Artefact(name, path, "openvino")
+    if (path / "config.json").is_file():
+        return Artefact(name, path, "transformers", adapter)
+    raise ExportError(f"{path} is neither a model directory, nor a GGUF file, nor an OpenVINO model")
+
+
+def measure_speed(
+    artefacts: Sequence[Artefact],
+    *,
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    rounds: int = 3,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> list[SpeedRow]:
+    """Generate `new_tokens` greedily after a prompt, `rounds` times in turn after one round to warm up.
+
+    Raises: ExportError if an artefact cannot be opened or run.
+    """
+    context = multiprocessing.get_context("spawn")
+    count = threads or torch.get_num_threads()
+    prompt = [100 + 7 * index % 150 for index in range(prompt_tokens)]
+    pipes: list[Connection] = []
+    processes = []
+    timings: list[list[tuple[float, float]]] = [[] for _ in artefacts]
+    try:
+        for artefact in artefacts:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(artefact, theirs, count), daemon=True)
+            process.start()
+            pipes.append(ours)
+            processes.append(process)
+        for artefact, pipe in zip(artefacts, pipes, strict=True):
+            _receive(artefact, pipe)  # opened
+        with progress.task("bench", (rounds + 1) * len(artefacts)) as advance:
+            for turn in range(rounds + 1):
+                for index, (artefact, pipe) in enumerate(zip(artefacts, pipes, strict=True)):
+                    pipe.send((prompt, new_tokens))
+                    result = _receive(artefact, pipe)
+                    if turn:
+                        timings[index].append(result)
+                    advance(1)
+        peaks = []
+        for artefact, pipe in zip(artefacts, pipes, strict=True):
+            pipe.send(None)
+            peaks.append(_receive(artefact, pipe))
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    return [
+        SpeedRow(
+            artefact.name,
+            artefact.runtime,
+            artefact.size_bytes,
+            statistics.median(first for first, _ in timing),
+            statistics.median(speed for _, speed in timing),
+            peak,
+            [speed for _, speed in timing],
+        )
+        for artefact, timing, peak in zip(artefacts, timings, peaks, strict=True)
+    ]
+
+
+def _receive(artefact: Artefact, pipe: Connection) -> Any:
+    try:
+        kind, value = pipe.recv()
+    except EOFError:
+        raise ExportError(f"{artefact.runtime} died while it ran {artefact.path}") from None
+    if kind == "error":
+        raise ExportError(f"{artefact.runtime} cannot run {artefact.path}: {value}")
+    return value
+
+
+def _serve(artefact: Artefact, pipe: Connection, threads: int) -> None:
+    """The process of one artefact: open it, run what is asked, tell the peak memory."""
+    torch.set_num_threads(threads)
+    try:
+        before = _memory_bytes("VmRSS")
+        runner = RUNNERS[artefact.runtime](artefact, threads)
+        pipe.send(("opened", None))
+        while (request := pipe.recv()) is not None:
+            pipe.send(("timing", runner.run(*request)))
+        pipe.send(("peak", max(_memory_bytes("VmHWM") - before, 0)))
+    except Exception as error:  # the parent tells it in one line
+        pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+class _LlamaCppRunner:
+    def __init__(self, artefact: Artefact, threads: int) -> None:
+        self._model = LlamaCpp(artefact.path, context=1024, threads=threads, lora_path=artefact.adapter)
+
+    def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
+        timings = self._model.generate(prompt, num_tokens)
+        first = (timings["prompt_ms"] + timings["predicted_per_token_ms"]) / 1000
+        return first, timings["predicted_per_second"]
+
+
+class _OpenVinoRunner:
+    def __init__(self, artefact: Artefact, threads: int) -> None:
+        self._model = OpenVinoModel(artefact.path, exact=False, threads=threads)
+
+    def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
+        self._model.reset()
+        start = time.perf_counter()
+        token = int(self._model.logits(prompt)[-1].argmax())
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(num_tokens - 1):
+            token = int(self._model.logits([token])[-1].argmax())
+        return first, (num_tokens - 1) / (time.perf_counter() - start)
+
+
+class _TransformersRunner:
+    def __init__(self, artefact: Artefact, threads: int) -> None:
+        from sqft.models import load_model
+
+        self._model: Any = load_model(artefact.path, dtype=torch.float32)
+        if artefact.adapter is not None:
+            from peft import PeftModel
+
+            self._model = PeftModel.from_pretrained(self._model, artefact.adapter).eval()
+
+    def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
+        with torch.no_grad():
+            start = time.perf_counter()
+            out = self._model(input_ids=torch.tensor([prompt]), use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            first = time.perf_counter() - start
+            start = time.perf_counter()
+            for _ in range(num_tokens - 1):
+                out = self._model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                token = out.logits[:, -1:].argmax(-1)
+        return first, (num_tokens - 1) / (time.perf_counter() - start)
+
+
+RUNNERS: dict[str, Any] = {
+    "llama.cpp": _LlamaCppRunner,
+    "openvino": _OpenVinoRunner,
+    "transformers": _TransformersRunner,
+}
+
+
+def _memory_bytes(field: str) -> int:
+    """A field of this process's memory; 0 where the system does not tell."""
+    path = Path("/proc/self/status")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)
+
+
+def _weight_bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    ends = (".safetensors", ".gguf", ".bin")
+    return sum(p.stat().st_size for p in path.iterdir() if p.suffix in ends and "sqft_" not in p.name)
