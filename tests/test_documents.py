@@ -1,0 +1,86 @@
+"""Generated documents are current, recipes are valid, examples run."""
+
+import importlib.util
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sqft.pipeline import load_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_reference_is_current() -> None:
+    generate = load_script(ROOT / "docs" / "generate.py")
+    current = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert current == generate.render_recipe(), "run: make docs"
+
+
+def test_the_demo_table_is_exchanged_as_a_whole() -> None:
+    from tests.report.invented import invent_report
+
+    generate = load_script(ROOT / "docs" / "generate.py")
+    table = generate.render_demo(invent_report())
+    text = generate.replace_demo(f"before\n{generate.BEGIN}\nold\n{generate.END}\nafter\n", table)
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| merged, sparse INT4 |" in text
+    assert generate.replace_demo(text, table) == text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_valid(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert f"`{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+def test_examples_run(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    model = str(tiny_model_dir("llama"))
+    examples = {path.stem: load_script(path) for path in (ROOT / "examples").glob("*.py")}
+    records = [
+        {"question": f"What is {a} plus {b}?", "answer": str(a + b)} for a in range(40) for b in range(35)
+    ]
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = examples.pop("finetune").main(
+        [model, str(train), "--steps", "4", "--workspace", str(tmp_path / "runs")]
+    )
+    assert result.data.passed
+    assert isinstance(examples.pop("generate").main(str(result.model_dir), "What is 1 plus 1?", 4), str)
+    sparse, merged = str(tmp_path / "sparse"), str(tmp_path / "merged")
+    before, after = examples.pop("own_training_loop").main(model, sparse, merged, steps=2)
+    assert before == after
+    assert abs(after - 0.5) < 0.001
+    assert not examples, "an example without a test"
+
+
+def test_make_knows_its_targets() -> None:
+    done = subprocess.run(["make", "-n", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    wanted = [
+        "setup",
+        "demo",
+        "demo-small",
+        "demo-full",
+        "test",
+        "test-slow",
+        "check",
+        "fix",
+        "docs",
+        "bench",
+    ]
+    assert all(f"make {target}" in done.stdout for target in wanted)

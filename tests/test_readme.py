@@ -1,0 +1,61 @@
+"""The README's files, commands and Python run, on a tiny model; its links lead somewhere."""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sqft.cli import run_command_line
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(
+    r"<!-- (?P<mark>run|file: (?P<name>\S+)) -->\n```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL
+)
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")]
+DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
+
+
+def test_the_marked_blocks_run(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "my-model")
+    records = [
+        {"question": f"What is {a} plus {b}?", "answer": str(a + b)} for a in range(40) for b in range(35)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    program = ""
+    commands = []
+    for block in BLOCK.finditer(README):
+        if block["name"]:
+            (tmp_path / block["name"]).write_text(block["text"])
+        elif block["language"] == "python":
+            program += block["text"]
+        else:
+            commands += [line.split("#")[0].split() for line in block["text"].splitlines() if line.strip()]
+    assert len(commands) >= 5
+    assert program.count("import") >= 3
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert command[0] == "sqft"
+        assert run_command_line(command[1:]) == 0, command
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as a user's Python shows no one else's deprecations
+        exec(compile(program, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+def test_the_tree_names_every_package() -> None:
+    packages = {p.parent.name for p in (ROOT / "src" / "sqft").glob("*/__init__.py")}
+    named = set(re.findall(r"^  (\w+)/", README, re.MULTILINE))
+    assert packages <= named
