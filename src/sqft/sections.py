@@ -96,7 +96,7 @@ class CalibrationSection(Section):
 class SparsifySection(Section):
     """Which weights become zero."""
 
-    method: Literal["wanda", "magnitude"] = "wanda"
+    method: Literal["wanda", "magnitude", "ria", "sparsegpt"] = "wanda"
     sparsity: Fraction = Field(
         0.5, description="Fraction of zeros; with a pattern it follows from the pattern."
     )
@@ -107,6 +107,27 @@ class SparsifySection(Section):
         None, description="Names or name ends of linears; default all in the blocks."
     )
     skip_modules: list[str] = Field([], description="Names or name ends of linears to leave dense.")
+    budget: Literal["uniform", "arithmetic", "owl"] = Field(
+        "uniform", description="How blocks share the zeros; arithmetic: more with depth; owl: by outliers."
+    )
+    budget_spread: float = Field(
+        0.08, ge=0, le=0.5, description="How far a block may be off, where the budget is not uniform."
+    )
+    swaps: int = Field(0, ge=0, description="Swaps a row, at most, that refine the mask on the Gram matrix.")
+    refit: int = Field(0, ge=0, description="Steps of least squares for the kept weights; 0 leaves them.")
+    dense_targets: bool = Field(
+        False, description="Aim at what the uncompressed model puts out; keeps two sets of activations."
+    )
+    sequential: bool = Field(
+        False, description="Inside a block, later layers see the compressed earlier ones; more passes."
+    )
+    damping: float = Field(0.01, gt=0, description="Share of the Hessian's mean diagonal added to it.")
+
+    @model_validator(mode="after")
+    def _budget(self) -> "SparsifySection":
+        if self.pattern is not None and self.budget != "uniform":
+            raise ValueError("a pattern fixes the sparsity of every layer; leave budget at uniform")
+        return self
 
     @field_validator("pattern")
     @classmethod
@@ -121,7 +142,9 @@ class SparsifySection(Section):
 class QuantizeSection(Section):
     """The integer grid and how weights are rounded to it."""
 
-    method: Literal["gptq", "rtn"] = "gptq"
+    method: Literal["gptq", "gptaq", "joint", "rtn"] = Field(
+        "gptq", description="gptaq aims at the uncompressed model's outputs; joint prunes in the same pass."
+    )
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int = Field(
         64, description="32, 64, 128, any divisor of the widths, or -1 for one group a row."
@@ -130,6 +153,15 @@ class QuantizeSection(Section):
     scale_bits: int = Field(8, ge=4, le=11, description="Significant bits of a scale; 7 makes Q4_1 exact.")
     damping: float = Field(0.01, gt=0, description="Share of the Hessian's mean diagonal added to it.")
     activation_order: bool = Field(False, description="Most important columns first; groups stay static.")
+    scale_search: bool = Field(False, description="Try scales below the covering one, by squared error.")
+    refit: int = Field(
+        0, ge=0, description="Steps of least squares for the kept weights before they are rounded."
+    )
+    sequential: bool = Field(
+        False, description="Inside a block, later layers see the compressed earlier ones; more passes."
+    )
+    sparsity: Fraction = Field(0.5, description="Fraction of zeros, for method joint only.")
+    pattern: str | None = Field(None, description="N:M, for method joint only.")
     target_modules: list[str] | None = None
     skip_modules: list[str] = []
     target: QuantizeTarget | None = Field(
@@ -176,6 +208,9 @@ class AdapterSection(Section):
         "exact", description="lowrank: mask in the forward only; hybrid: exact every hybrid_steps-th step."
     )
     hybrid_steps: Positive = Field(4, description="Every how many steps hybrid is exact.")
+    kernels: Literal["torch", "triton"] = Field(
+        "torch", description="triton: on an NVIDIA GPU (extra: triton); checked in its interpreter only."
+    )
     target_modules: list[str] | None = Field(
         None, description="Name ends; default q, k, v, up, down and fused forms."
     )

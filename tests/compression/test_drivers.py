@@ -74,7 +74,8 @@ def test_linears_that_read_the_same_tensor_share_a_statistic(tiny_model_dir: Mak
     directory = tiny_model_dir("llama")
     walk = BlockWalk(open_checkpoint(directory), tokens())
     block = walk.load("model.layers.0")
-    groups = walk.collect("model.layers.0", target_linears(block, None, [], prefix="model.layers.0"), Hessian)
+    linears = target_linears(block, None, [], prefix="model.layers.0")
+    groups = walk.collect("model.layers.0", walk.input_groups("model.layers.0", linears), Hessian)
     ends = [[name.rsplit(".", 1)[-1] for name in group.names] for group in groups]
     assert ends == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     seen: list[Tensor] = []

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sqft.compression.gptq import gptq
 from sqft.compression.rtn import rtn
+from sqft.compression.scale_search import GridOptions
 from sqft.compression.statistics import TILE, Hessian, InputNorm, factor_inverse
 from sqft.compression.wanda import wanda_scores
 from sqft.errors import CompressionError
@@ -105,7 +106,13 @@ def test_gptq_against_obq(symmetric: bool, bits: int, group_size: int, activatio
     mask = torch.rand(weight.shape, generator=generator) > 0.5
     options = {"bits": bits, "symmetric": symmetric, "scale_bits": 8}
     hessian = hessian_of(x)
-    got = gptq(weight, mask, hessian, group_size=group_size, activation_order=activation_order, **options)
+    got = gptq(
+        weight,
+        mask,
+        hessian,
+        GridOptions(group_size=group_size, **options),
+        activation_order=activation_order,
+    )
     order = (
         torch.argsort(hessian.norm, descending=True).tolist() if activation_order else list(range(columns))
     )
@@ -129,9 +136,9 @@ def test_gptq_against_obq(symmetric: bool, bits: int, group_size: int, activatio
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq_beats_rounding(bits: int) -> None:
     x, weight = inputs(400, 64), torch.randn(16, 64)
-    options = {"bits": bits, "group_size": 32, "symmetric": True, "scale_bits": 8}
-    nearest = rtn(weight, None, **options)
-    best = gptq(weight, None, hessian_of(x), **options)
+    options = GridOptions(bits, 32)
+    nearest = rtn(weight, None, options)
+    best = gptq(weight, None, hessian_of(x), options)
     losses = [
         ((dequantize(r.codes, r.qparams) - weight) @ x.T).square().sum().item() for r in (best, nearest)
     ]
@@ -141,14 +148,14 @@ def test_gptq_beats_rounding(bits: int) -> None:
 def test_rtn_keeps_the_mask() -> None:
     weight = torch.randn(8, 64)
     mask = mask_rows(weight.abs(), 0.5)
-    rounded = rtn(weight, mask, bits=4, group_size=32, symmetric=False, scale_bits=8)
+    rounded = rtn(weight, mask, GridOptions(4, 32, symmetric=False))
     assert (dequantize(rounded.codes, rounded.qparams)[~mask] == 0).all()
 
 
 def test_width_that_no_group_divides() -> None:
-    for method in (rtn, lambda w, m, **o: gptq(w, m, hessian_of(inputs()), **o)):
+    for method in (rtn, lambda w, m, o: gptq(w, m, hessian_of(inputs()), o)):
         with pytest.raises(CompressionError, match="group size 16 does not divide the width 24"):
-            method(torch.randn(2, 24), None, bits=4, group_size=16, symmetric=True, scale_bits=8)
+            method(torch.randn(2, 24), None, GridOptions(4, 16))
 
 
 def test_dead_inputs_do_no_harm() -> None:
@@ -156,6 +163,6 @@ def test_dead_inputs_do_no_harm() -> None:
     x[:, 3] = 0
     hessian, weight = hessian_of(x), torch.randn(4, 24)
     assert hessian.num_dead == 1
-    rounded = gptq(weight, None, hessian, bits=4, group_size=8, symmetric=True, scale_bits=8)
+    rounded = gptq(weight, None, hessian, GridOptions(4, 8))
     assert torch.isfinite(rounded.before_rounding).all()
     assert rounded.before_rounding[0, 3] == weight[0, 3]

@@ -30,13 +30,12 @@ def choose_layers(
 
 
 def _check_width(name: str, columns: int, section: SparsifySection | QuantizeSection) -> None:
-    if isinstance(section, QuantizeSection):
-        if section.group_size != -1 and columns % section.group_size:
-            raise CompressionError(
-                f"{name}: group size {section.group_size} does not divide its width {columns}; "
-                "choose one that does, or -1 for one group a row"
-            )
-    elif section.pattern is not None and columns % parse_pattern(section.pattern)[1]:
+    if isinstance(section, QuantizeSection) and section.group_size != -1 and columns % section.group_size:
+        raise CompressionError(
+            f"{name}: group size {section.group_size} does not divide its width {columns}; "
+            "choose one that does, or -1 for one group a row"
+        )
+    if section.pattern is not None and columns % parse_pattern(section.pattern)[1]:
         raise CompressionError(
             f"{name}: pattern {section.pattern} does not fit a width of {columns}; skip it"
         )

@@ -9,13 +9,16 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
+from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import choose_layers
 from sqft.compression.gptq import Rounded, gptq
+from sqft.compression.refine import fit_kept_weights
 from sqft.compression.reports import LayerReport, check_finite
 from sqft.compression.rtn import rtn
-from sqft.compression.sparsify import blocks_of, input_groups, weight_of
-from sqft.compression.statistics import Hessian
-from sqft.compression.walk import BlockWalk, InputGroup
+from sqft.compression.scale_search import GridOptions
+from sqft.compression.sparsegpt import prune_and_round
+from sqft.compression.statistics import DenseTargetHessian, Hessian
+from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter, GridSpec, QuantizedWeight
 from sqft.models.packing import scale_dtype
@@ -36,23 +39,44 @@ class Method:
     round: Callable[[Tensor, Tensor | None, Any, QuantizeSection], Rounded]
 
 
-def _rtn(weight: Tensor, mask: Tensor | None, statistic: None, section: QuantizeSection) -> Rounded:
-    return rtn(weight, mask, **_grid_options(section))
+def _rtn(weight: Tensor, mask: Tensor | None, statistic: Any, section: QuantizeSection) -> Rounded:
+    return rtn(weight, mask, _grid_options(section))
 
 
 def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: QuantizeSection) -> Rounded:
+    target = weight.float()
+    if isinstance(statistic, DenseTargetHessian):
+        target = statistic.target(weight, section.damping)
+    if mask is not None and section.refit:
+        hessian = statistic.damped(section.damping)
+        target = fit_kept_weights(target, mask, hessian, iterations=section.refit)
     return gptq(
-        weight,
+        target,
         mask,
         statistic,
-        **_grid_options(section),
+        _grid_options(section),
         damping=section.damping,
         activation_order=section.activation_order,
     )
 
 
+def _joint(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: QuantizeSection) -> Rounded:
+    if mask is not None:
+        raise CompressionError("joint chooses its own mask; leave the sparsify section out, or take gptq")
+    return prune_and_round(
+        weight,
+        statistic,
+        _grid_options(section),
+        sparsity=section.sparsity,
+        pattern=section.pattern,
+        damping=section.damping,
+    )
+
+
 METHODS: dict[str, Method] = {
+    "gptaq": Method(DenseTargetHessian, _gptq),
     "gptq": Method(Hessian, _gptq),
+    "joint": Method(Hessian, _joint),
     "rtn": Method(None, _rtn),
 }
 
@@ -66,11 +90,12 @@ def quantize_model(
     *,
     device: torch.device | str = "cpu",
     progress: Progress = SILENT,
+    spill: bool = False,
 ) -> list[LayerReport]:
     """Write codes, grids, latent codes and masks, one block in memory at a time; close the writer yourself.
 
     checkpoint: the dense model. masks: True = kept, by linear; None keeps all. A masked linear that is not
-    quantized is written sparse.
+    quantized is written sparse. spill: keep the calibration's hidden states in memory-mapped files.
 
     Raises: CompressionError if the group size does not divide a width, a mask does not fit its layer, weights
     or inputs are not finite, or the method needs calibration and has none; ModelError for an unknown module.
@@ -81,33 +106,47 @@ def quantize_model(
     _check_masks(checkpoint, masks)
     if method.statistic is not None and calibration is None:
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
-    walk = BlockWalk(checkpoint, calibration if method.statistic else None, device=device)
+    walk = BlockWalk(
+        checkpoint,
+        calibration if method.statistic else None,
+        device=device,
+        dense_stream=method.statistic is DenseTargetHessian,
+        spill_dir=writer.directory / "activations" if spill else None,
+    )
     dtype = scale_dtype(section.symmetric, section.scale_bits)
     grid = GridSpec(section.bits, section.group_size, section.symmetric, dtype)
-    writer.prepare(quantized=linears, grid=grid, masked=masks, latent=linears)
-    reports: list[LayerReport] = []
-    with progress.task(f"quantize ({section.method})", len(walk.blocks)) as advance:
-        for name, modules in blocks_of(walk, linears):
-            for group in input_groups(walk, name, modules, method.statistic):
-                for linear in group.names:
-                    mask = masks.get(linear)
-                    reports.append(
-                        _quantize_linear(group, linear, modules[linear], mask, method, section, writer)
-                    )
-            _apply_other_masks(walk, name, masks, linears, writer)
-            walk.advance(name)
-            walk.unload(name)
-            advance(1)
+    prunes = section.method == "joint"
+    writer.prepare(quantized=linears, grid=grid, masked=linears if prunes else masks, latent=linears)
+
+    def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
+        return _quantize_linear(group, name, module, masks.get(name), method, section, writer)
+
+    def finish_block(name: str) -> None:
+        _apply_other_masks(walk, name, masks, linears, writer)
+
+    key = {
+        "quantize": section.model_dump(mode="json"),
+        "masks": {name: digest_tensor(mask) for name, mask in masks.items()},
+    }
+    task = Task(
+        f"quantize ({section.method})",
+        linears,
+        method.statistic,
+        compress,
+        key,
+        section.sequential,
+        finish_block,
+    )
+    reports = compress_blocks(walk, task, writer, calibration, progress)
+    walk.close()
+    writer.mark_written(set(masks) - set(linears))
     return reports
 
 
-def _grid_options(section: QuantizeSection) -> dict[str, Any]:
-    return {
-        "bits": section.bits,
-        "group_size": section.group_size,
-        "symmetric": section.symmetric,
-        "scale_bits": section.scale_bits,
-    }
+def _grid_options(section: QuantizeSection) -> GridOptions:
+    return GridOptions(
+        section.bits, section.group_size, section.symmetric, section.scale_bits, section.scale_search
+    )
 
 
 def _check_masks(checkpoint: Checkpoint, masks: Masks) -> None:
@@ -132,20 +171,13 @@ def _quantize_linear(
     if mask is not None:
         mask = mask.to(dense.device)
     rounded = method.round(dense, mask, group.statistic, section)
+    mask = rounded.mask
     latent = encode_latent(rounded.before_rounding, rounded.codes, mask, rounded.qparams)
     quantized = QuantizedWeight(rounded.codes, rounded.qparams)
     writer.write_linear(name, quantized, mask=mask, latent=latent)
     module.weight = nn.Parameter(quantized.dequantize().to(dense.dtype), requires_grad=False)
-    has_inputs = group.statistic is not None
-    return LayerReport(
-        name,
-        (dense.shape[0], dense.shape[1]),
-        0.0 if mask is None else 1 - float(mask.sum(dtype=torch.int64)) / mask.numel(),
-        group.error(dense, module.weight) if has_inputs else None,
-        rounded.damping,
-        group.statistic.num_tokens if has_inputs else 0,
-        group.statistic.num_dead if has_inputs else 0,
-        time.perf_counter() - started,
+    return LayerReport.of(
+        name, group, dense, weight_of(module), mask, rounded.damping, time.perf_counter() - started
     )
 
 

@@ -32,6 +32,30 @@ class LayerReport:
     dead_inputs: int
     seconds: float
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        group: Any,
+        dense: Tensor,
+        compressed: Tensor,
+        mask: Tensor | None,
+        damping: float,
+        seconds: float,
+    ) -> "LayerReport":
+        """The report of a linear of `group` (an InputGroup)."""
+        statistic = group.statistic
+        return cls(
+            name,
+            (dense.shape[0], dense.shape[1]),
+            0.0 if mask is None else 1 - int(mask.sum(dtype=torch.int64)) / mask.numel(),
+            group.error(dense, compressed),
+            damping,
+            0 if statistic is None else statistic.num_tokens,
+            0 if statistic is None else statistic.num_dead,
+            seconds,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         return asdict(self)

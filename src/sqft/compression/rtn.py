@@ -5,26 +5,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sqft.compression.gptq import Rounded
-from sqft.ops import compute_qparams, quantize
+from sqft.compression.scale_search import GridOptions, search_qparams
+from sqft.ops import quantize
 
 __all__ = ["rtn"]
 
 
 def rtn(
-    weight: Float[Tensor, "out in"],
-    mask: Bool[Tensor, "out in"] | None,
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    scale_bits: int,
+    weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"] | None, options: GridOptions
 ) -> Rounded:
-    """Round every kept weight to the grid that just covers its group.
+    """Round every kept weight to the grid of its group.
 
     Raises: CompressionError if group_size does not divide the width.
     """
     kept = weight.float() if mask is None else torch.where(mask, weight.float(), 0.0)
-    qparams = compute_qparams(
-        kept, bits=bits, group_size=group_size, symmetric=symmetric, scale_bits=scale_bits
-    )
-    return Rounded(quantize(kept, qparams), qparams, kept)
+    qparams = search_qparams(kept, options)
+    return Rounded(quantize(kept, qparams), qparams, kept, mask)

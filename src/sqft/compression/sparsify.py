@@ -1,7 +1,7 @@
 """Sparsify a model: which weights become zero, block by block."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +9,21 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
+from sqft.compression.budget import arithmetic_offsets, outlier_offsets, outlier_ratios, share_out
+from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import choose_layers
 from sqft.compression.magnitude import magnitude_scores
-from sqft.compression.reports import LayerReport, check_finite, warn_few_tokens
-from sqft.compression.statistics import Hessian, InputNorm
+from sqft.compression.refine import fit_kept_weights, swap_mask
+from sqft.compression.reports import LayerReport, check_finite
+from sqft.compression.ria import ria_scores
+from sqft.compression.sparsegpt import sparsegpt
+from sqft.compression.statistics import DenseTargetHessian, Hessian, InputNorm
 from sqft.compression.walk import BlockWalk, InputGroup
 from sqft.compression.wanda import wanda_scores
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter
 from sqft.ops import keep_nonzero, mask_pattern, mask_rows
+from sqft.ops.mask import parse_pattern
 from sqft.progress import SILENT, Progress
 from sqft.sections import SparsifySection
 
@@ -41,16 +47,29 @@ class Method:
     prune: Callable[[Tensor, Any, SparsifySection, float], Pruned]
 
 
-def _magnitude(weight: Tensor, statistic: None, section: SparsifySection, sparsity: float) -> Pruned:
+def _magnitude(weight: Tensor, statistic: Any, section: SparsifySection, sparsity: float) -> Pruned:
     return Pruned(weight, choose_mask(magnitude_scores(weight), sparsity, section.pattern))
 
 
-def _wanda(weight: Tensor, statistic: InputNorm, section: SparsifySection, sparsity: float) -> Pruned:
+def _wanda(weight: Tensor, statistic: Any, section: SparsifySection, sparsity: float) -> Pruned:
     return Pruned(weight, choose_mask(wanda_scores(weight, statistic.norm), sparsity, section.pattern))
+
+
+def _ria(weight: Tensor, statistic: Any, section: SparsifySection, sparsity: float) -> Pruned:
+    return Pruned(weight, choose_mask(ria_scores(weight, statistic.norm), sparsity, section.pattern))
+
+
+def _sparsegpt(weight: Tensor, statistic: Hessian, section: SparsifySection, sparsity: float) -> Pruned:
+    result, damping = sparsegpt(
+        weight, statistic, sparsity=sparsity, pattern=section.pattern, damping=section.damping
+    )
+    return Pruned(result.weight, result.mask, damping)
 
 
 METHODS: dict[str, Method] = {
     "magnitude": Method(None, _magnitude),
+    "ria": Method(InputNorm, _ria),
+    "sparsegpt": Method(Hessian, _sparsegpt),
     "wanda": Method(InputNorm, _wanda),
 }
 
@@ -63,60 +82,51 @@ def sparsify_model(
     *,
     device: torch.device | str = "cpu",
     progress: Progress = SILENT,
+    spill: bool = False,
 ) -> list[LayerReport]:
     """Write the sparse 16-bit model and its masks, one block in memory at a time; close the writer yourself.
 
-    calibration: token ids; None for methods that look at weights only.
+    calibration: token ids; None for methods that look at weights only. spill: keep the calibration's hidden
+    states in memory-mapped files beside the weights.
 
     Raises: CompressionError if a layer does not fit the pattern, weights or inputs are not finite, or the
     method needs calibration and has none; ModelError for an unknown module or a split q/k/v or gate/up.
     """
-    method = METHODS[section.method]
+    statistic = needed_statistic(section)
     linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
-    if method.statistic is not None and calibration is None:
+    if (statistic is not None or section.budget == "owl") and calibration is None:
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
-    walk = BlockWalk(checkpoint, calibration if method.statistic else None, device=device)
+    sparsities = _sparsities(checkpoint, section, linears, calibration, device)
+    walk = BlockWalk(
+        checkpoint,
+        calibration if statistic else None,
+        device=device,
+        dense_stream=section.dense_targets,
+        spill_dir=writer.directory / "activations" if spill else None,
+    )
     writer.prepare(masked=linears)
-    reports: list[LayerReport] = []
-    with progress.task(f"sparsify ({section.method})", len(walk.blocks)) as advance:
-        for name, modules in blocks_of(walk, linears):
-            for group in input_groups(walk, name, modules, method.statistic):
-                for linear in group.names:
-                    reports.append(
-                        _sparsify_linear(walk, group, linear, modules[linear], method, section, writer)
-                    )
-            walk.advance(name)
-            walk.unload(name)
-            advance(1)
+
+    def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
+        return _sparsify_linear(walk, group, name, module, section, sparsities[name], writer)
+
+    task = Task(
+        f"sparsify ({section.method})",
+        linears,
+        statistic,
+        compress,
+        {"sparsify": section.model_dump(mode="json")},
+        section.sequential,
+    )
+    reports = compress_blocks(walk, task, writer, calibration, progress)
+    walk.close()
     return reports
 
 
-def blocks_of(walk: BlockWalk, linears: list[str]) -> Iterator[tuple[str, dict[str, nn.Module]]]:
-    """Load each block in turn; yield its name and those of its linears that are chosen."""
-    for name in walk.blocks:
-        walk.load(name)
-        prefix = name + "."
-        yield name, {n: walk.model.get_submodule(n) for n in linears if n.startswith(prefix)}
-
-
-def input_groups(
-    walk: BlockWalk,
-    name: str,
-    modules: dict[str, nn.Module],
-    statistic: Callable[[int, torch.device], Any] | None,
-) -> list[InputGroup]:
-    """The linears of a block by what they read, with their statistic; one group of all without statistic."""
-    if not modules:
-        return []
-    if statistic is None:
-        group = InputGroup(0, lambda columns, device: None, walk.device)
-        group.names = list(modules)
-        return [group]
-    groups = walk.collect(name, modules, statistic)
-    if statistic is Hessian:
-        for group in groups:
-            warn_few_tokens(group.names, group.statistic.num_tokens, group.sample.shape[1])
-    return groups
+def needed_statistic(section: SparsifySection) -> Callable[[int, torch.device], Any] | None:
+    """The statistic that a method and its refinements want; None if weights are all they look at."""
+    if section.dense_targets:
+        return DenseTargetHessian
+    return Hessian if section.swaps or section.refit else METHODS[section.method].statistic
 
 
 def choose_mask(
@@ -126,11 +136,48 @@ def choose_mask(
     return mask_rows(scores, sparsity) if pattern is None else mask_pattern(scores, pattern)
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear, without its history."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+def prune(
+    weight: Float[Tensor, "out in"], statistic: Any, section: SparsifySection, sparsity: float
+) -> Pruned:
+    """Choose a mask by the section's method, then refine mask and kept weights as it says."""
+    target = statistic.target(weight, section.damping) if section.dense_targets else weight.float()
+    pruned = METHODS[section.method].prune(target, statistic, section, sparsity)
+    if not (section.swaps or section.refit):
+        return pruned
+    hessian, mask, values, damping = (
+        statistic.damped(section.damping),
+        pruned.mask,
+        pruned.weight,
+        pruned.damping,
+    )
+    if section.swaps:
+        block = None if section.pattern is None else parse_pattern(section.pattern)[1]
+        mask = swap_mask(target, mask, hessian, max_swaps=section.swaps, pattern_block=block)
+        values = torch.where(mask, torch.where(pruned.mask, values, target), 0.0)
+    if section.refit:
+        values = fit_kept_weights(target, mask, hessian, iterations=section.refit, start=values)
+    return Pruned(values, mask, damping or section.damping)
+
+
+def _sparsities(
+    checkpoint: Checkpoint,
+    section: SparsifySection,
+    linears: list[str],
+    calibration: Tensor | None,
+    device: torch.device | str,
+) -> dict[str, float]:
+    if section.budget == "uniform" or section.pattern is not None:
+        return dict.fromkeys(linears, section.sparsity)
+    blocks = checkpoint.block_names
+    if section.budget == "arithmetic":
+        offsets = arithmetic_offsets(len(blocks), section.budget_spread)
+    else:
+        ratios = outlier_ratios(BlockWalk(checkpoint, calibration, device=device), linears)
+        offsets = outlier_offsets(ratios, section.budget_spread)
+    of_block = dict(zip(blocks, offsets, strict=True))
+    of_linear = {n: of_block[next(b for b in blocks if n.startswith(b + "."))] for n in linears}
+    sizes = {n: checkpoint.linears[n][0] * checkpoint.linears[n][1] for n in linears}
+    return share_out(section.sparsity, of_linear, sizes)
 
 
 def _sparsify_linear(
@@ -138,25 +185,17 @@ def _sparsify_linear(
     group: InputGroup,
     name: str,
     module: nn.Module,
-    method: Method,
     section: SparsifySection,
+    sparsity: float,
     writer: CheckpointWriter,
 ) -> LayerReport:
     started = time.perf_counter()
     dense = weight_of(module)
     check_finite(name, dense)
-    pruned = method.prune(dense, group.statistic, section, section.sparsity)
+    pruned = prune(dense, group.statistic, section, sparsity)
     stored = keep_nonzero(pruned.weight.to(walk.checkpoint.storage_dtype), pruned.mask)
     writer.write_linear(name, stored, mask=pruned.mask)
     module.weight = nn.Parameter(stored.to(dense.dtype), requires_grad=False)
-    has_inputs = group.statistic is not None
-    return LayerReport(
-        name,
-        (dense.shape[0], dense.shape[1]),
-        1 - float(pruned.mask.sum(dtype=torch.int64)) / pruned.mask.numel(),
-        group.error(dense, module.weight) if has_inputs else None,
-        pruned.damping,
-        group.statistic.num_tokens if has_inputs else 0,
-        group.statistic.num_dead if has_inputs else 0,
-        time.perf_counter() - started,
+    return LayerReport.of(
+        name, group, dense, weight_of(module), pruned.mask, pruned.damping, time.perf_counter() - started
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from sqft.errors import CompressionError
 from sqft.ops.adapted import exact_float32
 
-__all__ = ["Hessian", "InputNorm", "factor_inverse"]
+__all__ = ["DenseTargetHessian", "Hessian", "InputNorm", "factor_inverse"]
 
 TILE = 512  # columns; tiles below the diagonal are not computed
 MAX_DAMPING = 1.0
@@ -23,7 +23,7 @@ class InputNorm:
         self.num_tokens = 0
         self._squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+    def update(self, inputs: Float[Tensor, "tokens in"], dense_inputs: Tensor | None = None) -> None:
         """Take in more tokens."""
         self.num_tokens += inputs.shape[0]
         self._squares += inputs.float().square().sum(0)
@@ -54,7 +54,7 @@ class Hessian:
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._factors: dict[tuple[float, bool], tuple[Tensor, float]] = {}
 
-    def update(self, inputs: Float[Tensor, "tokens in"]) -> None:
+    def update(self, inputs: Float[Tensor, "tokens in"], dense_inputs: Tensor | None = None) -> None:
         """Take in more tokens."""
         self.num_tokens += inputs.shape[0]
         x = inputs.float()
@@ -85,6 +85,13 @@ class Hessian:
         upper = torch.triu(self._sum)
         return (upper + torch.triu(upper, 1).T) / max(self.num_tokens, 1)
 
+    def damped(self, damping: float) -> Float[Tensor, "in in"]:
+        """The whole matrix with damping · mean(diag) added to its diagonal."""
+        matrix = self.matrix()
+        diagonal = matrix.diagonal()
+        diagonal += damping * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return matrix
+
     def inverse_factor(self, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
         """`factor_inverse` of the matrix, its rows and columns in `order`; computed once for each input."""
         key = (damping, order is not None)
@@ -92,6 +99,32 @@ class Hessian:
             matrix = self.matrix()
             self._factors[key] = factor_inverse(matrix if order is None else matrix[order][:, order], damping)
         return self._factors[key]
+
+
+class DenseTargetHessian(Hessian):
+    """The Gram matrix, and beside it Dᵀ X / tokens, D being what the uncompressed model has in place of X."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        super().__init__(columns, device)
+        self._cross = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+
+    def update(self, inputs: Float[Tensor, "tokens in"], dense_inputs: Tensor | None = None) -> None:
+        """Take in more tokens."""
+        assert dense_inputs is not None
+        super().update(inputs)
+        with exact_float32(inputs.device):
+            self._cross.addmm_(dense_inputs.float().T, inputs.float())
+
+    def target(self, weight: Float[Tensor, "out in"], damping: float) -> Float[Tensor, "out in"]:
+        """The weight whose outputs on X come nearest to those of `weight` on D.
+
+        W* = W + W (Dᵀ X - Xᵀ X) (Xᵀ X + d·I)⁻¹, the minimum of ||D Wᵀ - X W*ᵀ||² + d ||W* - W||².
+        """
+        hessian = self.matrix()
+        with exact_float32(hessian.device):
+            wanted = weight.float() @ (self._cross / max(self.num_tokens, 1) - hessian)
+            factor, _ = self.inverse_factor(damping)
+            return weight.float() + (wanted @ factor.T) @ factor
 
 
 def factor_inverse(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:

@@ -3,11 +3,13 @@
 Later blocks see what the earlier ones put out after compression.
 """
 
+import copy
 import hashlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +35,8 @@ class Statistic(Protocol):
 
     num_tokens: int
 
-    def update(self, inputs: Tensor) -> None:
-        """Take in (tokens, in)."""
+    def update(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
+        """Take in (tokens, in), and what the uncompressed model has there, where that is kept."""
 
     def check(self, name: str) -> None:
         """Raises: CompressionError if the inputs were not finite."""
@@ -47,19 +49,17 @@ class Statistic(Protocol):
 class InputGroup:
     """Linears of one block that read the same tensor: their names, statistic, and a sample of inputs."""
 
-    def __init__(self, columns: int, make: Callable[[int, torch.device], Any], device: torch.device) -> None:
-        self.names: list[str] = []
-        self.statistic = make(columns, device)
+    def __init__(self, names: list[str], statistic: Any, columns: int, device: torch.device) -> None:
+        self.names = names
+        self.statistic = statistic
         self.sample = torch.zeros(0, columns, device=device)
 
-    def keep_sample(self, inputs: Tensor) -> None:
-        """Keep the first tokens given, to measure errors on."""
-        self.sample = inputs[:SAMPLE_TOKENS].float()
-
-    def error(self, dense: Tensor, compressed: Tensor) -> float:
+    def error(self, dense: Tensor, compressed: Tensor) -> float | None:
         """Relative squared error of a layer's output on the sample, against the dense layer's."""
-        expected = self.sample @ dense.T
-        difference = self.sample @ (dense - compressed).T
+        if not len(self.sample):
+            return None
+        expected = self.sample @ dense.float().T
+        difference = self.sample @ (dense - compressed).float().T
         return float(difference.square().sum() / expected.square().sum().clamp_min(1e-30))
 
 
@@ -70,8 +70,9 @@ class _Stop(Exception):
 class BlockWalk:
     """Holds the hidden states of all calibration sequences and walks the blocks of a checkpoint.
 
-    calibration: token ids (n, length), or None where no method asks for inputs.
-    state_dir: where the hidden states before each block are kept, so that an interrupted walk goes on.
+    calibration: token ids (n, length), or None where no method asks for inputs. dense_stream: keep the hidden
+    states of the uncompressed model beside those of the compressed one. spill_dir: keep hidden states in
+    memory-mapped files there.
     """
 
     def __init__(
@@ -81,12 +82,18 @@ class BlockWalk:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        dense_stream: bool = False,
+        spill_dir: Path | None = None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.spill_dir = spill_dir
         self.device, self.dtype = torch.device(device), dtype
         self.model = checkpoint.skeleton().to(dtype=dtype)
         self.blocks = decoder_blocks(self.model)
         self.hidden: list[Tensor] = []
+        self.dense_hidden: list[Tensor] = []
+        self.dense_block: nn.Module | None = None
+        self._dense_stream = dense_stream
         self.held_out = 0
         self._arguments: dict[str, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         if calibration is not None:
@@ -97,102 +104,157 @@ class BlockWalk:
         block = self.blocks[name]
         for inner, _ in list(block.named_parameters()):
             self._set(f"{name}.{inner}", self.checkpoint.tensor(f"{name}.{inner}"))
+        if self._dense_stream:
+            self.dense_block = copy.deepcopy(block)
         return block
 
     def unload(self, name: str) -> None:
         """Drop a block's weights."""
+        self.dense_block = None
         for inner, _ in list(self.blocks[name].named_parameters()):
             parent, _, child = inner.rpartition(".")
             _drop(self.blocks[name].get_submodule(parent), child)
 
     @torch.no_grad()
-    def outputs(self, name: str, hidden: list[Tensor]) -> Iterator[Tensor]:
-        """Run a loaded block over batches of hidden states."""
+    def outputs(self, name: str, hidden: list[Tensor], block: nn.Module | None = None) -> Iterator[Tensor]:
+        """Run a loaded block (or a copy of it) over batches of hidden states."""
         for batch in hidden:
-            arguments, options = self._arguments[name][batch.shape[0]]
-            out = self.blocks[name](batch.to(self.device), *arguments, **options)
-            yield out[0] if isinstance(out, tuple) else out
+            yield self._call(name, block or self.blocks[name], batch)
 
     def advance(self, name: str) -> None:
         """Replace the hidden states by the block's outputs, batch by batch."""
         for index, out in enumerate(self.outputs(name, self.hidden)):
-            self.hidden[index] = out
+            self.hidden[index] = self._keep(self.hidden[index], out)
+        if self.dense_block is not None:
+            for index, out in enumerate(self.outputs(name, self.dense_hidden, self.dense_block)):
+                self.dense_hidden[index] = self._keep(self.dense_hidden[index], out)
 
-    def collect(
-        self, name: str, linears: dict[str, nn.Module], make: Callable[[int, torch.device], Statistic]
-    ) -> list[InputGroup]:
-        """Run a loaded block and gather one statistic for each distinct input of these linears.
+    def input_groups(self, name: str, linears: dict[str, nn.Module]) -> list[list[str]]:
+        """Which of these linears (by full name) of a loaded block read the very same tensor, in order of use.
 
-        linears: by full name. Groups come in the order in which the block uses them.
-
-        Raises: CompressionError if an input is NaN or infinite, or a linear is never used.
+        Raises: CompressionError if a linear is never used.
         """
-        groups: list[InputGroup] = []
-        member: dict[str, InputGroup] = {}
-        seen: list[tuple[Tensor, InputGroup]] = []
-        held_out = False
+        seen: list[tuple[Tensor, list[str]]] = []
 
-        def observe(linear_name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def observe(linear: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-                x: Tensor = inputs[0]
-                if linear_name not in member:
-                    shared = next((group for tensor, group in seen if tensor is x), None)
-                    if shared is None:
-                        shared = InputGroup(x.shape[-1], make, self.device)
-                        groups.append(shared)
-                    shared.names.append(linear_name)
-                    member[linear_name] = shared
-                group = member[linear_name]
-                if group.names[0] != linear_name:
-                    return
-                seen.append((x, group))
-                flat = x.reshape(-1, x.shape[-1])
-                if held_out:
-                    group.keep_sample(flat)
-                    return
-                if not len(group.sample):
-                    group.keep_sample(flat)
-                group.statistic.update(flat)
+                for tensor, names in seen:
+                    if tensor is inputs[0]:
+                        names.append(linear)
+                        return
+                seen.append((inputs[0], [linear]))
 
             return hook
 
-        handles = [module.register_forward_pre_hook(observe(n)) for n, module in linears.items()]
-        try:
-            outputs = self.outputs(name, self.hidden)
-            for index in range(len(self.hidden)):
-                held_out = self.held_out > 0 and index == len(self.hidden) - 1
-                seen.clear()
-                next(outputs)
-        finally:
-            seen.clear()
-            for handle in handles:
-                handle.remove()
-        unused = sorted(set(linears) - set(member))
+        with _hooks(linears, observe):
+            next(self.outputs(name, self.hidden[-1:]))
+        groups = [names for _, names in seen]
+        unused = sorted(set(linears) - {n for names in groups for n in names})
         if unused:
             raise CompressionError(f"{unused[0]} is never used by its block; add it to skip_modules")
-        for group in groups:
+        return groups
+
+    def collect(
+        self, name: str, groups: list[list[str]], make: Callable[[int, torch.device], Statistic]
+    ) -> list[InputGroup]:
+        """Run a loaded block over the calibration and gather a statistic for each group of linears.
+
+        The forward pass ends where the last of the groups has its input.
+
+        Raises: CompressionError if an input is NaN or infinite.
+        """
+        leaders = {names[0]: self.model.get_submodule(names[0]) for names in groups}
+        found: dict[str, InputGroup] = {}
+        last = len(self.hidden) - 1
+        for index, batch in enumerate(self.hidden):
+            inputs = self._inputs(name, self.blocks[name], leaders, batch)
+            dense: dict[str, Tensor] = {}
+            if self.dense_block is not None:
+                start = len(name) + 1
+                copies = {n: self.dense_block.get_submodule(n[start:]) for n in leaders}
+                dense = self._inputs(name, self.dense_block, copies, self.dense_hidden[index])
+            for names in groups:
+                x = inputs[names[0]]
+                if names[0] not in found:
+                    statistic = make(x.shape[1], self.device)
+                    found[names[0]] = InputGroup(names, statistic, x.shape[1], self.device)
+                group = found[names[0]]
+                held_out = self.held_out > 0 and index == last
+                if held_out or not len(group.sample):
+                    group.sample = x[:SAMPLE_TOKENS].float()
+                if not held_out:
+                    group.statistic.update(x, *([dense[names[0]]] if dense else []))
+        result = [found[names[0]] for names in groups]
+        for group in result:
             group.statistic.check(group.names[0])
-            dead = group.statistic.num_dead
+            dead, width = group.statistic.num_dead, group.sample.shape[1]
             if dead:
-                width = group.sample.shape[1]
                 logger.warning(
                     "%s: %d of %d inputs are 0 in all calibration tokens", group.names[0], dead, width
                 )
-        return groups
+        return result
+
+    @torch.no_grad()
+    def _call(self, name: str, block: nn.Module, batch: Tensor) -> Tensor:
+        arguments, options = self._arguments[name][batch.shape[0]]
+        out = block(batch.to(self.device), *arguments, **options)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def _inputs(
+        self, name: str, block: nn.Module, linears: dict[str, nn.Module], batch: Tensor
+    ) -> dict[str, Tensor]:
+        """What these linears of a block read, as (tokens, in)."""
+        inputs: dict[str, Tensor] = {}
+
+        def observe(linear: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+                inputs[linear] = arguments[0].flatten(0, -2)
+                if len(inputs) == len(linears):
+                    raise _Stop
+
+            return hook
+
+        with _hooks(linears, observe), suppress(_Stop):
+            self._call(name, block, batch)
+        return inputs
+
+    def _keep(self, old: Tensor, new: Tensor) -> Tensor:
+        if self.spill_dir is None:
+            return new
+        return old.copy_(new)
+
+    def _first(self, hidden: Tensor) -> Tensor:
+        """A tensor of hidden states, in a memory-mapped file where activations are spilled."""
+        if self.spill_dir is None:
+            return hidden
+        self.spill_dir.mkdir(parents=True, exist_ok=True)
+        path = self.spill_dir / f"hidden-{len(list(self.spill_dir.iterdir()))}.bin"
+        mapped = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
+        return mapped.view(hidden.shape).copy_(hidden)
+
+    def close(self) -> None:
+        """Drop the hidden states, and the files they were spilled to."""
+        self.hidden, self.dense_hidden = [], []
+        if self.spill_dir is not None:
+            shutil.rmtree(self.spill_dir, ignore_errors=True)
 
     def save_state(self, path: Path, facts: dict[str, str]) -> None:
         """Write the hidden states and `facts`, such that the file is the old one or the whole new one."""
         temporary = path.with_name(path.name + ".tmp")
-        tensors = {str(i): h.contiguous().cpu() for i, h in enumerate(self.hidden)} or {
-            "none": torch.zeros(1)
-        }
+        states = [*self.hidden, *self.dense_hidden] or [torch.zeros(1)]
+        tensors = {str(index): state.contiguous().cpu() for index, state in enumerate(states)}
         save_file(tensors, temporary, metadata=facts)
         os.replace(temporary, path)
 
     def load_state(self, path: Path) -> None:
         """Read hidden states back."""
         tensors = load_file(path)
-        self.hidden = [tensors[str(i)].to(self.device) for i in range(len(self.hidden))]
+        count = len(self.hidden)
+        self.hidden = [self._keep(h, tensors[str(i)].to(self.device)) for i, h in enumerate(self.hidden)]
+        self.dense_hidden = [
+            self._keep(h, tensors[str(i + count)].to(self.device)) for i, h in enumerate(self.dense_hidden)
+        ]
 
     def _set(self, name: str, value: Tensor) -> None:
         parent, _, child = name.rpartition(".")
@@ -231,7 +293,9 @@ class BlockWalk:
             def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
                 self._arguments.setdefault(name, {})[hidden.shape[0]] = (arguments, options)
                 if name == names[0]:
-                    self.hidden.append(hidden)
+                    self.hidden.append(self._first(hidden))
+                    if self._dense_stream:
+                        self.dense_hidden.append(self._first(hidden.clone()))
                 if name == names[-1]:
                     raise _Stop
                 return hidden
@@ -246,6 +310,18 @@ class BlockWalk:
         finally:
             for name, block in self.blocks.items():
                 block.forward = originals[name]
+
+
+@contextmanager
+def _hooks(
+    linears: dict[str, nn.Module], observe: Callable[[str], Callable[[nn.Module, tuple[Any, ...]], None]]
+) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(observe(name)) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _drop(module: nn.Module, name: str) -> None:

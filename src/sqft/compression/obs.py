@@ -1,0 +1,143 @@
+"""One pass of optimal brain surgery over the columns of a weight: prune, round, or both.
+
+For columns j in order, with U upper triangular and (H + d·I)⁻¹ = Uᵀ U, what a column loses is made up for
+by the columns to come:
+
+    v_j = keep_j · round(w_j);   e = (w_j - v_j) / U_jj;   W[:, j+1:] -= e · U[j, j+1:]
+
+Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1; GPTQ, arXiv 2210.17323, algorithm 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sqft.ops import QParams
+from sqft.ops.adapted import exact_float32
+
+__all__ = ["Grid", "ObsResult", "obs_pass"]
+
+BLOCK = 128
+# (values (columns, out), diagonal of U (columns,)) → keep (columns, out)
+ChooseMask = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a grid is taken from a weight (out, columns of one group), and how many columns are a group."""
+
+    compute: Callable[[Tensor], QParams]
+    group_size: int
+    static: QParams | None = None
+
+
+@dataclass(frozen=True)
+class ObsResult:
+    """The compensated weight before rounding (0 where pruned), the mask, and the grid if there is one."""
+
+    weight: Float[Tensor, "out in"]
+    mask: Bool[Tensor, "out in"]
+    qparams: QParams | None
+
+
+def obs_pass(
+    weight: Float[Tensor, "out in"],
+    factor: Float[Tensor, "in in"],
+    *,
+    mask: Bool[Tensor, "out in"] | None = None,
+    choose: ChooseMask | None = None,
+    choose_every: int = BLOCK,
+    grid: Grid | None = None,
+    order: Tensor | None = None,
+) -> ObsResult:
+    """Walk the columns once.
+
+    factor: U, in `order`. mask: True = kept, where it is given; else `choose` picks it from the compensated
+    weights of `choose_every` columns at a time (a divisor or a multiple of nothing in particular). grid: take
+    it when a group's first column is reached, unless it is static; an `order` needs a static one.
+    """
+    columns = weight.shape[1]
+    # Columns lie as rows of contiguous memory while they are worked on.
+    work = (weight.float() if order is None else weight.float()[:, order]).T.contiguous()
+    keep = torch.ones_like(work, dtype=torch.bool)
+    if mask is not None:
+        keep = (mask if order is None else mask[:, order]).T.contiguous()
+    diagonal = factor.diagonal()
+    state = _GridState(grid, weight, order) if grid is not None else None
+    before = torch.empty_like(work)
+    with exact_float32(weight.device):
+        for start in range(0, columns, BLOCK):
+            end = min(start + BLOCK, columns)
+            errors = torch.zeros_like(work[start:end])
+
+            def pending(
+                first: int, last: int, start: int = start, end: int = end, errors: Tensor = errors
+            ) -> Tensor:
+                """Columns first..last as they are now; those behind the block still lack its errors."""
+                if last <= end:
+                    return work[first:last]
+                behind = work[end:last] - factor[start:first, end:last].T @ errors[: first - start]
+                return torch.cat([work[first:end], behind])
+
+            for j in range(start, end):
+                if choose is not None and mask is None and j % choose_every == 0:
+                    last = min(j + choose_every, columns)
+                    keep[j:last] = choose(pending(j, last), diagonal[j:last])
+                column = work[j]
+                if state is not None:
+                    state.enter(j, pending, keep)
+                    value = state.round(j, column)
+                    error = torch.where(keep[j], column - value, column).div_(diagonal[j])
+                else:
+                    error = torch.where(keep[j], 0.0, column).div_(diagonal[j])
+                before[j] = column
+                errors[j - start] = error
+                if j + 1 < end:
+                    work[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+            if end < columns:
+                work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    result = torch.where(keep, before, 0.0).T
+    kept = keep.T
+    if order is not None:
+        result = torch.empty_like(result).index_copy_(1, order, result)
+        kept = torch.empty_like(kept).index_copy_(1, order, kept)
+    return ObsResult(result.contiguous(), kept.contiguous(), None if state is None else state.qparams())
+
+
+class _GridState:
+    """Scales and zero points as (groups, out), filled as their groups are reached."""
+
+    def __init__(self, grid: Grid, weight: Tensor, order: Tensor | None) -> None:
+        columns = weight.shape[1]
+        self.grid, self.columns = grid, columns
+        groups = torch.arange(columns, device=weight.device) // grid.group_size
+        self.group_of = (groups if order is None else groups[order]).tolist()
+        first = grid.static or grid.compute(weight[:, : grid.group_size].float())
+        self.bits, self.symmetric, self.max_code = first.bits, first.symmetric, first.max_code
+        if grid.static is not None:
+            self.scale, self.zero = first.scale.T.contiguous(), first.zero_point.T.float().contiguous()
+        else:
+            shape = (columns // grid.group_size, weight.shape[0])
+            self.scale = torch.ones(shape, device=weight.device)
+            self.zero = torch.zeros(shape, device=weight.device)
+
+    def enter(self, j: int, pending: Callable[[int, int], Tensor], keep: Tensor) -> None:
+        """Take the grid of a group whose first column this is."""
+        size = self.grid.group_size
+        if self.grid.static is None and j % size == 0:
+            fresh = self.grid.compute(torch.where(keep[j : j + size], pending(j, j + size), 0.0).T)
+            self.scale[j // size], self.zero[j // size] = fresh.scale[:, 0], fresh.zero_point[:, 0].float()
+
+    def round(self, j: int, column: Tensor) -> Tensor:
+        """The column on its grid, by the formula of `ops.quantize`."""
+        scale, zero = self.scale[self.group_of[j]], self.zero[self.group_of[j]]
+        codes = torch.round(column / scale).add_(zero).clamp_(0, self.max_code)
+        return codes.sub_(zero).mul_(scale)
+
+    def qparams(self) -> QParams:
+        """The finished grid."""
+        zero_point = self.zero.T.contiguous().to(torch.uint8)
+        return QParams(self.scale.T.contiguous(), zero_point, self.bits, self.symmetric)

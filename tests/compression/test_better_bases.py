@@ -1,0 +1,330 @@
+"""SparseGPT, joint pruning and rounding, mask and weight refinement, budgets, resuming, spilling."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sqft.compression import quantize_model, sparsify_model
+from sqft.compression.budget import arithmetic_offsets, outlier_offsets, share_out
+from sqft.compression.refine import fit_kept_weights, swap_mask
+from sqft.compression.ria import ria_scores
+from sqft.compression.scale_search import GridOptions, search_qparams
+from sqft.compression.sparsegpt import prune_and_round, sparsegpt
+from sqft.compression.statistics import DenseTargetHessian, Hessian
+from sqft.compression.walk import BlockWalk
+from sqft.errors import CompressionError
+from sqft.models import CheckpointWriter, load_model, open_checkpoint, read_masks, read_quantized
+from sqft.ops import compute_qparams, dequantize, fake_quantize, mask_pattern, mask_rows
+from sqft.sections import QuantizeSection, SparsifySection
+
+Maker = Callable[..., Path]
+
+
+def inputs(tokens: int = 300, columns: int = 24, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, columns, generator=generator) @ torch.randn(
+        columns, columns, generator=generator
+    )
+
+
+def hessian_of(x: Tensor) -> Hessian:
+    hessian = Hessian(x.shape[1], x.device)
+    hessian.update(x)
+    return hessian
+
+
+def loss(weight: Tensor, dense: Tensor, x: Tensor) -> float:
+    return float(((weight - dense) @ x.T).square().sum())
+
+
+def slow_sparsegpt(weight: Tensor, matrix: Tensor, damping: float, mask: Tensor) -> Tensor:
+    """The inverse of the remaining Hessian taken anew for every column, for a mask that is given."""
+    damped = matrix.double() + damping * matrix.diagonal().mean() * torch.eye(len(matrix))
+    work = weight.double().clone()
+    for j in range(weight.shape[1]):
+        inverse = torch.linalg.inv(damped[j:, j:])
+        error = torch.where(mask[:, j], 0.0, work[:, j]) / inverse[0, 0]
+        work[:, j:] -= error[:, None] * inverse[0][None, :]
+    return work.float()
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4", "4:8"])
+def test_sparsegpt_against_a_slow_one(pattern: str | None) -> None:
+    columns = 160
+    x, weight = inputs(500, columns), torch.randn(6, columns)
+    hessian = hessian_of(x)
+    result, damping = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
+    assert damping == 0.01
+    expected = slow_sparsegpt(weight, hessian.matrix(), 0.01, result.mask)
+    assert torch.allclose(result.weight, expected, rtol=1e-2, atol=1e-2)
+    assert int((~result.mask).sum()) == 6 * columns // 2
+    if pattern is not None:
+        kept, block = (int(n) for n in pattern.split(":"))
+        assert (result.mask.unflatten(1, (-1, block)).sum(-1) == kept).all()
+    wanda = weight.abs() * hessian.norm
+    mask = mask_rows(wanda, 0.5) if pattern is None else mask_pattern(wanda, pattern)
+    assert loss(result.weight, weight, x) < 0.8 * loss(weight * mask, weight, x)
+
+
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_joint_is_better_than_one_after_the_other(pattern: str | None) -> None:
+    x, weight = inputs(500, 192), torch.randn(16, 192)
+    hessian, options = hessian_of(x), GridOptions(3, 32)
+    joint = prune_and_round(weight, hessian, options, sparsity=0.5, pattern=pattern)
+    assert joint.mask is not None
+    value = dequantize(joint.codes, joint.qparams)
+    assert (value[~joint.mask] == 0).all()
+    pruned, _ = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
+    qparams = compute_qparams(pruned.weight, bits=3, group_size=32, symmetric=True)
+    assert loss(value, weight, x) < loss(fake_quantize(pruned.weight, qparams), weight, x)
+
+
+def test_fit_is_the_least_squares_solution() -> None:
+    x, weight = inputs(200, 20), torch.randn(4, 20)
+    mask = torch.rand(4, 20) > 0.5
+    matrix = hessian_of(x).damped(0.01)
+    fitted = fit_kept_weights(weight, mask, matrix, iterations=60)
+    for row in range(4):
+        kept = mask[row].nonzero().flatten()
+        expected = torch.linalg.solve(matrix[kept][:, kept], matrix[kept] @ weight[row])
+        assert torch.allclose(fitted[row, kept], expected, rtol=1e-2, atol=1e-2)
+        assert (fitted[row, ~mask[row]] == 0).all()
+
+
+def test_swaps_reach_what_no_swap_improves() -> None:
+    x, weight = inputs(200, 12), torch.randn(5, 12)
+    matrix = hessian_of(x).matrix()
+    start = mask_rows(weight.abs(), 0.5)
+    mask = swap_mask(weight, start, matrix, max_swaps=100)
+    assert torch.equal(mask.sum(1), start.sum(1))
+
+    def cost(row: int, kept: Tensor) -> float:
+        error = torch.where(kept, 0.0, weight[row])
+        return float(error @ matrix @ error)
+
+    for row in range(5):
+        best = cost(row, mask[row])
+        assert best <= cost(row, start[row]) + 1e-6
+        pruned, kept = (~mask[row]).nonzero().flatten(), mask[row].nonzero().flatten()
+        for p, q in itertools.product(pruned.tolist(), kept.tolist()):
+            other = mask[row].clone()
+            other[p], other[q] = True, False
+            assert cost(row, other) > best * (1 - 1e-4)
+
+
+def test_swaps_keep_a_pattern() -> None:
+    x, weight = inputs(200, 16), torch.randn(5, 16)
+    matrix = hessian_of(x).matrix()
+    start = mask_pattern(weight.abs(), "2:4")
+    mask = swap_mask(weight, start, matrix, max_swaps=50, pattern_block=4)
+    assert (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    assert not torch.equal(mask, start)
+    assert loss(weight * mask, weight, x) < loss(weight * start, weight, x)
+
+
+def test_ria_literally() -> None:
+    weight, norm = torch.randn(3, 5), torch.rand(5)
+    scores = ria_scores(weight, norm)
+    for i, j in itertools.product(range(3), range(5)):
+        size = abs(weight[i, j])
+        expected = (size / weight[:, j].abs().sum() + size / weight[i].abs().sum()) * norm[j] ** 0.5
+        assert torch.isclose(scores[i, j], expected)
+
+
+def test_scale_search_lowers_the_error() -> None:
+    weight = torch.randn(8, 64) ** 3
+    for symmetric in (True, False):
+        plain = GridOptions(3, 32, symmetric)
+        searched = search_qparams(weight, GridOptions(3, 32, symmetric, search=True))
+        errors = [
+            (fake_quantize(weight, q) - weight).square().sum()
+            for q in (searched, search_qparams(weight, plain))
+        ]
+        assert errors[0] < errors[1]
+        assert (searched.zero_point <= searched.max_code).all()
+
+
+def test_dense_target_is_the_ridge_solution() -> None:
+    x, dense, weight = inputs(300, 12), inputs(300, 12, seed=1), torch.randn(4, 12)
+    dense = x + 0.1 * dense
+    statistic = DenseTargetHessian(12, x.device)
+    for a, b in zip(x.split(70), dense.split(70), strict=True):
+        statistic.update(a, b)
+    ridge = 0.01 * statistic.matrix().diagonal().mean()
+    left = x.T @ x / 300 + ridge * torch.eye(12)
+    right = (dense @ weight.T - x @ weight.T).T @ x / 300
+    assert torch.allclose(
+        statistic.target(weight, 0.01), weight + torch.linalg.solve(left, right.T).T, atol=1e-2
+    )
+
+
+def test_budgets() -> None:
+    assert arithmetic_offsets(3, 0.1) == pytest.approx([-0.1, 0.0, 0.1])
+    assert arithmetic_offsets(1, 0.1) == [0.0]
+    assert outlier_offsets([0.1, 0.3, 0.2], 0.05) == pytest.approx([0.05, -0.05, 0.0])
+    assert outlier_offsets([0.1, 0.1], 0.05) == [0.0, 0.0]
+    sizes = {"a": 100, "b": 300}
+    shares = share_out(0.9, {"a": 0.3, "b": -0.1}, sizes)
+    assert sum(shares[n] * sizes[n] for n in sizes) == pytest.approx(0.9 * 400)
+    assert all(0 <= share <= 1 for share in shares.values())
+
+
+def tokens(rows: int = 10, length: int = 24, seed: int = 0) -> Tensor:
+    return torch.randint(4, 288, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def sparsify(directory: Path, out: Path, **settings: Any) -> list[Any]:
+    writer = CheckpointWriter(out, open_checkpoint(directory))
+    reports = sparsify_model(writer.source, SparsifySection(**settings), tokens(), writer)
+    writer.close({})
+    return reports
+
+
+def quantize(
+    directory: Path, out: Path, masks: dict[str, Tensor] | None = None, **settings: Any
+) -> list[Any]:
+    writer = CheckpointWriter(out, open_checkpoint(directory))
+    section = QuantizeSection(**({"group_size": 32} | settings))
+    reports = quantize_model(writer.source, masks, section, tokens(), writer)
+    writer.close({})
+    return reports
+
+
+def divergence(directory: Path, other: Path) -> float:
+    ids = tokens(4, seed=7)
+    expected = load_model(directory)(ids).logits.log_softmax(-1)
+    got = load_model(other)(ids).logits.log_softmax(-1)
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("budget", ["uniform", "arithmetic", "owl"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.63])
+def test_overall_sparsity_is_exact(
+    tiny_model_dir: Maker, tmp_path: Path, budget: str, sparsity: float
+) -> None:
+    sparsify(tiny_model_dir("llama"), tmp_path / "o", budget=budget, sparsity=sparsity)
+    masks = read_masks(tmp_path / "o")
+    pruned = {n: int((~m).sum()) for n, m in masks.items()}
+    assert abs(sum(pruned.values()) / sum(m.numel() for m in masks.values()) - sparsity) < 0.001
+    first, last = (sum(v for n, v in pruned.items() if n.startswith(f"model.layers.{i}")) for i in (0, 1))
+    assert (first == last) == (budget == "uniform")
+
+
+def test_each_refinement_lowers_the_layer_errors(tiny_model_dir: Maker, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    errors = {}
+    for name, settings in {
+        "plain": {},
+        "swaps": {"swaps": 20},
+        "refit": {"refit": 20},
+        "both": {"swaps": 20, "refit": 20},
+    }.items():
+        reports = sparsify(directory, tmp_path / name, method="wanda", **settings)
+        errors[name] = sum(r.error for r in reports[:7])
+    assert errors["swaps"] < errors["plain"]
+    assert errors["refit"] < errors["plain"]
+    assert errors["both"] < errors["swaps"]
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3", "gemma2"])
+@pytest.mark.parametrize("settings", [{"dense_targets": True}, {"sequential": True}])
+def test_walk_options_on_every_kind_of_block(
+    tiny_model_dir: Maker, tmp_path: Path, arch: str, settings: dict[str, bool]
+) -> None:
+    out = tmp_path / "out"
+    sparsify(tiny_model_dir(arch), out, method="sparsegpt", pattern="2:4", swaps=3, refit=3, **settings)
+    for mask in read_masks(out).values():
+        assert (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
+    if arch == "llama":
+        masks = read_masks(out)
+        quantize(tiny_model_dir(arch), tmp_path / "q", masks, refit=3, scale_search=True, sequential=True)
+        quantize(tiny_model_dir(arch), tmp_path / "r", masks, method="gptaq")
+
+
+def test_joint_writes_its_own_mask(tiny_model_dir: Maker, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    reports = quantize(directory, tmp_path / "joint", method="joint", sparsity=0.6)
+    masks = read_masks(tmp_path / "joint")
+    assert len(masks) == 14
+    assert all(r.sparsity == pytest.approx(0.6, abs=0.001) for r in reports)
+    for name, weight in read_quantized(tmp_path / "joint").items():
+        assert (dequantize(weight.codes, weight.qparams)[~masks[name]] == 0).all()
+    with pytest.raises(CompressionError, match="joint chooses its own mask"):
+        quantize(directory, tmp_path / "no", masks, method="joint")
+    with pytest.raises(CompressionError, match="pattern 2:48 does not fit a width of 64"):
+        quantize(directory, tmp_path / "no", method="joint", pattern="2:48")
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", ["sparsify", "quantize", "joint"])
+def test_an_interrupted_walk_goes_on_to_the_same_bytes(
+    tiny_model_dir: Maker, tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_model_dir("mistral")
+
+    def go(out: Path) -> list[Any]:
+        if step == "sparsify":
+            return sparsify(directory, out, method="sparsegpt", dense_targets=True)
+        return quantize(directory, out, method={"joint": "joint"}.get(step, "gptaq"))
+
+    whole = go(tmp_path / "whole")
+    load = BlockWalk.load
+
+    def fail_on_second(walk: BlockWalk, name: str) -> Any:
+        if name.endswith("1"):
+            raise Interrupted
+        return load(walk, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockWalk, "load", fail_on_second)
+        with pytest.raises(Interrupted):
+            go(tmp_path / "cut")
+    assert not (tmp_path / "cut" / "config.json").exists()
+    loaded: list[str] = []
+    monkeypatch.setattr(BlockWalk, "load", lambda walk, name: (loaded.append(name), load(walk, name))[1])
+    again = go(tmp_path / "cut")
+    assert loaded == ["model.layers.1"]
+    assert [r.name for r in again] == [r.name for r in whole]
+    assert [r.error for r in again] == [r.error for r in whole]
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+    assert not (tmp_path / "cut" / "resume.safetensors").exists()
+
+
+def test_other_settings_start_over(
+    tiny_model_dir: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_model_dir("llama")
+    load = BlockWalk.load
+
+    def fail_on_second(walk: BlockWalk, name: str) -> Any:
+        if name.endswith("1"):
+            raise Interrupted
+        return load(walk, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockWalk, "load", fail_on_second)
+        with pytest.raises(Interrupted):
+            sparsify(directory, tmp_path / "a", sparsity=0.4)
+    sparsify(directory, tmp_path / "a", sparsity=0.5)
+    sparsify(directory, tmp_path / "b", sparsity=0.5)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_spilled_activations_change_nothing(tiny_model_dir: Maker, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    section = SparsifySection(method="sparsegpt", dense_targets=True)
+    for name, spill in (("a", False), ("b", True)):
+        writer = CheckpointWriter(tmp_path / name, open_checkpoint(directory))
+        sparsify_model(writer.source, section, tokens(), writer, spill=spill)
+        writer.close({})
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert not (tmp_path / "b" / "activations").exists()
