@@ -34,6 +34,7 @@ def attach_adapters(
         dropout_kind=section.dropout_kind,
         gradient=section.gradient,
         hybrid_steps=section.hybrid_steps,
+        kernels=section.kernels,
         target_modules=section.target_modules,
         rank_groups=section.rank_groups,
         identity=dict(identity or {}),

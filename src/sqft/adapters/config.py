@@ -29,6 +29,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     target_modules: name ends that match whole components; full names once the adapter is attached.
     rank_groups: name ends that share a rank inside a block; None: q, k, v together, others alone.
     gradient: exact, lowrank, or hybrid (exact every `hybrid_steps`-th step).
+    kernels: torch, or triton on an NVIDIA GPU.
     storage_dtype: the dtype merged weights are stored in; set when the adapter is attached.
     identity: sha256 of the base, mask and grid that the adapter belongs to; set when it is attached.
     init_seed: lora_A is a function of this seed and of the module's name.
@@ -44,6 +45,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     rank_groups: list[list[str]] | None = None
     gradient: Literal["exact", "lowrank", "hybrid"] = "exact"
     hybrid_steps: int = 4
+    kernels: Literal["torch", "triton"] = "torch"
     storage_dtype: str | None = None
     identity: dict[str, str] = field(default_factory=dict)
     init_seed: int = 0

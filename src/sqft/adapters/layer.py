@@ -226,6 +226,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             qparams=qparams,
             storage_dtype=config.rounding_dtype if qparams is None else None,
             gradient=self._gradient(config),
+            kernels=config.kernels,
         )
 
     def _token_dropout_forward(self, x: Tensor, name: str) -> Tensor:

@@ -15,6 +15,7 @@ Source: SQFT, arXiv 2410.03750, equations 1 to 4; the lowrank gradient is that o
 Differs from the paper: the published layer multiplies twice and keeps the update and the mask for backward.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sqft.errors import AdapterError
+from sqft.errors import AdapterError, require
 from sqft.ops.adapted import exact_float32
 from sqft.ops.grid import QParams
 from sqft.ops.weight_blocks import WeightBlocks
@@ -43,15 +44,20 @@ def adapted_linear(
     qparams: QParams | None = None,
     storage_dtype: torch.dtype | None = None,
     gradient: Literal["exact", "lowrank"] = "exact",
+    kernels: Literal["torch", "triton"] = "torch",
 ) -> Float[Tensor, "*batch out"]:
     """Multiply with the adapted weight; differentiable in x, A, B, the bias, and the scale of the grid.
 
     base: a float weight, or the integer latent of `ops.latent`, for which qparams is its grid. The product
     runs in the dtype of x, or in the autocast dtype; the weight is computed in float32 whatever that is.
     gradient: exact, or lowrank, which leaves the mask and the clamp out of the gradients of A and B.
+    kernels: triton builds the weight and contracts its gradient by the kernels of `sqft.kernels`.
 
-    Raises: AdapterError for the gradient of a scale with gradient="lowrank".
+    Raises: AdapterError for the gradient of a scale with gradient="lowrank" or kernels="triton", and for
+    triton on a CPU; MissingExtraError if Triton is not installed.
     """
+    if kernels == "triton":
+        _check_triton(x, qparams)
     if gradient == "lowrank" and qparams is not None and qparams.scale.requires_grad:
         raise AdapterError("trainable scales need the exact gradient; set gradient: exact")
     device = x.device.type
@@ -63,10 +69,19 @@ def adapted_linear(
         storage_dtype,
         gradient == "exact",
         dtype,
+        kernels == "triton",
     )
     scale, zero_point = (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
     out: Tensor = _AdaptedLinear.apply(x, base, lora_A, lora_B, bias, scale, zero_point, plan)
     return out
+
+
+def _check_triton(x: Tensor, qparams: QParams | None) -> None:
+    require("triton", "triton")
+    if qparams is not None and qparams.scale.requires_grad:
+        raise AdapterError("trainable scales need the torch operation; set kernels: torch")
+    if x.device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
+        raise AdapterError("the Triton kernels need an NVIDIA GPU; set kernels: torch")
 
 
 def frozen_linear(
@@ -98,6 +113,7 @@ class _Plan:
     storage_dtype: torch.dtype | None
     exact: bool
     dtype: torch.dtype
+    triton: bool
 
     def blocks(
         self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor | None, zero_point: Tensor | None
@@ -105,7 +121,7 @@ class _Plan:
         grid = None
         if scale is not None and zero_point is not None:
             grid = QParams(scale.detach(), zero_point, self.bits, self.symmetric)
-        return WeightBlocks(base, lora_A, lora_B, self.scaling, grid, self.storage_dtype)
+        return WeightBlocks(base, lora_A, lora_B, self.scaling, grid, self.storage_dtype, self.triton)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -168,7 +184,12 @@ def _backward_block(
 ) -> None:
     """Add what a block of rows of the weight contributes to every gradient."""
     dy_rows = dy[:, rows]
-    gradient = torch.mm(dy_rows.t(), x) if plan.exact and dB is not None else None
+    if plan.triton and dA is not None and dB is not None and plan.exact:
+        part, dB[rows] = blocks.contract_gradient(rows, dy_rows, x)
+        dA.add_(part)
+        gradient = None
+    else:
+        gradient = torch.mm(dy_rows.t(), x) if plan.exact and dB is not None else None
     with exact_float32(x.device):
         if gradient is not None and dscale is not None:
             term = blocks.scale_term(rows)

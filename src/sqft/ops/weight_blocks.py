@@ -5,6 +5,7 @@ number (a tested fact; zeros may differ in sign). No mask is read: it is `base !
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class WeightBlocks:
     scaling: float
     qparams: QParams | None
     storage_dtype: torch.dtype | None
+    triton: bool = False
 
     def transient_blocks(self) -> list[slice]:
         """The row blocks of a backward pass."""
@@ -57,6 +59,8 @@ class WeightBlocks:
 
         gradient: that of these rows; multiplied in place by the mask, and by 0 where a code was clamped.
         """
+        if self.triton and gradient is None:
+            return self._build_triton(rows, dtype)
         weight = torch.empty(rows.stop - rows.start, self.base.shape[1], dtype=dtype, device=self.base.device)
         lora_A, lora_B = self.lora_A.float(), self.lora_B[rows].float()
         for part in self.cache_blocks(rows):
@@ -75,6 +79,35 @@ class WeightBlocks:
             if block is not target:
                 target.copy_(block)
         return weight
+
+    def _build_triton(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        from sqft.kernels.tiles import build_weight
+
+        settings = self._grid_rows(rows)
+        return build_weight(
+            self.base[rows],
+            self.lora_A,
+            self.lora_B[rows],
+            scaling=self.scaling,
+            dtype=dtype,
+            storage_dtype=self.storage_dtype,
+            **settings,
+        )
+
+    def contract_gradient(self, rows: slice, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of A and of these rows of B by the kernel; dy (tokens, rows), x (tokens, in)."""
+        from sqft.kernels.tiles import contract_gradient
+
+        settings = self._grid_rows(rows)
+        return contract_gradient(
+            dy, x, self.base[rows], self.lora_A, self.lora_B[rows], scaling=self.scaling, **settings
+        )
+
+    def _grid_rows(self, rows: slice) -> dict[str, Any]:
+        if self.qparams is None:
+            return {}
+        grid = self.qparams
+        return {"scale": grid.scale[rows], "zero_point": grid.zero_point[rows], "max_code": grid.max_code}
 
     def scale_term(self, rows: slice) -> Tensor:
         """What the weight's gradient is multiplied with for the scale's (LSQ), (rows, groups, group size)."""

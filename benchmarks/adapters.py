@@ -1,0 +1,274 @@
+"""Time and memory of training adapters: PEFT LoRA, the published formulas, and sqft's fused layer.
+
+    python -m benchmarks.adapters [--quick] [--json FILE] [--device cpu|cuda] [--threads N] [--clock wall|cpu]
+
+One layer at the shapes of SmolLM2-135M and Llama-3-8B (random weights), then a training step of SmolLM2-135M
+with 1024 tokens, rank 32 on q, k, v, up, down. float32 on a CPU, bfloat16 on a GPU; 50 % of weights pruned.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.published import PublishedLinear, layer_flops
+from benchmarks.steps import measure_steps, saved_bytes_per_weight
+from benchmarks.timing import check, environment, interleave, ratio, summarize
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from sqft.ops import compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
+from sqft.ops.adapted_linear import adapted_linear
+
+TOKENS, RANK, ALPHA, GROUP = 1024, 32, 64.0, 64
+SMOLLM2 = {"q": (576, 576), "k, v": (192, 576), "up": (1536, 576), "down": (576, 1536)}
+LLAMA3 = {"q": (4096, 4096), "k, v": (1024, 4096), "up": (14336, 4096), "down": (4096, 14336)}
+LAYER_VARIANTS = (
+    "frozen",
+    "peft lora",
+    "published",
+    "exact",
+    "lowrank",
+    "published qa",
+    "qa exact",
+    "qa lowrank",
+)
+
+
+def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Callable[[], None]]:
+    """One forward and backward of a layer in every variant."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    weight = torch.randn(out_features, in_features, device=device) * in_features**-0.5
+    mask = mask_rows(torch.rand(weight.shape, device=device), 0.5)
+    base = keep_nonzero(weight, mask)
+    grid = compute_qparams(base, bits=4, group_size=GROUP, symmetric=True)
+    latent = encode_latent(base, quantize(base, grid), mask, grid)
+    x = torch.randn(TOKENS, in_features, device=device, dtype=dtype, requires_grad=True)
+    dy = torch.randn(TOKENS, out_features, device=device, dtype=dtype)
+    lora_A = torch.randn(RANK, in_features, device=device).mul_(in_features**-0.5).requires_grad_()
+    lora_B = torch.zeros(out_features, RANK, device=device, requires_grad=True)
+    linear = nn.Linear(in_features, out_features, bias=False, device=device)
+    linear.weight.data = base.to(dtype)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"])
+    peft_lora = get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False)
+    published = PublishedLinear(base, RANK, ALPHA)
+    published_qa = PublishedLinear(base, RANK, ALPHA, grid, latent)
+    stored, scaling = base.to(dtype), ALPHA / RANK
+
+    def fused(tensor: Tensor, gradient: Any, **settings: Any) -> Callable[[], Tensor]:
+        return lambda: adapted_linear(
+            x, tensor, lora_A, lora_B, scaling=scaling, gradient=gradient, **settings
+        )
+
+    forwards: dict[str, Callable[[], Tensor]] = {
+        "frozen": lambda: nn.functional.linear(x, stored),
+        "peft lora": lambda: peft_lora(x),
+        "published": lambda: published(x),
+        "exact": fused(stored, "exact"),
+        "lowrank": fused(stored, "lowrank"),
+        "published qa": lambda: published_qa(x),
+        "qa exact": fused(latent, "exact", qparams=grid),
+        "qa lowrank": fused(latent, "lowrank", qparams=grid),
+    }
+
+    def job(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            x.grad = lora_A.grad = lora_B.grad = None
+            forward().backward(dy)
+
+        return run
+
+    return {name: job(forward) for name, forward in forwards.items()}
+
+
+def measure_layers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every variant at every shape, with floors."""
+    shapes = [("SmolLM2-135M", name, shape) for name, shape in SMOLLM2.items()]
+    names = ("q", "k, v") if arguments.quick and arguments.device == "cpu" else tuple(LLAMA3)
+    shapes += [("Llama-3-8B", name, LLAMA3[name]) for name in names]
+    rows = []
+    for model, name, (out_features, in_features) in shapes:
+        heavy = out_features * in_features > 10**7 and arguments.device == "cpu"
+        rounds = (3 if heavy else 15) if arguments.quick else (5 if heavy else 30)
+        print(f"layer {model} {name}", file=sys.stderr)
+        seconds = interleave(
+            layer_jobs(out_features, in_features, arguments.device), rounds, clock=arguments.clock
+        )
+        flops = {v: layer_flops(v, TOKENS, RANK, out_features, in_features) for v in LAYER_VARIANTS}
+        row: dict[str, Any] = {"model": model, "layer": name, "shape": [out_features, in_features]}
+        row["times"] = {variant: summarize(values) for variant, values in seconds.items()}
+        row["ratios"] = {}
+        for variant, reference in RATIOS:
+            found, floor = ratio(seconds[variant], seconds[reference]), flops[variant] / flops[reference]
+            row["ratios"][f"{variant} / {reference}"] = {
+                "value": found,
+                "floor": floor,
+                "of_floor": found / floor,
+            }
+        rows.append(row)
+    return rows
+
+
+RATIOS = (
+    ("exact", "published"),
+    ("exact", "peft lora"),
+    ("lowrank", "peft lora"),
+    ("qa exact", "published qa"),
+    ("qa lowrank", "peft lora"),
+)
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, int]:
+    """Peak memory of training steps, one process for each variant."""
+    peaks = {}
+    for variant in ("peft lora", "published", "exact", "lowrank", "published qa", "qa exact"):
+        print(f"memory {variant}", file=sys.stderr)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.steps",
+            variant,
+            arguments.device,
+            str(arguments.threads),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[variant] = int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+    return peaks
+
+
+def collect_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The aims, each beside its floor."""
+    layers = [row for row in result["layers"] if row["model"] == "SmolLM2-135M"]
+
+    def worst(key: str) -> float:
+        """Weighted by each shape's time: the ratio over the model's adapted layers."""
+        first, second = key.split(" / ")
+        share = {"q": 1, "k, v": 2, "up": 1, "down": 1}
+        total = [sum(share[r["layer"]] * r["times"][v]["median_ms"] for r in layers) for v in (first, second)]
+        return total[0] / total[1]
+
+    steps, memory = result.get("steps"), result.get("memory")
+
+    def step(first: str, second: str) -> float | None:
+        return None if steps is None else steps["ratios"][f"{first} / {second}"]["value"]
+
+    def floor(first: str, second: str) -> float | None:
+        return None if steps is None else steps["ratios"][f"{first} / {second}"]["floor"]
+
+    peak = None if not memory else memory["exact"] / memory["peft lora"]
+    qa_peak = None if not memory else memory["qa exact"] / memory["peft lora"]
+    end = ", SmolLM2-135M end to end"
+    return [
+        check(
+            "sparse_peft exact / published, one layer", worst("exact / published"), 0.70, aim=0.64, floor=0.61
+        ),
+        check(
+            "sparse_peft exact / PEFT LoRA" + end,
+            step("exact", "peft lora"),
+            1.35,
+            aim=1.25,
+            floor=floor("exact", "peft lora"),
+        ),
+        check(
+            "sparse_peft lowrank / PEFT LoRA" + end,
+            step("lowrank", "peft lora"),
+            1.12,
+            aim=1.04,
+            floor=floor("lowrank", "peft lora"),
+        ),
+        check(
+            "qa_sparse_peft exact / published QA, one layer", worst("qa exact / published qa"), 0.88, aim=0.80
+        ),
+        check(
+            "qa_sparse_peft lowrank / PEFT LoRA" + end,
+            step("qa lowrank", "peft lora"),
+            1.20,
+            aim=1.10,
+            floor=floor("qa lowrank", "peft lora"),
+        ),
+        check(
+            "bytes saved for backward per adapted weight", result["saved_bytes_per_weight"]["exact"], 0, aim=0
+        ),
+        check("the same, qa_sparse_peft", result["saved_bytes_per_weight"]["qa exact"], 0, aim=0),
+        check("peak training memory, sparse_peft / PEFT LoRA", peak, 1.10, aim=1.02),
+        check("peak training memory, qa_sparse_peft / PEFT LoRA", qa_peak, 1.10, aim=1.02),
+        check("NLS / fixed rank, step time", step("exact nls", "exact"), 1.03, aim=1.00),
+    ]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables as printed."""
+    lines = ["## One layer, forward and backward, ms (median ± half the quartile distance)", ""]
+    lines += ["| model | layer | shape | " + " | ".join(LAYER_VARIANTS) + " |"]
+    lines += ["|---" * (3 + len(LAYER_VARIANTS)) + "|"]
+    for row in result["layers"]:
+        cells = [f"{t['median_ms']:.1f} ± {t['spread_ms']:.1f}" for t in row["times"].values()]
+        shape = "x".join(map(str, row["shape"]))
+        lines.append(f"| {row['model']} | {row['layer']} | {shape} | " + " | ".join(cells) + " |")
+    lines += ["", "Ratios (floor by FLOPs in brackets):", ""]
+    lines += ["| model | layer | " + " | ".join(f"{a} / {b}" for a, b in RATIOS) + " |", "|---" * 7 + "|"]
+    for row in result["layers"]:
+        cells = [f"{r['value']:.2f} ({r['floor']:.2f})" for r in row["ratios"].values()]
+        lines.append(f"| {row['model']} | {row['layer']} | " + " | ".join(cells) + " |")
+    if "steps" in result:
+        lines += ["", f"## A training step of SmolLM2-135M, {TOKENS} tokens", ""]
+        lines += [
+            "| variant | ms | / PEFT LoRA | floor | saved bytes a weight | peak MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for variant, times in result["steps"]["times"].items():
+            found = result["steps"]["ratios"][f"{variant} / peft lora"]
+            saved = result["saved_bytes_per_weight"].get(variant)
+            peak = (result.get("memory") or {}).get(variant)
+            lines.append(
+                f"| {variant} | {times['median_ms']:.0f} ± {times['spread_ms']:.0f} | {found['value']:.2f} | "
+                f"{found['floor']:.2f} | {'' if saved is None else f'{saved:.2f}'} | "
+                f"{'' if peak is None else f'{peak / 2**20:.0f}'} |"
+            )
+    lines += ["", "## Aims", "", "| | value | at most | aim | floor | met |", "|---|---|---|---|---|---|"]
+    for entry in result["checks"]:
+        value, floor = entry["value"], entry.get("floor")
+        shown = "not measured" if value is None else f"{value:.3f}"
+        lines.append(
+            f"| {entry['name']} | {shown} | {entry['at_most']} | {entry['aim']} | "
+            f"{'' if floor is None else f'{floor:.2f}'} | {entry['met']} |"
+        )
+    lines += ["", *(f"Not measured: {what}." for what in result["not_measured"])]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print a Markdown table, and write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and shapes; within 10 minutes")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--skip-steps", action="store_true", help="layers only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result: dict[str, Any] = {"environment": environment(arguments.clock), "seed": 0, "tokens": TOKENS}
+    result["rank"], result["layers"] = RANK, measure_layers(arguments)
+    result["saved_bytes_per_weight"] = saved_bytes_per_weight(arguments.device)
+    if not arguments.skip_steps:
+        result["steps"] = measure_steps(
+            arguments.device, rounds=5 if arguments.quick else 11, clock=arguments.clock
+        )
+        result["memory"] = measure_memory(arguments)
+    result["not_measured"] = [] if arguments.device == "cuda" else ["every row on a GPU (none was at hand)"]
+    result["checks"] = collect_checks(result)
+    print(markdown(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
