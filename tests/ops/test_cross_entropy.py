@@ -1,0 +1,48 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sqft.ops import cross_entropy as module
+from sqft.ops.cross_entropy import chunked_cross_entropy
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
+def test_equals_the_plain_loss(chunk: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(13, 8, generator=generator, requires_grad=True)
+    weight, shift = torch.randn(37, 8, generator=generator), torch.randn(37, generator=generator)
+    b = shift if bias else None
+    targets = torch.randint(0, 37, (13,), generator=generator)
+    targets[::3] = -100
+    plain = F.cross_entropy(F.linear(hidden, weight, b), targets, reduction="sum")
+    chunked = chunked_cross_entropy(hidden, weight, targets, b)
+    torch.testing.assert_close(chunked, plain)
+    found, wanted = (torch.autograd.grad(loss * 0.3, hidden)[0] for loss in (chunked, plain))
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_nothing_counted() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True)
+    loss = chunked_cross_entropy(hidden, torch.randn(5, 4), torch.full((3,), -100))
+    assert loss.item() == 0
+    loss.backward()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+def test_logits_of_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 200)
+    sizes: list[int] = []
+    plain = module.F.linear
+
+    def linear(x: Tensor, *rest: Tensor) -> Tensor:
+        sizes.append(x.shape[0] * rest[0].shape[0])
+        return plain(x, *rest)
+
+    monkeypatch.setattr(module.F, "linear", linear)
+    chunked_cross_entropy(torch.randn(50, 4), torch.randn(40, 4), torch.zeros(50, dtype=torch.long))
+    assert max(sizes) <= 200
+    assert len(sizes) == 10
