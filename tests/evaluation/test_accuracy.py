@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sqft.errors import DataError
-from sqft.evaluation import evaluate_accuracy
+from sqft.evaluation import evaluate_accuracy, evaluate_items, evaluate_loss
 from sqft.evaluation.accuracy import score_choices
 from sqft.evaluation.generation import generate_answers, normalize
 
@@ -85,6 +85,39 @@ def test_an_answer_that_cannot_match_is_not_finished(
         model.forward = original
     assert result.accuracy == 0.0
     assert len(lengths) < 10
+
+
+@pytest.mark.parametrize("choices", [True, False])
+def test_loss_and_accuracy_together_equal_each_alone(
+    model: Any, make_items: Callable[..., Any], tiny_tokenizer: Any, choices: bool
+) -> None:
+    items = make_items(choices=choices)
+    loss, accuracy = evaluate_items(model, items, tiny_tokenizer, batch_size=4)
+    assert loss.sums == pytest.approx(evaluate_loss(model, items).sums, abs=1e-4)
+    assert accuracy == evaluate_accuracy(model, items, tiny_tokenizer)
+
+
+def test_choices_of_one_token_cost_one_pass(
+    model: Any, make_items: Callable[..., Any], tiny_tokenizer: Any
+) -> None:
+    items = [
+        replace(example, choices_ids=((5,), (6,), (example.answer_ids[0],)), label=2)
+        for example in make_items(choices=True)
+    ]
+    rows = 0
+    original = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal rows
+        rows += len(kwargs["input_ids"])
+        return original(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        evaluate_items(model, items, tiny_tokenizer)
+    finally:
+        model.forward = original
+    assert rows == len(items)
 
 
 def test_normalization() -> None:

@@ -48,31 +48,53 @@ def evaluate_accuracy(
 
     Raises: DataError if there is no item, or some have choices and some have not.
     """
+    if has_choices(examples):
+        return judge_choices(
+            score_choices(model, examples, batch_size=batch_size, progress=progress), examples
+        )
+    answers = generate_answers(
+        model, examples, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
+    )
+    pairs = zip(answers, examples, strict=True)
+    correct = [normalize(answer) == normalize(example.answer) for answer, example in pairs]
+    return _result(correct, answers, "exact_match")
+
+
+def has_choices(examples: Sequence[Example]) -> bool:
+    """Whether the items are multiple choice.
+
+    Raises: DataError if there is no item, or some have choices and some have not.
+    """
     if not examples:
         raise DataError("there is no item to measure accuracy on")
     with_choices = sum(example.choices_ids is not None for example in examples)
     if with_choices not in {0, len(examples)}:
         raise DataError(f"{with_choices} of {len(examples)} items have choices; all of them or none must")
-    if with_choices:
-        scores = score_choices(model, examples, batch_size=batch_size, progress=progress)
-        chosen = [max(range(len(item)), key=item.__getitem__) for item in scores]
-        answers = [str(index) for index in chosen]
-        correct = [index == example.label for index, example in zip(chosen, examples, strict=True)]
-    else:
-        answers = generate_answers(
-            model,
-            examples,
-            tokenizer,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-        )
-        pairs = zip(answers, examples, strict=True)
-        correct = [normalize(answer) == normalize(example.answer) for answer, example in pairs]
+    return with_choices > 0
+
+
+def judge_choices(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> AccuracyResult:
+    """The accuracy of taking the choice with the highest score; answers are the indices taken."""
+    chosen = [max(range(len(item)), key=item.__getitem__) for item in scores]
+    correct = [index == example.label for index, example in zip(chosen, examples, strict=True)]
+    return _result(correct, [str(index) for index in chosen], "likelihood")
+
+
+def _result(
+    correct: list[bool], answers: list[str], method: Literal["likelihood", "exact_match"]
+) -> AccuracyResult:
     right = sum(correct)
     low, high = wilson_interval(right, len(correct))
-    method: Literal["likelihood", "exact_match"] = "likelihood" if with_choices else "exact_match"
     return AccuracyResult(right / len(correct), low, high, len(correct), correct, answers, method)
+
+
+def choice_rows(example: Example) -> list[Row]:
+    """What scoring each choice of an item needs; choices of one token share their input, and so one pass."""
+    first = len(example.prompt_ids) - 1
+    return [
+        Row((*example.prompt_ids, *choice[:-1]), [(first + i, token) for i, token in enumerate(choice)])
+        for choice in example.choices_ids or ()
+    ]
 
 
 def score_choices(
@@ -82,30 +104,9 @@ def score_choices(
     batch_size: int = 16,
     progress: Progress = SILENT,
 ) -> list[list[float]]:
-    """Summed log-probability of every choice of every item.
-
-    Choices that share their input, as all choices of one token do, are read off one forward pass.
-    """
-    rows: list[Row] = []
-    places: list[list[tuple[int, int, int]]] = []  # of each choice: row, first pair, number of pairs
-    for example in examples:
-        inputs = {(*example.prompt_ids, *choice[:-1]) for choice in example.choices_ids or ()}
-        needed = [ids for ids in sorted(inputs) if not any(_extends(other, ids) for other in inputs)]
-        wanted: list[list[tuple[int, int]]] = [[] for _ in needed]
-        place: list[tuple[int, int, int]] = []
-        for choice in example.choices_ids or ():
-            ids = (*example.prompt_ids, *choice[:-1])
-            row = next(i for i, other in enumerate(needed) if other[: len(ids)] == ids)
-            place.append((len(rows) + row, len(wanted[row]), len(choice)))
-            first = len(example.prompt_ids) - 1
-            wanted[row].extend((first + offset, token) for offset, token in enumerate(choice))
-        places.append(place)
-        rows.extend(Row(ids, pairs) for ids, pairs in zip(needed, wanted, strict=True))
-    scores = score_rows(model, rows, batch_size=batch_size, description="choices", progress=progress)
-    return [
-        [math.fsum(scores[row][first : first + length]) for row, first, length in place] for place in places
-    ]
-
-
-def _extends(other: tuple[int, ...], ids: tuple[int, ...]) -> bool:
-    return len(other) > len(ids) and other[: len(ids)] == ids
+    """Summed log-probability of every choice of every item."""
+    rows = [choice_rows(example) for example in examples]
+    flat = [row for item in rows for row in item]
+    scores = score_rows(model, flat, batch_size=batch_size, description="choices", progress=progress)
+    sums = iter(math.fsum(values) for values in scores)
+    return [[next(sums) for _ in item] for item in rows]

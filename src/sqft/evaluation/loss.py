@@ -59,11 +59,16 @@ def evaluate_loss(
     """
     if not examples:
         raise DataError("there is no item to measure the loss on")
-    rows = [_answer_row(example, loss_on) for example in examples]
+    rows = [answer_row(example, loss_on) for example in examples]
     scores = score_rows(model, rows, batch_size=batch_size, description="answer loss", progress=progress)
+    return loss_of(scores)
+
+
+def loss_of(scores: Sequence[Sequence[float]]) -> LossResult:
+    """The loss from the log-probabilities of every item's counted tokens."""
     sums = [-math.fsum(values) for values in scores]
-    counts = [len(row.wanted) for row in rows]
-    return LossResult(*ratio_interval(sums, counts), len(rows), sums, counts)
+    counts = [len(values) for values in scores]
+    return LossResult(*ratio_interval(sums, counts), len(sums), sums, counts)
 
 
 def evaluate_perplexity(
@@ -108,7 +113,8 @@ def evaluate_perplexity(
     return PerplexityResult(math.exp(min(mean, 700.0)), mean, deviation, sum(counts), sums, counts)
 
 
-def _answer_row(example: Example, loss_on: Literal["answer", "text"]) -> Row:
+def answer_row(example: Example, loss_on: Literal["answer", "text"] = "answer") -> Row:
+    """What measuring the loss of an item needs."""
     ids = (*example.prompt_ids, *example.answer_ids)
     start = len(example.prompt_ids) if loss_on == "answer" else 1
     return Row(ids[:-1], [(position - 1, ids[position]) for position in range(start, len(ids))])

@@ -37,15 +37,40 @@ def score_rows(
 ) -> list[list[float]]:
     """Natural-log probabilities for every wanted pair of every row, in the order given.
 
+    A row that another row begins with is read off that row's forward pass.
+
     Raises: ModelError if the model's logits are not numbers.
     """
+    carriers = _carriers(rows)
+    carried: dict[int, list[int]] = {}
+    for index, carrier in enumerate(carriers):
+        carried.setdefault(carrier, []).append(index)
+    passes = [
+        Row(rows[carrier].ids, [pair for index in indices for pair in rows[index].wanted])
+        for carrier, indices in carried.items()
+    ]
+    groups = list(carried.values())
     scores: list[list[float]] = [[] for _ in rows]
-    with evaluating(model), progress.task(description, len(rows)) as advance:
-        for batch in _batches(rows, batch_size):
-            for index, values in zip(batch, _score(model, [rows[i] for i in batch]), strict=True):
-                scores[index] = values
+    with evaluating(model), progress.task(description, len(passes)) as advance:
+        for batch in _batches(passes, batch_size):
+            for number, values in zip(batch, _score(model, [passes[i] for i in batch]), strict=True):
+                start = 0
+                for index in groups[number]:
+                    end = start + len(rows[index].wanted)
+                    scores[index], start = values[start:end], end
             advance(len(batch))
     return scores
+
+
+def _carriers(rows: Sequence[Row]) -> list[int]:
+    """For each row, the one whose forward pass it is read off: the last that begins with it, or itself."""
+    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index].ids))
+    carriers = list(range(len(rows)))
+    for here, after in zip(reversed(order[:-1]), reversed(order[1:]), strict=True):
+        ids = rows[here].ids  # in this order a row's extensions follow it at once
+        if tuple(rows[after].ids[: len(ids)]) == tuple(ids):
+            carriers[here] = carriers[after]
+    return carriers
 
 
 def _score(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:
