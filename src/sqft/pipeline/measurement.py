@@ -27,15 +27,13 @@ def measure_model(
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures of the report's row, figures of every item for paired comparison)."""
-    from sqft.evaluation import evaluate_accuracy, evaluate_loss, evaluate_perplexity, evaluate_tasks
+    from sqft.evaluation import evaluate_items, evaluate_perplexity, evaluate_tasks
 
     row: dict[str, Any] = {"sparsity": zero_share(model)}
     items: dict[str, Any] = {}
     if examples:
         examples = examples[: section.max_items]
-        loss = evaluate_loss(model, examples, batch_size=section.batch_size, progress=progress)
-        row |= {"loss": loss.loss, "loss_low": loss.low, "loss_high": loss.high, "num_items": loss.num_items}
-        accuracy = evaluate_accuracy(
+        loss, accuracy = evaluate_items(
             model,
             examples,
             tokenizer,
@@ -43,6 +41,7 @@ def measure_model(
             max_new_tokens=section.max_new_tokens,
             progress=progress,
         )
+        row |= {"loss": loss.loss, "loss_low": loss.low, "loss_high": loss.high, "num_items": loss.num_items}
         row |= {"accuracy": accuracy.accuracy, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
         items |= {"loss_sums": loss.sums, "answer_tokens": loss.counts, "correct": accuracy.correct}
         items |= {"answers": accuracy.answers, "expected": [example.answer for example in examples]}
