@@ -232,3 +232,15 @@ def test_a_gradient_that_is_no_number_ends_it(make_model: Callable[..., Any], tm
 def test_no_items(make_model: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no item to train on"):
         train_adapters(make_model(), [], SECTION, output_dir=tmp_path)
+
+
+def test_a_loss_in_chunks_trains_alike(
+    make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, chunked = make_model(), make_model()
+    first = train(plain, tmp_path / "plain", loss_on="text")
+    monkeypatch.setattr(trainer_module, "CHUNK_ELEMENTS", 1)
+    second = train(chunked, tmp_path / "chunked", loss_on="text")
+    assert second.losses == pytest.approx(first.losses, rel=1e-4)
+    for name, weight in trained(plain).items():
+        torch.testing.assert_close(trained(chunked)[name], weight, atol=1e-3, rtol=1e-2)

@@ -15,6 +15,8 @@ from sqft.adapters import SearchSpace, set_ranks, set_step
 from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
 from sqft.errors import TrainingError
+from sqft.ops.cross_entropy import CHUNK_ELEMENTS, chunked_cross_entropy
+from sqft.training.head import separable_head, without_head
 from sqft.training.record import Journal, StepRecord
 
 __all__ = ["ElasticTrainer", "EpochSampler", "Items", "StepCallback"]
@@ -77,7 +79,8 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose loss is the mean over the counted tokens of the whole optimizer step.
 
     Logits are computed only where a label is counted, which spares most of the output layer when the loss is
-    on the answer. A loss that is not a number ends the training before it reaches any weight.
+    on the answer, and in chunks where there would be many. A loss that is not a number ends the training
+    before it reaches any weight.
     """
 
     def __init__(
@@ -120,10 +123,17 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         counted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
-        outputs = model(**inputs, logits_to_keep=counted)
-        targets = labels[:, counted + 1]
-        logits = outputs.logits.float().flatten(0, 1)
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        targets = labels[:, counted + 1].flatten()
+        head = separable_head(self.journal.model)
+        if head is not None and targets.numel() * head.out_features > CHUNK_ELEMENTS and not return_outputs:
+            with without_head(head):
+                outputs = model(**inputs, logits_to_keep=counted)
+            hidden = outputs.logits.flatten(0, 1)
+            total = chunked_cross_entropy(hidden, head.weight, targets, head.bias, ignore_index=IGNORED)
+        else:
+            outputs = model(**inputs, logits_to_keep=counted)
+            logits = outputs.logits.float().flatten(0, 1)
+            total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORED).sum()
         loss = total / num_items_in_batch
