@@ -5,10 +5,12 @@ from typing import Annotated
 import typer
 
 import sqft
+from sqft.cli.bench import bench
 from sqft.cli.demo import demo
 from sqft.cli.doctor import doctor
 from sqft.cli.export import export
 from sqft.cli.inspect import inspect
+from sqft.cli.merge import merge
 from sqft.cli.plan import plan
 from sqft.cli.run import run
 from sqft.cli.schema import schema
@@ -22,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, plan, status, verify, export, inspect, demo, schema, doctor):
+for command in (run, plan, status, verify, export, merge, bench, inspect, demo, schema, doctor):
     app.command()(command)
 
 

@@ -1,0 +1,57 @@
+"""`sqft bench`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["bench"]
+
+
+def bench(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Model directories, GGUF files or OpenVINO models."),
+    ],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Also run the first one with this plain LoRA, unmerged.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Measure size, time to first token, decode speed and peak memory, in turn, in each one's runtime."""
+    from sqft.cli.messages import RichProgress
+    from sqft.cli.tables import print_table
+    from sqft.export.serving import RUNTIME_ZEROS
+    from sqft.export.speed import measure_speed, open_artefact
+    from sqft.report.summary import format_bytes
+
+    artefacts = [open_artefact(path) for path in directories]
+    if adapter is not None:
+        first = directories[0]
+        artefacts.append(open_artefact(first, f"{first.name} + {adapter.name}", adapter))
+    with RichProgress() as progress:
+        results = measure_speed(
+            artefacts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=threads,
+            progress=progress,
+        )
+    rows = [
+        [
+            row.name,
+            row.runtime,
+            format_bytes(row.size_bytes),
+            f"{row.first_token_seconds * 1000:.0f} ms",
+            f"{row.decode_speed:.1f}",
+            format_bytes(row.peak_bytes),
+        ]
+        for row in results
+    ]
+    print_table(["artefact", "runtime", "size", "first token", "tokens/s", "peak memory"], rows, left=2)
+    for runtime in sorted({row.runtime for row in results}):
+        print(f"{runtime}: {RUNTIME_ZEROS[runtime]}")

@@ -1,0 +1,117 @@
+"""`sqft merge`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sqft.export import MergeResult
+
+__all__ = ["merge"]
+
+WORST = 8  # layers shown
+
+
+def merge(
+    base: Annotated[
+        Path, typer.Option(help="GPTQ, AWQ, compressed-tensors or 16-bit (sparse) model directory.")
+    ],
+    adapter: Annotated[Path, typer.Option(help="A LoRA, rsLoRA or DoRA adapter in PEFT's files.")],
+    output: Annotated[Path, typer.Option(help="Where to write the merged model.")],
+    into: Annotated[str | None, typer.Option(help="Also export it: a format of sqft export.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Items (.jsonl) to measure the loss on and to calibrate with.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Format string over an item's fields.")] = "{question}",
+    answer: Annotated[str, typer.Option(help="Format string over an item's fields.")] = "{answer}",
+    trained_on: Annotated[
+        Path | None, typer.Option(help="The base that the adapter was trained on, if it is another one.")
+    ] = None,
+    rungs: Annotated[str, typer.Option(help="Rungs to climb, in order.")] = "round,feedback,refit,polish",
+    enough: Annotated[float, typer.Option(help="Stop at this share of the adapter's gain.")] = 0.95,
+    least: Annotated[float, typer.Option(help="Refuse the merge below this share.")] = 0.5,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
+    steps: Annotated[int, typer.Option(help="Steps of the polish.")] = 60,
+) -> None:
+    """Merge an adapter trained elsewhere into a quantized or sparse base, and say how much of it survives."""
+    from sqft.cli.messages import RichProgress
+    from sqft.export import export_model, merge_foreign
+
+    calibration, measure = _measurement(base, data, prompt, answer, samples, length)
+    with RichProgress() as progress:
+        result = merge_foreign(
+            base,
+            adapter,
+            output,
+            calibration=calibration,
+            measure=measure,
+            trained_on=trained_on,
+            rungs=rungs.split(","),
+            enough=enough,
+            least=least,
+            polish_steps=steps,
+            progress=progress,
+        )
+        _print_result(result)
+        if into is not None:
+            exported = export_model(
+                output, into, output.with_name(f"{output.resolve().name}-{into}"), progress=progress
+            )
+            print(f"exported: {exported.directory}, {exported.code_comparison.changed} codes changed")
+            for line in exported.serve:
+                print(line)
+
+
+def _measurement(
+    base: Path, data: Path | None, prompt: str, answer: str, samples: int, length: int
+) -> tuple[Any, Callable[[Any], float] | None]:
+    if data is None:
+        return None, None
+    from sqft.data import calibration_tokens, load_splits
+    from sqft.evaluation import evaluate_loss
+    from sqft.models import load_tokenizer
+    from sqft.sections import CalibrationSection, DataSection
+
+    tokenizer = load_tokenizer(base)
+    section = DataSection(train=str(data), prompt=prompt, answer=answer, test_items=100, search_items=1)
+    items = load_splits(section, tokenizer, seed=0).test
+    texts = CalibrationSection(num_samples=samples, sequence_length=length)
+    tokens = calibration_tokens(texts, section, tokenizer, seed=0)
+    return tokens, lambda model: evaluate_loss(model, items).loss
+
+
+def _print_result(result: "MergeResult") -> None:
+    from sqft.cli.tables import print_table
+
+    worst = sorted(result.erasure, key=lambda layer: -layer.erased)
+    rows = [
+        [
+            layer.name,
+            f"{layer.erased:.1%}",
+            f"{layer.masked:.1%}",
+            f"{layer.changed:.2%}",
+            "-" if layer.update_in_steps is None else f"{layer.update_in_steps:.3f}",
+        ]
+        for layer in worst[:WORST]
+    ]
+    mean = sum(layer.erased for layer in worst) / max(len(worst), 1)
+    rows.append([f"mean of {len(worst)} layers", f"{mean:.1%}", "", "", ""])
+    print_table(
+        ["plain rounding erases", "of the update", "on zeros", "weights changed", "rms steps"], rows, left=1
+    )
+    if result.base_loss is None or result.unmerged_loss is None:
+        print("no data was given (--data): nothing was measured, and only the first rung was climbed")
+        return
+    print(f"\nloss of the base {result.base_loss:.4f}, of the unmerged adapter {result.unmerged_loss:.4f}")
+    rows = [
+        [
+            rung.name + (" (written)" if rung.name == result.chosen else ""),
+            "-" if rung.loss is None else f"{rung.loss:.4f}",
+            "undefined" if rung.retention is None else f"{rung.retention:.1%}",
+        ]
+        for rung in result.rungs
+    ]
+    print_table(["rung", "loss", "retention"], rows, left=1)
