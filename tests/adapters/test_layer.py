@@ -10,6 +10,7 @@ from sqft.adapters import (
     SqftConfig,
     attach_adapters,
     codes_digest,
+    count_differing_codes,
     merge_adapters,
     set_ranks,
     set_step,
@@ -285,3 +286,13 @@ def test_16_bit_base_under_float32_activations(tiny_model_dir: Any, randomize: A
         assert not torch.equal(logits(model, tokens), adapted)
     merged = model.merge_and_unload().float()
     assert torch.equal(logits(merged, tokens), adapted)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_training_and_merging_agree_in_every_weight(method: str, make_base: Any, randomize: Any) -> None:
+    model = attach(make_base(method), method)
+    randomize(model)
+    set_ranks(model, SearchSpace.of(model).ranks_at(0, 2))
+    differing, total = count_differing_codes(model)
+    assert differing == 0
+    assert total == sum(layer.in_features * layer.out_features for layer in adapter_layers(model).values())

@@ -111,6 +111,22 @@ def test_quantized_equals_the_plain_formula(
         torch.testing.assert_close(found, wanted, atol=5e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(192, 576), (576, 576), (1536, 576), (576, 1536)])
+@pytest.mark.parametrize(("rank", "scaling"), [(32, 2.0), (24, 64 / 28), (16, 1.7)])
+def test_values_at_the_shapes_of_a_real_model(rank: int, scaling: float, shape: tuple[int, int]) -> None:
+    case = Case(*shape, rank, group=64)
+    A, B = case.A * 0.1, case.B * 0.1
+    latent, grid = case.grid(4, True)
+    decoded, rows = decode_latent(latent, grid), slice(0, shape[0])
+    wanted = adapted_weight(decoded, A, B, scaling=scaling, mask=case.mask, qparams=grid)
+    built = WeightBlocks(latent, A, B, scaling, grid, None).build(rows, torch.float32)
+    assert torch.equal(built, wanted)
+    base = keep_nonzero(case.weight.bfloat16(), case.mask)
+    wanted = adapted_weight(base, A, B, scaling=scaling, mask=case.mask, storage_dtype=torch.bfloat16)
+    built = WeightBlocks(base, A, B, scaling, None, torch.bfloat16).build(rows, torch.float32)
+    assert torch.equal(built, wanted)
+
+
 def test_the_clamp_is_respected() -> None:
     case = Case(16, 32, 2)
     latent, grid = case.grid(4, True)

@@ -30,6 +30,7 @@ from sqft.ops import (
     fake_quantize,
 )
 from sqft.ops.adapted_linear import adapted_linear, frozen_linear
+from sqft.ops.weight_blocks import WeightBlocks
 
 __all__ = ["AdapterLinear", "MergedWeight", "seeded_generator"]
 
@@ -135,6 +136,26 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             qparams=base_qparams(self),
             storage_dtype=config.rounding_dtype,
         )
+
+    def trained_weight(self) -> Float[Tensor, "out in"]:
+        """The float32 weight as the training layer builds it, which `ops.adapted` defines."""
+        name = self.active_name()
+        assert name is not None
+        config, qparams = self.settings[name], base_qparams(self)
+        lora_A, lora_B = self.active_slice(name)
+        storage = config.rounding_dtype if qparams is None else None
+        with torch.no_grad():
+            triton = config.kernels == "triton"
+            blocks = WeightBlocks(
+                base_tensor(self),
+                lora_A,
+                lora_B,
+                config.scaling,
+                qparams,
+                storage,
+                config.kernels == "triton",
+            )
+            return blocks.build(slice(0, self.out_features), torch.float32)
 
     def merged_weight(self, name: str | None = None) -> MergedWeight:
         """What a merge writes for this layer.

@@ -8,7 +8,7 @@ from sqft.adapters.identity import digest_tensors
 from sqft.adapters.layer import MergedWeight
 from sqft.adapters.space import adapter_config, adapter_layers
 
-__all__ = ["codes_digest", "merge_adapters"]
+__all__ = ["codes_digest", "count_differing_codes", "merge_adapters"]
 
 
 def merge_adapters(peft_model: nn.Module) -> dict[str, MergedWeight]:
@@ -30,6 +30,20 @@ def codes_digest(peft_model: nn.Module) -> str:
     """
     adapter_config(peft_model)
     return digest_tensors(_merged_tensors(peft_model))
+
+
+def count_differing_codes(peft_model: nn.Module) -> tuple[int, int]:
+    """In how many weights the training layer's own arithmetic differs from what a merge writes, of how many.
+
+    0 on a CPU; on a GPU a few codes on the edge of two may differ. Raises: as `merge_adapters`.
+    """
+    adapter_config(peft_model)
+    differing = total = 0
+    for layer in adapter_layers(peft_model).values():
+        merged = layer.merged_weight().dequantized()
+        differing += int((layer.trained_weight() != merged).sum())
+        total += merged.numel()
+    return differing, total
 
 
 def _merged_tensors(peft_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
