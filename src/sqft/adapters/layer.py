@@ -145,7 +145,6 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         lora_A, lora_B = self.active_slice(name)
         storage = config.rounding_dtype if qparams is None else None
         with torch.no_grad():
-            triton = config.kernels == "triton"
             blocks = WeightBlocks(
                 base_tensor(self),
                 lora_A,
