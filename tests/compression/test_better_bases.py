@@ -328,3 +328,29 @@ def test_spilled_activations_change_nothing(tiny_model_dir: Maker, tmp_path: Pat
         writer.close({})
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     assert not (tmp_path / "b" / "activations").exists()
+
+
+def _one_of_two(rank: int, directory: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{out / 'meeting'}", rank=rank, world_size=2
+    )
+    writer = CheckpointWriter(out / str(rank), open_checkpoint(directory))
+    sparsify_model(writer.source, SparsifySection(method="sparsegpt"), tokens(rows=12), writer)
+    writer.close({})
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_calibration(tiny_model_dir: Maker, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama")
+    torch.multiprocessing.start_processes(_one_of_two, (directory, tmp_path), nprocs=2, start_method="spawn")
+    first, second = (read_masks(tmp_path / rank) for rank in "01")
+    assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes()
+    assert all(torch.equal(mask, second[name]) for name, mask in first.items())
+    writer = CheckpointWriter(tmp_path / "alone", open_checkpoint(directory))
+    sparsify_model(writer.source, SparsifySection(method="sparsegpt"), tokens(rows=12), writer)
+    writer.close({})
+    alone = read_masks(tmp_path / "alone")
+    agreement = sum(int((mask == alone[name]).sum()) for name, mask in first.items())
+    assert agreement > 0.95 * sum(mask.numel() for mask in first.values())

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sqft.artifacts import digest_json
+from sqft.compression.processes import is_alone
 from sqft.compression.reports import LayerReport, warn_few_tokens
 from sqft.compression.statistics import Hessian
 from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
@@ -74,9 +75,10 @@ def compress_blocks(
                 task.finish_block(name)
             walk.advance(name)
             walk.unload(name)
-            blocks = [*_finished_blocks(path, key), name]
-            facts = {"key": key, "blocks": json.dumps(blocks)}
-            walk.save_state(path, facts | {"reports": json.dumps([r.to_json() for r in reports])})
+            if is_alone():
+                blocks = [*_finished_blocks(path, key), name]
+                facts = {"key": key, "blocks": json.dumps(blocks)}
+                walk.save_state(path, facts | {"reports": json.dumps([r.to_json() for r in reports])})
             advance(1)
     path.unlink(missing_ok=True)
     return reports

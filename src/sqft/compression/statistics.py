@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sqft.compression.processes import sum_over_processes
 from sqft.errors import CompressionError
 from sqft.ops.adapted import exact_float32
 
@@ -27,6 +28,10 @@ class InputNorm:
         """Take in more tokens."""
         self.num_tokens += inputs.shape[0]
         self._squares += inputs.float().square().sum(0)
+
+    def reduce(self) -> None:
+        """Take in what other processes have seen."""
+        self.num_tokens = sum_over_processes(self._squares, count=self.num_tokens)
 
     @property
     def norm(self) -> Float[Tensor, " in"]:
@@ -62,6 +67,10 @@ class Hessian:
             for start in range(0, x.shape[1], TILE):
                 tile = slice(start, start + TILE)
                 self._sum[tile, start:].addmm_(x[:, tile].T, x[:, start:])
+
+    def reduce(self) -> None:
+        """Take in what other processes have seen."""
+        self.num_tokens = sum_over_processes(self._sum, count=self.num_tokens)
 
     @property
     def norm(self) -> Float[Tensor, " in"]:
@@ -114,6 +123,10 @@ class DenseTargetHessian(Hessian):
         super().update(inputs)
         with exact_float32(inputs.device):
             self._cross.addmm_(dense_inputs.float().T, inputs.float())
+
+    def reduce(self) -> None:
+        """Take in what other processes have seen."""
+        self.num_tokens = sum_over_processes(self._sum, self._cross, count=self.num_tokens)
 
     def target(self, weight: Float[Tensor, "out in"], damping: float) -> Float[Tensor, "out in"]:
         """The weight whose outputs on X come nearest to those of `weight` on D.

@@ -18,6 +18,7 @@ from jaxtyping import Integer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sqft.compression.processes import share_of_rows
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, decoder_blocks
 
@@ -37,6 +38,9 @@ class Statistic(Protocol):
 
     def update(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
         """Take in (tokens, in), and what the uncompressed model has there, where that is kept."""
+
+    def reduce(self) -> None:
+        """Take in what other processes have seen."""
 
     def check(self, name: str) -> None:
         """Raises: CompressionError if the inputs were not finite."""
@@ -97,7 +101,7 @@ class BlockWalk:
         self.held_out = 0
         self._arguments: dict[str, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         if calibration is not None:
-            self._record_inputs(calibration)
+            self._record_inputs(share_of_rows(calibration))
 
     def load(self, name: str) -> nn.Module:
         """Put a block's weights into memory and return it."""
@@ -186,6 +190,7 @@ class BlockWalk:
                     group.statistic.update(x, *([dense[names[0]]] if dense else []))
         result = [found[names[0]] for names in groups]
         for group in result:
+            group.statistic.reduce()
             group.statistic.check(group.names[0])
             dead, width = group.statistic.num_dead, group.sample.shape[1]
             if dead:
