@@ -1,7 +1,63 @@
 """`sqft demo`."""
 
-__all__ = ["demo"]
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["SIZES", "demo", "demo_values"]
+
+# What each size changes in demo.yaml, and how many items it uses.
+SIZES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, int]]] = {
+    "demo": ({}, {}),
+    "demo-small": (
+        {
+            "calibration": {"num_samples": 16},
+            "train": {"max_steps": 6, "warmup_steps": 1},
+            "search": {"num_trials": 2},
+        },
+        {"train_items": 320, "search_items": 16, "test_items": 48},
+    ),
+    "demo-full": (
+        {
+            "train": {"max_steps": 300},
+            "search": {"num_trials": 20},
+            "evaluate": {"models": ["base", "dense_tuned", "sparse", "quantized", "merged"]},
+        },
+        {"train_items": 4800, "search_items": 128, "test_items": 600},
+    ),
+}
 
 
-def demo() -> None:
-    """Placeholder."""
+def demo(
+    small: Annotated[bool, typer.Option("--small", help="What CI runs; its figures mean little.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More training, and the dense reference.")] = False,
+    workspace: Annotated[Path, typer.Option(help="The folder to work in.")] = Path("runs"),
+) -> None:
+    """Run the whole pipeline on SmolLM2-135M, without a network.
+
+    The results are in WORKSPACE/demo, or demo-small or demo-full.
+    """
+    from sqft.cli.run import print_result, run_with_progress
+    from sqft.data.generated import write_demo_data
+    from sqft.errors import RecipeError
+    from sqft.pipeline import parse_recipe
+
+    if small and full:
+        raise RecipeError("give --small or --full, not both")
+    name = "demo-small" if small else "demo-full" if full else "demo"
+    values = demo_values(name)
+    values["data"] = write_demo_data(workspace / name / "data", **SIZES[name][1])
+    values["runtime"] = {"workspace": str(workspace)}
+    print_result(run_with_progress(parse_recipe(values, origin=name)))
+
+
+def demo_values(name: str) -> dict[str, Any]:
+    """The demo's recipe at one of its sizes, without its data section."""
+    import yaml
+
+    values: dict[str, Any] = yaml.safe_load(files("sqft.cli").joinpath("demo.yaml").read_text("utf-8"))
+    for section, changes in SIZES[name][0].items():
+        values[section] = values.get(section, {}) | changes
+    return values | {"name": name}

@@ -1,0 +1,54 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sqft.cli import run_command_line
+from sqft.cli.demo import SIZES, demo_values
+from sqft.pipeline import parse_recipe
+
+DATA = {"train": "train.jsonl", "choices": "choices"}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_is_a_valid_recipe(name: str) -> None:
+    recipe = parse_recipe(demo_values(name) | {"data": DATA})
+    assert recipe.name == name
+    assert recipe.sparsify is not None
+    assert recipe.quantize is not None
+    assert recipe.adapters is not None
+    assert recipe.sparsify.sparsity == 0.5
+    assert (recipe.quantize.bits, recipe.quantize.group_size, recipe.quantize.symmetric) == (4, 64, True)
+    assert recipe.adapters.method == "qa_sparse_peft"
+    assert len(recipe.adapters.ranks) > 1
+    assert recipe.reported_models()[-1] == "merged"
+    assert ("dense_tuned" in recipe.reported_models()) == (name == "demo-full")
+
+
+def test_the_demo_runs_on_a_tiny_model(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    values = demo_values("demo-small") | {"model": str(tiny_model_dir("llama"))}
+    monkeypatch.setattr("sqft.cli.demo.demo_values", lambda name: values)
+    assert run_command_line(["demo", "--small", "--workspace", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    results = tmp_path / "demo-small"
+    assert str(results / "report.html") in shown
+    assert "from_pretrained" in shown
+    report = json.loads((results / "report.json").read_text())
+    assert [row["name"] for row in report["models"]] == ["base", "sparse", "quantized", "merged"]
+    assert report["certificate"]["passed"]
+    assert (results / "merged" / "config.json").exists()
+
+
+def test_two_sizes_at_once_are_refused(capsys) -> None:
+    assert run_command_line(["demo", "--small", "--full"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_the_real_model(tmp_path: Path) -> None:
+    assert run_command_line(["demo", "--small", "--workspace", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "demo-small" / "report.json").read_text())
+    assert report["certificate"]["passed"]
