@@ -182,3 +182,24 @@ def test_config_is_checked() -> None:
     with pytest.raises(AdapterError, match="ranks"):
         SqftConfig(ranks=[0])
     assert SqftConfig(ranks=[4, 8, 4], alpha=16).scaling == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_adapters_on_one_base(
+    method: str, tuned: Any, make_base: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = tuned(method)
+    first = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    model = attach(make_base(method), method)
+    untrained = logits(model, tokens)
+    model.load_adapter(tmp_path, "second")
+    assert torch.equal(logits(model, tokens), untrained)
+    model.set_adapter("second")
+    assert torch.equal(logits(model, tokens), first)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(AdapterError, match="one at a time"):
+        logits(model, tokens)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, tokens), first)

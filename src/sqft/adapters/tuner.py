@@ -57,11 +57,6 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
     def _prepare_adapter_config(self, peft_config: SqftConfig, model_config: dict[str, Any]) -> SqftConfig:
         return peft_config
 
-    def _check_new_adapter_config(self, config: SqftConfig) -> None:
-        super()._check_new_adapter_config(config)
-        if any(not isinstance(other, SqftConfig) for other in self.peft_config.values()):
-            raise AdapterError("sqft adapters do not share a model with adapters of another PEFT method")
-
     def _create_and_replace(
         self,
         peft_config: SqftConfig,
