@@ -1,6 +1,5 @@
 """Loss and accuracy together, in as few forward passes as they need."""
 
-import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,13 +8,12 @@ from transformers import PreTrainedTokenizerBase
 from sqft.data import Example
 from sqft.evaluation.accuracy import (
     AccuracyResult,
-    choice_rows,
     evaluate_accuracy,
     has_choices,
     judge_choices,
+    score_choices,
 )
-from sqft.evaluation.loss import LossResult, answer_row, evaluate_loss, loss_of
-from sqft.evaluation.scoring import score_rows
+from sqft.evaluation.loss import LossResult, choice_loss, evaluate_loss
 from sqft.progress import SILENT, Progress
 
 __all__ = ["evaluate_items"]
@@ -30,9 +28,7 @@ def evaluate_items(
     max_new_tokens: int = 64,
     progress: Progress = SILENT,
 ) -> tuple[LossResult, AccuracyResult]:
-    """What `evaluate_loss` (on the answer) and `evaluate_accuracy` give, in one pass where it can be.
-
-    The forward pass over a prompt and its right choice also scores every choice of one token.
+    """What `evaluate_loss` (on the answer) and `evaluate_accuracy` give, in one pass where there are choices.
 
     Raises: DataError and ModelError as those two.
     """
@@ -47,9 +43,5 @@ def evaluate_items(
             progress=progress,
         )
         return loss, accuracy
-    choices = [choice_rows(example) for example in examples]
-    rows = [answer_row(example) for example in examples] + [row for item in choices for row in item]
-    scores = score_rows(model, rows, batch_size=batch_size, description="choices", progress=progress)
-    sums = iter(math.fsum(values) for values in scores[len(examples) :])
-    judged = judge_choices([[next(sums) for _ in item] for item in choices], examples)
-    return loss_of(scores[: len(examples)]), judged
+    scores = score_choices(model, examples, batch_size=batch_size, progress=progress)
+    return choice_loss(scores, examples), judge_choices(scores, examples)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sqft.data import Example
 from sqft.errors import DataError
+from sqft.evaluation.accuracy import has_choices, score_choices
 from sqft.evaluation.intervals import ratio_interval
 from sqft.evaluation.scoring import Row, score_rows
 from sqft.progress import SILENT, Progress
@@ -20,9 +21,9 @@ __all__ = ["LossResult", "PerplexityResult", "evaluate_loss", "evaluate_perplexi
 
 @dataclass(frozen=True)
 class LossResult:
-    """Nats per answer token over all items, with a 95 % interval over items.
+    """Nats per answer token (per item, where items have choices), with a 95 % interval over items.
 
-    sums and counts: nats and answer tokens of each item, for paired comparison.
+    sums and counts: nats and counted tokens (1 with choices) of each item, for paired comparison.
     """
 
     loss: float
@@ -53,15 +54,34 @@ def evaluate_loss(
     batch_size: int = 16,
     progress: Progress = SILENT,
 ) -> LossResult:
-    """The loss that training lowers, on items it has not seen: sum of nats / number of counted tokens.
+    """The held-out loss, with a 95 % interval over items.
+
+    Items with an answer: nats per token, the loss that training lowers (with loss_on "text": of all tokens).
+    Items with choices: nats per item, -log of the right choice's share of the probability of all choices, as
+    log(number of choices) is what guessing gives; how likely the model finds the form of the answer is left
+    out, since any tuning repairs that first.
 
     Raises: DataError if there is no item; ModelError if the logits are not numbers.
     """
     if not examples:
         raise DataError("there is no item to measure the loss on")
+    if loss_on == "answer" and has_choices(examples):
+        scores = score_choices(model, examples, batch_size=batch_size, progress=progress)
+        return choice_loss(scores, examples)
     rows = [answer_row(example, loss_on) for example in examples]
-    scores = score_rows(model, rows, batch_size=batch_size, description="answer loss", progress=progress)
-    return loss_of(scores)
+    return loss_of(score_rows(model, rows, batch_size=batch_size, description="loss", progress=progress))
+
+
+def choice_loss(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> LossResult:
+    """The loss among choices, from the summed log-probability of every choice of every item."""
+    sums = []
+    for item, example in zip(scores, examples, strict=True):
+        assert example.label is not None
+        highest = max(item)
+        total = math.log(math.fsum(math.exp(score - highest) for score in item))
+        sums.append(highest + total - item[example.label])
+    counts = [1] * len(sums)
+    return LossResult(*ratio_interval(sums, counts), len(sums), sums, counts)
 
 
 def loss_of(scores: Sequence[Sequence[float]]) -> LossResult:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from sqft.data import Example
 
-__all__ = ["measure_model", "size_on_disk"]
+__all__ = ["chance_of", "compare_models", "measure_model", "size_on_disk"]
 
 WEIGHTS = ("*.safetensors",)
 NOT_SERVED = ("sqft_latent.safetensors", "sqft_masks.safetensors", "sqft_reference.safetensors")
@@ -83,6 +83,43 @@ def size_on_disk(directory: Path) -> int:
     """Bytes of the weights that a runtime reads from a model or adapter directory."""
     files = {path for pattern in WEIGHTS for path in directory.glob(pattern)}
     return sum(path.stat().st_size for path in files if path.name not in NOT_SERVED)
+
+
+def chance_of(examples: Sequence["Example"]) -> float | None:
+    """The accuracy that guessing reaches, where items have choices."""
+    shares = [1 / len(example.choices_ids) for example in examples if example.choices_ids]
+    return sum(shares) / len(shares) if shares else None
+
+
+def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:
+    """What compression cost and what stays to the dense reference, paired by item, in one line each.
+
+    items: the per-item figures that `measure_model` gave for each model.
+    """
+    pairs = [
+        ("quantized", "base", "compressed, before tuning, against the dense model"),
+        ("sparse", "base", "pruned, before tuning, against the dense model"),
+        ("merged", "quantized", "tuned and merged against before tuning"),
+        ("merged", "dense_tuned", "merged against dense + LoRA"),
+        ("adapted", "dense_tuned", "tuned against dense + LoRA"),
+    ]
+    return [
+        f"{words}: {_difference(items[first], items[second])}"
+        for first, second, words in pairs
+        if "loss_sums" in items.get(first, {}) and "loss_sums" in items.get(second, {})
+    ]
+
+
+def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
+    from sqft.evaluation import paired_difference
+
+    loss = paired_difference(second["loss_sums"], first["loss_sums"], first["answer_tokens"])
+    right = paired_difference([float(c) for c in second["correct"]], [float(c) for c in first["correct"]])
+    return (
+        f"loss {loss.difference:+.3f} nats ({loss.low:+.3f} to {loss.high:+.3f}), accuracy "
+        f"{100 * right.difference:+.1f} points ({100 * right.low:+.1f} to {100 * right.high:+.1f}), "
+        f"{loss.num_items} items, paired"
+    )
 
 
 def _main_figure(figures: dict[str, Any]) -> float:

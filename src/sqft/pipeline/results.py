@@ -1,5 +1,6 @@
 """From finished stages to what the user keeps: the report, and the model under a name of its own."""
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sqft.artifacts import new_directory
+from sqft.pipeline.measurement import compare_models
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import FinishedStage
+from sqft.pipeline.steps import ITEMS
 from sqft.report import ReportData, write_report
 from sqft.report.content import CheckRow, LayerRow, LineageRow, ModelRow
 
@@ -76,6 +79,8 @@ def report_data(
         training=[(step, loss) for step, loss in training.get("curve", [])],
         lineage=[_lineage(stage) for stage in stages],
         data=_data_report(training, metrics),
+        notes=compare_models(_items(stages)),
+        chance_accuracy=_first(metrics, "chance_accuracy"),
         merged_dir=str(model_dir) if model_dir else None,
     )
 
@@ -91,10 +96,22 @@ def _lineage(stage: FinishedStage) -> LineageRow:
 
 
 def _data_report(training: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if "data" in training:
-        return dict(training["data"])
-    reports = [m["data"] for name, m in metrics.items() if name.startswith("evaluate-") and "data" in m]
-    return dict(reports[0]) if reports else {}
+    return dict(training.get("data") or _first(metrics, "data") or {})
+
+
+def _first(metrics: dict[str, dict[str, Any]], key: str) -> Any:
+    """A figure that every evaluation repeats."""
+    return next((m[key] for name, m in metrics.items() if name.startswith("evaluate-") and key in m), None)
+
+
+def _items(stages: list[FinishedStage]) -> dict[str, dict[str, Any]]:
+    """The per-item figures of every measured model."""
+    prefix = "evaluate-"
+    return {
+        stage.name.removeprefix(prefix): json.loads((stage.directory / ITEMS).read_text(encoding="utf-8"))
+        for stage in stages
+        if stage.name.startswith(prefix)
+    }
 
 
 def _publish(source: Path, target: Path) -> None:

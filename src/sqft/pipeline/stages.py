@@ -86,9 +86,7 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
 
 def dense_adapters(section: AdapterSection) -> AdapterSection:
     """The adapters of the dense reference: plain LoRA of the maximal rank on the same modules."""
-    return section.model_copy(
-        update={"method": "lora", "ranks": [max(section.ranks)], "gradient": "exact"}
-    )
+    return section.model_copy(update={"method": "lora", "ranks": [max(section.ranks)], "gradient": "exact"})
 
 
 def model_stage(recipe: Recipe, model: ReportedModel) -> str:

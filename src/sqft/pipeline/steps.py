@@ -47,6 +47,7 @@ __all__ = [
 
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
+ITEMS = "items.json"
 REFERENCE_ITEMS = 4
 
 
@@ -244,7 +245,7 @@ def merge(context: StageContext) -> dict[str, Any]:
 def evaluate(context: StageContext) -> dict[str, Any]:
     """One model, measured on the test items and the text that the recipe names."""
     from sqft.models import load_tokenizer
-    from sqft.pipeline.measurement import measure_model, size_on_disk
+    from sqft.pipeline.measurement import chance_of, measure_model, size_on_disk
     from sqft.pipeline.stages import adapter_stage, model_stage
 
     name = cast(ReportedModel, context.stage.removeprefix("evaluate-"))
@@ -259,9 +260,10 @@ def evaluate(context: StageContext) -> dict[str, Any]:
         context.recipe.evaluate or EvaluateSection(),
         progress=context.progress,
     )
-    write_json(context.directory / "items.json", items)
+    write_json(context.directory / ITEMS, items)
     row |= {"name": name, "size_bytes": size_on_disk(directory) + (size_on_disk(adapter) if adapter else 0)}
-    return {"row": row, **({"data": splits.report} if splits else {})}
+    about = {"data": splits.report, "chance_accuracy": chance_of(splits.test)} if splits else {}
+    return {"row": row, **about}
 
 
 def export(context: StageContext) -> dict[str, Any]:

@@ -15,7 +15,7 @@ __all__ = ["CheckRow", "LayerRow", "LineageRow", "ModelRow", "ReportData", "read
 class ModelRow:
     """One measured model; None where something was not measured.
 
-    loss: nats per answer token; accuracy: share of the items, 0-1; both with their 95 % intervals.
+    loss: nats (`report.summary.loss_unit`). accuracy: share of the items, 0-1. Both with 95 % intervals.
     sparsity: share of zeros among the weights that the recipe may prune.
     """
 

@@ -10,7 +10,7 @@ import yaml
 from sqft.artifacts import write_json
 from sqft.report.content import ModelRow, ReportData
 from sqft.report.plots import draw_plots
-from sqft.report.summary import format_bytes, format_seconds, label_model, summary_table
+from sqft.report.summary import format_bytes, format_seconds, label_model, loss_unit, summary_table
 
 __all__ = ["render_page", "write_report"]
 
@@ -62,7 +62,7 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
         )
     if last.loss is not None:
         remark = f"base {base.loss:.2f}" if base and base.loss is not None else ""
-        facts.append(("answer loss, nats per token", f"{last.loss:.2f}", remark))
+        facts.append((f"loss, {loss_unit(data.recipe)}", f"{last.loss:.2f}", remark))
     if last.size_bytes is not None:
         remark = f"base {format_bytes(base.size_bytes)}" if base and base.size_bytes else ""
         facts.append(("size on disk", format_bytes(last.size_bytes), remark))

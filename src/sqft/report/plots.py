@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqft.report.content import LayerRow, ReportData
-from sqft.report.summary import label_model
+from sqft.report.summary import label_model, loss_unit
 
 __all__ = ["Plot", "draw_plots"]
 
@@ -163,7 +163,7 @@ def _draw_stages(figure: Any, data: ReportData, quantity: str) -> None:
             axes.axvline(100 * data.chance_accuracy, color=INK, linestyle=":", linewidth=1)
         axes.set_xlim(left=0, right=min(103.0, axes.get_xlim()[1]))
     else:
-        axes.set_xlabel("nats per token")
+        axes.set_xlabel(loss_unit(data.recipe))
         axes.set_xlim(left=0)
 
 

@@ -5,14 +5,18 @@ from typing import Any
 
 from sqft.report.content import ModelRow, ReportData
 
-__all__ = ["format_bytes", "format_seconds", "label_model", "markdown_table", "summary_table"]
+__all__ = ["format_bytes", "format_seconds", "label_model", "loss_unit", "markdown_table", "summary_table"]
 
 
 def summary_table(data: ReportData) -> list[list[str]]:
     """Header and one row a model, as text; columns that nothing was measured for are left out."""
+    unit = loss_unit(data.recipe)
     columns: list[tuple[str, Callable[[ModelRow], str]]] = [
         ("model", lambda row: label_model(row.name, data.recipe)),
-        ("answer loss (nats/token)", lambda row: _interval(row.loss, row.loss_low, row.loss_high, "{:.3f}")),
+        (
+            f"loss ({loss_unit(data.recipe)})",
+            lambda row: _interval(row.loss, row.loss_low, row.loss_high, "{:.3f}"),
+        ),
         ("accuracy", lambda row: _percent_interval(row.accuracy, row.accuracy_low, row.accuracy_high)),
         ("items", lambda row: "" if row.num_items is None else str(row.num_items)),
         ("perplexity", lambda row: "" if row.perplexity is None else f"{row.perplexity:.2f}"),
@@ -68,6 +72,12 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def loss_unit(recipe: dict[str, Any]) -> str:
+    """What a loss of this recipe counts: nats per answer token, or per item among its choices."""
+    choices = (recipe.get("data") or {}).get("choices")
+    return "nats, among the choices" if choices else "nats per answer token"
 
 
 def _task_column(task: str) -> Callable[[ModelRow], str]:
