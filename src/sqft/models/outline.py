@@ -21,7 +21,8 @@ __all__ = ["ModelOutline", "model_identity", "model_outline"]
 class ModelOutline:
     """Shapes of a model.
 
-    skeleton: the model on the meta device. linears: (out, in) of every linear inside the blocks, by full name.
+    skeleton: the model on the meta device. linears: (out, in) of every linear inside the
+    blocks, by full name.
     """
 
     skeleton: nn.Module

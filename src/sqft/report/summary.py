@@ -14,7 +14,7 @@ def summary_table(data: ReportData) -> list[list[str]]:
     columns: list[tuple[str, Callable[[ModelRow], str]]] = [
         ("model", lambda row: label_model(row.name, data.recipe)),
         (
-            f"loss ({loss_unit(data.recipe)})",
+            f"loss ({unit})",
             lambda row: _interval(row.loss, row.loss_low, row.loss_high, "{:.3f}"),
         ),
         ("accuracy", lambda row: _percent_interval(row.accuracy, row.accuracy_low, row.accuracy_high)),
