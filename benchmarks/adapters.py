@@ -21,6 +21,7 @@ from benchmarks.timing import check, environment, interleave, ratio, summarize
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from sqft.artifacts import write_json
 from sqft.ops import compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
 from sqft.ops.adapted_linear import adapted_linear
 
@@ -259,6 +260,8 @@ def main() -> None:
     result: dict[str, Any] = {"environment": environment(arguments.clock), "seed": 0, "tokens": TOKENS}
     result["rank"], result["layers"] = RANK, measure_layers(arguments)
     result["saved_bytes_per_weight"] = saved_bytes_per_weight(arguments.device)
+    result["not_measured"] = [] if arguments.device == "cuda" else ["every row on a GPU (none was at hand)"]
+    finish(result, arguments.json)
     if not arguments.skip_steps:
         result["steps"] = measure_steps(
             arguments.device,
@@ -266,12 +269,17 @@ def main() -> None:
             clock=arguments.clock,
             variants=QUICK_VARIANTS if arguments.quick else STEP_VARIANTS,
         )
+        finish(result, arguments.json)
         result["memory"] = measure_memory(arguments)
-    result["not_measured"] = [] if arguments.device == "cuda" else ["every row on a GPU (none was at hand)"]
-    result["checks"] = collect_checks(result)
+        finish(result, arguments.json)
     print(markdown(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def finish(result: dict[str, Any], path: Path | None) -> None:
+    """Check the aims with what is measured so far, and write it."""
+    result["checks"] = collect_checks(result)
+    if path is not None:
+        write_json(path, result)
 
 
 if __name__ == "__main__":
