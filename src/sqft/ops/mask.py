@@ -12,6 +12,9 @@ from sqft.errors import CompressionError
 __all__ = ["keep_nonzero", "mask_pattern", "mask_rows", "pack_mask", "parse_pattern", "unpack_mask"]
 
 
+SORTED_AT_ONCE = 1 << 20  # scores; sorting takes 8 bytes for each
+
+
 def mask_rows(scores: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
     """Prune the lowest scores of each output row (Wanda, arXiv 2306.11695, section 3).
 
@@ -23,10 +26,14 @@ def mask_rows(scores: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, 
     rows, columns = scores.shape
     ends = torch.round(torch.arange(rows + 1, dtype=torch.float64) * sparsity * columns).long()
     counts = (ends[1:] - ends[:-1]).to(scores.device)
-    order = torch.argsort(scores, dim=1, stable=True)
-    pruned_in_order = torch.arange(columns, device=scores.device)[None, :] < counts[:, None]
     mask = torch.empty_like(scores, dtype=torch.bool)
-    return mask.scatter_(1, order, ~pruned_in_order)
+    position = torch.arange(columns, device=scores.device)[None, :]
+    step = max(1, SORTED_AT_ONCE // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        order = torch.argsort(scores[part], dim=1, stable=True)
+        mask[part] = mask[part].scatter_(1, order, position >= counts[part, None])
+    return mask
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
