@@ -1,6 +1,7 @@
 """What happened at each optimizer step, kept so that a resumed training has the whole record."""
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -73,11 +74,15 @@ class TrainingRecord:
 
 
 class Journal:
-    """The files beside the checkpoints: one line a step, and a marker in each finished checkpoint."""
+    """The files beside the checkpoints: one line a step, and a marker in each finished checkpoint.
+
+    writes: whether this process is the one that writes them, where several train together.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.steps_path = directory / STEPS
+        self.writes = os.environ.get("RANK", "0") == "0"
 
     def append(self, step: StepRecord) -> None:
         """Write one step to disk."""
@@ -88,6 +93,8 @@ class Journal:
         """The steps up to and with `last`; later ones, and a torn last line, leave the file."""
         lines = self.steps_path.read_text(encoding="utf-8").splitlines() if self.steps_path.exists() else []
         steps = [StepRecord(**json.loads(line)) for line in lines[:last]]
+        if not self.writes:
+            return steps
         temporary = self.steps_path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps), encoding="utf-8")
         temporary.replace(self.steps_path)

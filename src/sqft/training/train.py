@@ -87,7 +87,8 @@ def _last_checkpoint(journal: Journal, facts: dict[str, Any], record: TrainingRe
     last: tuple[int, Path, dict[str, Any]] | None = None
     for step, (path, found) in journal.checkpoints().items():
         if found is None:
-            shutil.rmtree(path)
+            if journal.writes:
+                shutil.rmtree(path)
         else:
             last = (step, path, found)
     record.steps = journal.keep(last[0] if last else 0)
