@@ -172,7 +172,7 @@ def _convert(source: ExportSource) -> tuple[Any, int]:
         "past": [tuple(torch.randn(1, heads, EXAMPLE_PAST, size) for _ in range(2)) for _ in range(layers)],
     }
     with torch.no_grad():
-        graph = ov.convert_model(_Traced(model), example_input=example)
+        graph = _trace(model, example)
     names = ["input_ids", "attention_mask", "position_ids"]
     for index, port in enumerate(graph.inputs):
         name = names[index] if index < 3 else _cache_name("past_key_values", index - 3)
@@ -184,6 +184,15 @@ def _convert(source: ExportSource) -> tuple[Any, int]:
         port.get_tensor().set_names({_cache_name("present", index - 1) if index else "logits"})
     graph.validate_nodes_and_infer_types()
     return graph, layers
+
+
+def _trace(model: nn.Module, example: dict[str, Any]) -> Any:
+    """What `openvino.convert_model` does, without the usage report that it sends over the network."""
+    frontends = require("openvino.frontend", "openvino")
+    decoders = require("openvino.frontend.pytorch.ts_decoder", "openvino")
+    decoder = decoders.TorchScriptPythonDecoder(_Traced(model), example_input=example)
+    frontend = frontends.FrontEndManager().load_by_framework("pytorch")
+    return frontend.convert(frontend.load(decoder))
 
 
 def _cache_name(prefix: str, index: int) -> str:

