@@ -47,12 +47,14 @@ def recipe_values(options: argparse.Namespace, seed: int, *, sparse: bool) -> di
             "arguments": {"train_sampling_strategy": "group_by_length"},
         },
         "search": {"method": "median"},
-        "evaluate": {"models": ["quantized", "merged"], "max_new_tokens": 24, "max_items": options.items},
+        "evaluate": {"models": ["merged"], "max_new_tokens": 24, "max_items": options.items},
         "runtime": {"workspace": str(options.workspace), "threads": options.threads},
     }
     if sparse:
         values["sparsify"] = {"method": "wanda", "sparsity": 0.5}
-        values["evaluate"]["models"] = ["base", "dense_tuned", "sparse", "quantized", "merged"]
+        values["evaluate"]["models"] = ["base", "dense_tuned", "merged"]
+    if not options.quick:
+        values["evaluate"]["models"] += ["quantized", "sparse"] if sparse else ["quantized"]
     return values
 
 
@@ -61,6 +63,11 @@ def items_of(result: RunResult, model: str) -> dict[str, Any]:
     stage = next(stage for stage in result.stages if stage.name == f"evaluate-{model}")
     items: dict[str, Any] = json.loads((stage.directory / "items.json").read_text(encoding="utf-8"))
     return items
+
+
+def has_row(result: RunResult, model: str) -> bool:
+    """Whether the run measured this model."""
+    return any(row.name == model for row in result.data.models)
 
 
 def run_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -76,9 +83,10 @@ def run_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         "dense INT4 (GPTQ)": (dense, "quantized"),
         DENSE: (dense, "merged"),
     }
+    measured = {name: place for name, place in found.items() if has_row(*place)}
     rows = []
     reference = items_of(sparse, "dense_tuned")
-    for name, (result, model) in found.items():
+    for name, (result, model) in measured.items():
         row = next(row for row in result.data.models if row.name == model)
         items = items_of(result, model)
         loss = paired_difference(reference["loss_sums"], items["loss_sums"], reference["answer_tokens"])
@@ -124,7 +132,7 @@ def main() -> None:
     """Run the benchmark, print the tables and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--quick", action="store_true", help="40 steps, 60 items")
+    parser.add_argument("--quick", action="store_true", help="40 steps, 60 items, tuned models only")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--items", type=int, default=300)
