@@ -164,7 +164,8 @@ def measure_decoding(
         each = ", ".join(f"{speed:.0f}" for speed in row.tokens_per_second)
         print(
             f"| {row.name} | {row.runtime} | {row.size_bytes / 1e6:.0f} | "
-            f"{row.first_token_seconds * 1e3:.0f} | {row.decode_speed:.1f} | {row.peak_bytes / 1e6:.0f} | {each} |"
+            f"{row.first_token_seconds * 1e3:.0f} | {row.decode_speed:.1f} | "
+            f"{row.peak_bytes / 1e6:.0f} | {each} |"
         )
     speed = [row.tokens_per_second for row in rows]
     checks.append(at_least("decode speed, Q4_0 / F16", in_round_ratio(speed[1], speed[0]), 2.0, aim=2.7))

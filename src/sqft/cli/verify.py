@@ -1,9 +1,12 @@
 """`sqft verify`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from sqft.certificate import Check
 
 __all__ = ["verify"]
 
@@ -14,30 +17,44 @@ def verify(
         Path | None, typer.Option(help="The sparse or quantized model that the adapter was trained on.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="The adapter that was merged.")] = None,
+    merged: Annotated[
+        Path | None, typer.Option(help="For what sqft export wrote: the model that was exported.")
+    ] = None,
 ) -> None:
     """Repeat the certificate of a merged model; with --base and --adapter, also recompute its weights.
 
+    What sqft export wrote is checked against its digests; with --merged, code by code too.
     Exits with 1 if a check fails.
     """
     from sqft.certificate import check_integrity, check_provenance
     from sqft.cli.messages import RichProgress
     from sqft.errors import CertificateError
 
-    for path in (directory, base, adapter):
+    for path in (directory, base, adapter, merged):
         if path is not None and not path.is_dir():
             raise CertificateError(f"there is no directory {path}")
     if (base is None) != (adapter is None):
         raise CertificateError("give both --base and --adapter, or neither")
+    exported = (directory / "sqft_export.json").is_file()
+    if merged is not None and not exported:
+        raise CertificateError(f"{directory} was not written by sqft export, so --merged does not apply")
     with RichProgress() as progress:
-        checks = list(check_integrity(directory, progress))
+        checks = _export_checks(directory, merged) if exported else list(check_integrity(directory, progress))
         if base is not None and adapter is not None:
             checks += check_provenance(directory, base, adapter, progress=progress)
     width = max(len(check.name) for check in checks)
     for check in checks:
         print(f"{'passed' if check.passed else 'FAILED'}  {check.name:<{width}}  {check.detail}".rstrip())
     failed = sum(not check.passed for check in checks)
-    level = "integrity" if base is None else "integrity and provenance"
+    level = "export" if exported else "integrity" if base is None else "integrity and provenance"
     verdict = "FAILED" if failed else "passed"
     print(f"{directory}: {level} {verdict}, {len(checks) - failed} passed, {failed} failed")
     if failed:
         raise typer.Exit(1)
+
+
+def _export_checks(directory: Path, merged: Path | None) -> list["Check"]:
+    from sqft.certificate import Check
+    from sqft.export.verification import check_export
+
+    return [Check(found.name, found.passed, found.detail) for found in check_export(directory, merged)]
