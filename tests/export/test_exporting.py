@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
@@ -11,6 +12,7 @@ from sqft.errors import ExportError, ModelError
 from sqft.export import FORMATS, ExportResult, export_model
 from sqft.export.fidelity import compare_codes
 from sqft.export.source import open_source
+from sqft.models import load_model
 from sqft.sections import QuantizeSection
 
 MergedDir = Callable[..., Path]
@@ -162,3 +164,19 @@ def test_a_target_fixes_the_grid(values: dict[str, Any], grid: tuple[int, bool, 
 def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="target gguf-q4_0 needs"):
         QuantizeSection(target="gguf-q4_0", **values)
+
+
+def test_openvino_genai_runs_what_was_written(merged_dir: MergedDir, tmp_path: Path) -> None:
+    genai = pytest.importorskip("openvino_genai")
+    import openvino
+
+    directory = merged_dir()
+    export(directory, "openvino", tmp_path)
+    model = load_model(directory)
+    prompt = torch.tensor([[5, 9, 200, 7, 30]])
+    pipeline = genai.LLMPipeline(
+        str(tmp_path / "artefact"), "CPU", INFERENCE_PRECISION_HINT="f32", KV_CACHE_PRECISION="f32"
+    )
+    found = pipeline.generate(openvino.Tensor(prompt.numpy()), max_new_tokens=6, do_sample=False).tokens[0]
+    expected = model.generate(prompt, max_new_tokens=6, do_sample=False)[0, 5:].tolist()
+    assert list(found) == expected

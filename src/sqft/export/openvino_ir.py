@@ -89,7 +89,11 @@ def write_openvino(source: ExportSource, directory: Path) -> dict[str, str]:
     keep: list[Array] = []  # OpenVINO constants share memory with these until the IR is on disk
     kinds = _replace_weights(graph, source, keep)
     ov.save_model(graph, directory / XML, compress_to_fp16=False)
-    source.tokenizer.save_pretrained(directory)
+    tokenizer = source.tokenizer
+    tokenizer.save_pretrained(directory)
+    converted = require("openvino_tokenizers", "openvino").convert_tokenizer(tokenizer, with_detokenizer=True)
+    for part, name in zip(converted, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
+        ov.save_model(part, directory / name)
     config = source.config | {"use_cache": True}
     (directory / "config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
     generation = source.directory / "generation_config.json"

@@ -21,8 +21,6 @@ def serving_commands(format_name: str, directory: Path, file: str | None = None)
         return [
             'python -c "import openvino_genai as g; '
             f"print(g.LLMPipeline('{place}', 'CPU').generate('Hello', max_new_tokens=32))\"",
-            "# needs a tokenizer in OpenVINO's form: convert_tokenizer "
-            f"{place} --with-detokenizer -o {place}",
         ]
     if format_name == "gptq":
         return [f"vllm serve {place} --quantization gptq  # not tried: needs vLLM and a GPU"]
