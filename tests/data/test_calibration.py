@@ -64,3 +64,9 @@ def test_wrong_field(tiny_tokenizer: Any, tmp_path: Path) -> None:
     path.write_text('{"body": "x"}\n')
     with pytest.raises(DataError, match=r"texts.jsonl:1: no text in field 'text'; it has 'body'"):
         calibration_tokens(section(source=str(path)), None, tiny_tokenizer, seed=0)
+
+
+def test_a_hub_that_cannot_be_reached(tiny_tokenizer: Any) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError, match=r"hub:nobody/nothing cannot be read: .*; name a local file instead"):
+        calibration_tokens(section(source="hub:nobody/nothing"), None, tiny_tokenizer, seed=0)
