@@ -272,7 +272,11 @@ def export(context: StageContext) -> dict[str, Any]:
 
     target = context.stage.removeprefix("export-")
     result = export_model(
-        context.inputs[context.recipe.final_stage], target, context.directory, progress=context.progress
+        context.inputs[context.recipe.final_stage],
+        target,
+        context.directory,
+        recipe=context.recipe.model_dump(mode="json", exclude={"runtime"}, exclude_none=True),
+        progress=context.progress,
     )
     return {"export": result.as_dict()}
 
