@@ -13,7 +13,6 @@ SIZES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, int]]] = {
     "demo": ({}, {}),
     "demo-small": (
         {
-            "calibration": {"num_samples": 16},
             "train": {"max_steps": 6, "warmup_steps": 1},
             "search": {"num_trials": 2},
         },
