@@ -9,7 +9,9 @@ __all__ = ["export"]
 
 
 def export(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A merged model.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A merged model, or a plain LoRA adapter.")
+    ],
     format: Annotated[
         str,
         typer.Option(
@@ -20,6 +22,9 @@ def export(
     head: Annotated[
         str, typer.Option(help="gguf: type of embedding and head: auto (exact), f16, bf16, f32 or q8_0.")
     ] = "auto",
+    base: Annotated[
+        Path | None, typer.Option(help="For an adapter: the model it belongs to; --to is peft or gguf.")
+    ] = None,
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Change the grid where the format needs it.")
     ] = False,
@@ -27,10 +32,13 @@ def export(
     """Write a model in the format of a runtime, open it there, and compare codes and logits."""
     from sqft.cli.messages import RichProgress
     from sqft.cli.tables import print_table
-    from sqft.export import export_model
+    from sqft.export import export_adapter, export_model
     from sqft.report.summary import format_bytes
 
     output = output or directory.with_name(f"{directory.resolve().name}-{format}")
+    if (directory / "adapter_config.json").is_file():
+        print(f"written: {export_adapter(directory, base, format, output)}")
+        return
     with RichProgress() as progress:
         result = export_model(
             directory, format, output, allow_requantize=allow_requantize, head_type=head, progress=progress

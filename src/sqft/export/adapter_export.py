@@ -12,10 +12,12 @@ from sqft.export.source import open_source
 __all__ = ["export_adapter"]
 
 
-def export_adapter(adapter_dir: Path, base_dir: Path, format: str, output_dir: Path) -> Path:
+def export_adapter(adapter_dir: Path, base_dir: Path | None, format: str, output_dir: Path) -> Path:
     """Write a plain LoRA adapter as stock PEFT (`peft`) or for llama.cpp (`gguf`), and return what to serve.
 
     A masked or quantization-aware adapter is refused: a server would add it dense, and so run another model.
+
+    base_dir: the model that it belongs to, which gguf needs.
 
     Raises: AdapterError if it is no plain LoRA; ExportError if the format takes none.
     """
@@ -27,6 +29,10 @@ def export_adapter(adapter_dir: Path, base_dir: Path, format: str, output_dir: P
         return output_dir
     if format != "gguf":
         raise ExportError(f"an unmerged adapter cannot be written as {format}; choose peft or gguf")
+    if base_dir is None:
+        raise ExportError(
+            "an adapter in gguf needs the names and rotary order of its model; give the base too"
+        )
     source = open_source(base_dir)
     if source.architecture not in ARCHITECTURES or adapter.config.get("use_dora"):
         what = "DoRA" if adapter.config.get("use_dora") else source.architecture

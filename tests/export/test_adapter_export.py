@@ -1,0 +1,81 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from sqft.cli import run_command_line
+from sqft.errors import AdapterError, ExportError
+from sqft.export import export_adapter, export_model
+from sqft.export.llama_cpp import LlamaCpp
+from sqft.export.speed import measure_speed, open_artefact
+from sqft.models import load_model
+
+ITEM = [5, 9, 200, 7, 30, 99, 120, 44]
+
+
+def write_adapter(base_dir: Path, directory: Path) -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", rank_pattern={"o_proj": 4})
+    model = get_peft_model(load_model(base_dir), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+@pytest.mark.parametrize("arch", ["llama", "phi3"])
+def test_llama_cpp_adds_the_same_update(merged_dir: Callable[..., Path], tmp_path: Path, arch: str) -> None:
+    pytest.importorskip("xllamacpp")
+    base_dir = merged_dir(arch)
+    model = write_adapter(base_dir, tmp_path / "adapter")
+    export_model(base_dir, "gguf", tmp_path / "base")
+    lora = export_adapter(tmp_path / "adapter", base_dir, "gguf", tmp_path / "lora")
+    runtime = LlamaCpp(tmp_path / "base" / "model.gguf", threads=1, lora_path=lora)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ITEM])).logits[0, -1].log_softmax(-1)
+        plain = load_model(base_dir)(input_ids=torch.tensor([ITEM])).logits[0, -1].log_softmax(-1)
+    found = runtime.next_log_probabilities(ITEM, 288)
+    assert (found - expected).abs().max() < 0.2 * (plain - expected).abs().max()
+
+
+def test_a_plain_adapter_stays_stock_peft(merged_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model = write_adapter(merged_dir(), tmp_path / "adapter")
+    assert run_command_line(
+        ["export", str(tmp_path / "adapter"), "--to", "peft", "--output", str(tmp_path / "out")]
+    ) == 0  # fmt: skip
+    again = PeftModel.from_pretrained(load_model(merged_dir()), tmp_path / "out").eval()
+    ids = torch.tensor([ITEM])
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_masked_adapter_is_never_written_dense(merged_dir: Callable[..., Path], tmp_path: Path) -> None:
+    write_adapter(merged_dir(), tmp_path / "adapter")
+    with pytest.raises(ExportError, match="choose peft or gguf"):
+        export_adapter(tmp_path / "adapter", merged_dir(), "openvino", tmp_path / "out")
+    with pytest.raises(ExportError, match="give the base too"):
+        export_adapter(tmp_path / "adapter", None, "gguf", tmp_path / "out")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_type": "SQFT"}))
+    with pytest.raises(AdapterError, match="merge it with the recipe"):
+        export_adapter(tmp_path / "adapter", merged_dir(), "peft", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_speed_is_measured_side_by_side(merged_dir: Callable[..., Path], tmp_path: Path) -> None:
+    write_adapter(merged_dir(), tmp_path / "adapter")
+    artefacts = [
+        open_artefact(merged_dir(), "merged"),
+        open_artefact(merged_dir(), "unmerged", tmp_path / "adapter"),
+    ]
+    rows = measure_speed(artefacts, prompt_tokens=4, new_tokens=4, rounds=2, threads=1)
+    assert [row.name for row in rows] == ["merged", "unmerged"]
+    assert all(len(row.tokens_per_second) == 2 for row in rows)
+    assert all(row.decode_speed > 0 and row.first_token_seconds > 0 and row.peak_bytes > 0 for row in rows)
+    assert rows[1].size_bytes > rows[0].size_bytes
+    with pytest.raises(ExportError, match="neither a model directory"):
+        open_artefact(tmp_path)
