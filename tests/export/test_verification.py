@@ -96,7 +96,7 @@ def test_the_command_line_verifies_artefacts(
     assert run_command_line(["verify", str(merged_dir()), "--merged", str(merged_dir())]) == 2
 
 
-def test_the_command_line_exports_merges_and_measures(
+def test_the_command_line_exports_and_tells_what_is_wrong(
     merged_dir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -105,8 +105,6 @@ def test_the_command_line_exports_merges_and_measures(
     assert "codes changed" in capsys.readouterr().out
     assert run_command_line([*arguments[:3], "onnx"]) == 2
     assert "choose from compressed-tensors" in capsys.readouterr().err
-    assert run_command_line(["bench", str(merged_dir()), "--new-tokens", "4", "--rounds", "1"]) == 0
-    assert "tokens/s" in capsys.readouterr().out
     assert run_command_line(["bench", str(tmp_path)]) == 2
     merge = [
         "merge",
