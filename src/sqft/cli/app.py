@@ -6,6 +6,7 @@ import typer
 
 import sqft
 from sqft.cli.bench import bench
+from sqft.cli.compress import compress
 from sqft.cli.demo import demo
 from sqft.cli.doctor import doctor
 from sqft.cli.export import export
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, plan, status, verify, export, merge, bench, inspect, demo, schema, doctor):
+for command in (run, plan, status, verify, compress, export, merge, bench, inspect, demo, schema, doctor):
     app.command()(command)
 
 

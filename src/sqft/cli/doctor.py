@@ -15,7 +15,8 @@ EXTRAS = {
     "eval": ("lm_eval", "evaluate.tasks: tasks of lm-evaluation-harness"),
     "hub": ("datasets", "calibration texts from the Hugging Face hub"),
     "gguf": ("xllamacpp", "export to GGUF, checked in llama.cpp"),
-    "openvino": ("openvino", "export to OpenVINO, and checking it there"),
+    "openvino": ("openvino", "export to OpenVINO, and running it there"),
+    "triton": ("triton", "the fused kernels on an NVIDIA GPU"),
 }
 
 

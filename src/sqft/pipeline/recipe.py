@@ -1,5 +1,6 @@
 """A recipe: one YAML file with at most one section for each step, checked as a whole before anything runs."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -158,16 +159,19 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no recipe; write at least 'model: NAME'")
     values.setdefault("name", path.stem)
-    for override in overrides or []:
-        _apply_override(values, override)
-    return parse_recipe(values, origin=str(path))
+    return parse_recipe(values, overrides, origin=str(path))
 
 
-def parse_recipe(values: dict[str, Any], *, origin: str = "recipe") -> Recipe:
-    """Check a recipe given as nested dictionaries.
+def parse_recipe(
+    values: dict[str, Any], overrides: list[str] | None = None, *, origin: str = "recipe"
+) -> Recipe:
+    """Check a recipe given as nested dictionaries, with overrides as `load_recipe` takes them.
 
     Raises: RecipeError that lists every wrong key with its path.
     """
+    values = deepcopy(values)
+    for override in overrides or []:
+        _apply_override(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
