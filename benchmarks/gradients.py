@@ -64,8 +64,15 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
         "untuned": {},
         "runs": [],
     }
+    if arguments.json and arguments.json.exists():
+        earlier = json.loads(arguments.json.read_text(encoding="utf-8"))
+        if all(earlier[name] == result[name] for name in ("steps", "learning_rate", "items")):
+            result["untuned"], result["runs"] = earlier["untuned"], earlier["runs"]
+    done = {(row["seed"], row["sparsity"], row["gradient"]) for row in result["runs"]}
     for sparsity in SPARSITIES:
         checkpoint, directory = open_checkpoint(dense), cache / f"sparse-{sparsity}"
+        if (directory / "config.json").exists():
+            continue
         writer = CheckpointWriter(directory, checkpoint)
         sparsify_model(checkpoint, SparsifySection(sparsity=sparsity), calibration, writer)
         writer.close()
@@ -75,6 +82,8 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
         for sparsity in SPARSITIES:
             directory = cache / f"sparse-{sparsity}"
             for gradient in GRADIENTS:
+                if (seed, sparsity, gradient) in done:
+                    continue
                 model = load_trainable(directory)
                 section = AdapterSection(
                     method="sparse_peft", ranks=[16], alpha=32, gradient=gradient, hybrid_steps=4
@@ -143,7 +152,8 @@ def main() -> None:
         "--data", type=Path, required=True, help="directory with mawps' train and test .jsonl"
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 8 steps, 32 items")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="also resumes from it: runs that stand there are kept")
+    parser.add_argument("--cache", type=Path, help="where models are kept between runs")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--items", type=int, default=200)
@@ -153,8 +163,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.quick:
         arguments.steps, arguments.seeds, arguments.items = 8, 1, 32
-    with tempfile.TemporaryDirectory() as cache:
-        result = run(arguments, Path(cache))
+    with tempfile.TemporaryDirectory() as temporary:
+        result = run(arguments, arguments.cache or Path(temporary))
     print(markdown(result))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
