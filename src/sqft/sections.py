@@ -153,6 +153,7 @@ class QuantizeSection(Section):
     scale_bits: int = Field(8, ge=4, le=11, description="Significant bits of a scale; 7 makes Q4_1 exact.")
     damping: float = Field(0.01, gt=0, description="Share of the Hessian's mean diagonal added to it.")
     activation_order: bool = Field(False, description="Most important columns first; groups stay static.")
+    descent: int = Field(0, ge=0, description="Sweeps of coordinate descent over the codes after GPTQ.")
     scale_search: bool = Field(False, description="Try scales below the covering one, by squared error.")
     refit: int = Field(
         0, ge=0, description="Steps of least squares for the kept weights before they are rounded."

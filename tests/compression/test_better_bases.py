@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sqft.compression import quantize_model, sparsify_model
 from sqft.compression.budget import arithmetic_offsets, outlier_offsets, share_out
+from sqft.compression.descent import descend_codes
+from sqft.compression.gptq import gptq
 from sqft.compression.refine import fit_kept_weights, swap_mask
 from sqft.compression.ria import ria_scores
 from sqft.compression.scale_search import GridOptions, search_qparams
@@ -21,6 +23,7 @@ from sqft.compression.walk import BlockWalk
 from sqft.errors import CompressionError
 from sqft.models import CheckpointWriter, load_model, open_checkpoint, read_masks, read_quantized
 from sqft.ops import compute_qparams, dequantize, fake_quantize, mask_pattern, mask_rows
+from sqft.ops import quantize as quantize_codes
 from sqft.sections import QuantizeSection, SparsifySection
 
 Maker = Callable[..., Path]
@@ -83,6 +86,33 @@ def test_joint_is_better_than_one_after_the_other(pattern: str | None) -> None:
     pruned, _ = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
     qparams = compute_qparams(pruned.weight, bits=3, group_size=32, symmetric=True)
     assert loss(value, weight, x) < loss(fake_quantize(pruned.weight, qparams), weight, x)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_descent_ends_where_no_single_code_can_improve(masked: bool) -> None:
+    x, weight = inputs(500, 192), torch.randn(6, 192)
+    mask = mask_rows(weight.abs(), 0.5) if masked else None
+    hessian = hessian_of(x)
+    rounded = gptq(weight, mask, hessian, GridOptions(3, 32))
+    matrix = hessian.damped(0.01)
+    better = descend_codes(weight, rounded, matrix, sweeps=30)
+
+    def cost(value: Tensor) -> Tensor:
+        return (((value - weight) @ matrix) * (value - weight)).sum(1)
+
+    value = dequantize(better.codes, better.qparams)
+    assert (cost(value) <= cost(dequantize(rounded.codes, rounded.qparams)) + 1e-3).all()
+    assert cost(value).sum() < 0.99 * cost(dequantize(rounded.codes, rounded.qparams)).sum()
+    if mask is not None:
+        assert (value[~mask] == 0).all()
+    assert torch.equal(better.codes, quantize_codes(better.before_rounding, better.qparams))
+    for j in range(0, 192, 17):
+        for step in (-1, 1):
+            other = value.clone()
+            other[:, j] += step * better.qparams.scale[:, j // 32]
+            inside = quantize_codes(other, better.qparams)[:, j] == better.codes[:, j] + step
+            allowed = inside if mask is None else inside & mask[:, j]
+            assert (cost(other)[allowed] >= cost(value)[allowed] - 1e-2).all()
 
 
 def test_fit_is_the_least_squares_solution() -> None:
@@ -243,7 +273,15 @@ def test_walk_options_on_every_kind_of_block(
         assert (mask.unflatten(1, (-1, 4)).sum(-1) == 2).all()
     if arch == "llama":
         masks = read_masks(out)
-        quantize(tiny_model_dir(arch), tmp_path / "q", masks, refit=3, scale_search=True, sequential=True)
+        quantize(
+            tiny_model_dir(arch),
+            tmp_path / "q",
+            masks,
+            refit=3,
+            descent=2,
+            scale_search=True,
+            sequential=True,
+        )
         quantize(tiny_model_dir(arch), tmp_path / "r", masks, method="gptaq")
 
 

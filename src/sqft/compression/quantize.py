@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
+from sqft.compression.descent import descend_codes
 from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import choose_layers
 from sqft.compression.gptq import Rounded, gptq
@@ -50,7 +51,7 @@ def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: Quan
     if mask is not None and section.refit:
         hessian = statistic.damped(section.damping)
         target = fit_kept_weights(target, mask, hessian, iterations=section.refit)
-    return gptq(
+    rounded = gptq(
         target,
         mask,
         statistic,
@@ -58,6 +59,10 @@ def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: Quan
         damping=section.damping,
         activation_order=section.activation_order,
     )
+    if not section.descent:
+        return rounded
+    hessian = statistic.damped(section.damping)
+    return descend_codes(target, rounded, hessian, sweeps=section.descent)
 
 
 def _joint(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: QuantizeSection) -> Rounded:
