@@ -38,7 +38,7 @@ def test_page_is_well_formed_and_loads_nothing():
 
 
 def test_every_plot_is_there_once_its_figures_are():
-    titles = ["Accuracy", "Answer loss", "Training loss", "Sparsity per layer", "Rank per layer"]
+    titles = ["Accuracy", "Loss", "Training loss", "Sparsity per layer", "Rank per layer"]
     full = render_page(invent_report())
     assert all(f"<h3>{title}</h3>" in full for title in titles)
     bare = render_page(invent_report(models=[], training=[], layers=[], ranks={}))

@@ -13,7 +13,7 @@ SIZES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, int]]] = {
     "demo": ({}, {}),
     "demo-small": (
         {
-            "train": {"max_steps": 6, "warmup_steps": 1},
+            "train": {"max_steps": 20, "warmup_steps": 2},
             "search": {"num_trials": 2},
         },
         {"train_items": 320, "search_items": 16, "test_items": 48},

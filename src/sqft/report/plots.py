@@ -43,8 +43,8 @@ def draw_plots(data: ReportData) -> list[Plot]:
         ),
         (
             any(row.loss is not None for row in data.models),
-            "Answer loss",
-            "Nats per token of the right answer (lower is better), with 95 % intervals.",
+            "Loss",
+            f"{loss_unit(data.recipe)} (lower is better), with 95 % intervals.".capitalize(),
             _stage_height(data),
             lambda figure: _draw_stages(figure, data, "loss"),
         ),
@@ -180,6 +180,7 @@ def _draw_training(figure: Any, data: ReportData) -> None:
     axes.plot(steps, losses, color=PALETTE[0], linewidth=0.8, alpha=0.45)
     axes.plot(steps, _running_mean(losses, len(losses) // 25), color=PALETTE[0], linewidth=2)
     axes.set_xlabel("optimizer step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("nats per token")
     axes.set_ylim(bottom=0)
 
