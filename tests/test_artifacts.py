@@ -20,9 +20,14 @@ def test_directory_appears_only_when_its_block_ends(tmp_path: Path) -> None:
 
 def test_failure_leaves_a_partial_directory_and_the_next_try_begins_anew(tmp_path: Path) -> None:
     final = tmp_path / "stage"
-    with pytest.raises(RuntimeError), new_directory(final) as partial:
-        (partial / "half").write_text("x")
-        raise RuntimeError
+
+    def fail_half_way() -> None:
+        with new_directory(final) as partial:
+            (partial / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert not final.exists()
     assert (partial / "half").exists()
     with new_directory(final, keep_partial=True) as partial:

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.merged_models import MergedDirectories
 
 from sqft.adapters import codes_digest
 from sqft.certificate import certify_model, check_integrity, check_provenance
 from sqft.certificate.checks import Check
 from sqft.models import load_model, load_trainable
+from tests.merged_models import MergedDirectories
 
 TOKENS = [list(range(4, 24)), [9, 200, 7]]
 

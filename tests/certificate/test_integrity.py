@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.merged_models import MergedDirectories
 
 from sqft.certificate import Check, check_integrity, require_passed, write_certificate
 from sqft.certificate.reference import compute_logits, write_reference
 from sqft.errors import CertificateError
 from sqft.models import load_model
+from tests.merged_models import MergedDirectories
 
 Merge = Callable[..., MergedDirectories]
 TOKENS = [list(range(4, 24)), [9, 200, 7]]

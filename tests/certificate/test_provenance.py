@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.merged_models import MergedDirectories
 
 from sqft.certificate import check_provenance
 from sqft.certificate.checks import Check
 from sqft.certificate.provenance import _round_storage, merged_digest
 from sqft.certificate.stored import StoredModel
+from tests.merged_models import MergedDirectories
 
 Merge = Callable[..., MergedDirectories]
 
