@@ -1,6 +1,6 @@
 """What is lost when a model is made sparse, and sparse INT4, without any training.
 
-    python -m benchmarks.compression DATA_DIR --json FILE [--quick] [--levels 50 60 70 2:4]
+    python -m benchmarks.compression [DATA_DIR] --json FILE [--quick] [--levels 50 60 70 2:4]
 
 DATA_DIR holds validation.txt (calibration) and test.txt (evaluation). Each figure is the increase of
 log-perplexity over the dense model, in nats a token, on the same windows of the test text, with a 95 %
@@ -204,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/wikitext2"))
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="50 % only, fewer tokens")
     parser.add_argument("--levels", nargs="+")

@@ -149,7 +149,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="directory with mawps' train and test .jsonl"
+        "--data",
+        type=Path,
+        default=Path("../shared/data/mawps"),
+        help="directory with mawps' train and test .jsonl",
     )
     parser.add_argument("--quick", action="store_true", help="one seed, 8 steps, 32 items")
     parser.add_argument("--json", type=Path, help="also resumes from it: runs that stand there are kept")

@@ -131,7 +131,7 @@ def table(run: dict[str, Any]) -> str:
 def main() -> None:
     """Run the benchmark, print the tables and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/mawps"))
     parser.add_argument("--quick", action="store_true", help="40 steps, 60 items, tuned models only")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=90)
