@@ -296,3 +296,17 @@ def test_training_and_merging_agree_in_every_weight(method: str, make_base: Any,
     differing, total = count_differing_codes(model)
     assert differing == 0
     assert total == sum(layer.in_features * layer.out_features for layer in adapter_layers(model).values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast(method: str, make_base: Any, randomize: Any, tokens: Tensor) -> None:
+    model = attach(make_base(method), method)
+    randomize(model)
+    plain = logits(model, tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.train()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        cast = logits(model, tokens)
+    loss.backward()
+    assert torch.nn.functional.cosine_similarity(plain.flatten(), cast.float().flatten(), dim=0) > 0.99
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

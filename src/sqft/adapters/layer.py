@@ -227,7 +227,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         config = self.settings[name]
         lora_A, lora_B = self._dropped_slice(name)
         update_input = F.dropout(x, config.dropout, self.training) if config.dropout_kind == "token" else x
-        update = F.linear(F.linear(update_input.to(lora_A.dtype), lora_A), lora_B) * config.scaling
+        if not torch.is_autocast_enabled(x.device.type):
+            update_input = update_input.to(lora_A.dtype)
+        update = F.linear(F.linear(update_input, lora_A), lora_B) * config.scaling
         result = self._base_forward(x)
         return result + update.to(result.dtype)
 
