@@ -5,9 +5,19 @@ and editors read them at once; the functions that do the work take the section t
 Rules that concern two sections stand in `pipeline/recipe.py`.
 """
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 __all__ = [
     "AdapterSection",
@@ -21,10 +31,29 @@ __all__ = [
     "SearchSection",
     "SparsifySection",
     "TrainSection",
+    "parse_pattern",
 ]
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """Read "2:4" as (2, 4): at most 2 kept weights in every 4 neighbours of a row.
+
+    Raises: ValueError for anything else than N:M with 0 < N <= M.
+    """
+    match = re.fullmatch(r"([0-9]+):([0-9]+)", pattern)
+    if match is None or not 0 < int(match[1]) <= int(match[2]):
+        raise ValueError("write N:M with 0 < N <= M, for instance '2:4'")
+    return int(match[1]), int(match[2])
+
+
+def _check_pattern(value: str) -> str:
+    parse_pattern(value)
+    return value
+
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
 QuantizeTarget = Literal["gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gptq", "openvino"]
 # What a target fixes, and what it takes unless the recipe says otherwise. GGUF has blocks of 32.
 TARGET_GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -35,6 +64,7 @@ TARGET_GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "openvino": ({}, {}),
 }
 AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft"]
+ExportFormat = Literal["compressed-tensors", "gguf", "gptq", "openvino", "safetensors", "safetensors-float32"]
 ReportedModel = Literal["base", "dense_tuned", "sparse", "quantized", "adapted", "merged"]
 
 
@@ -42,6 +72,22 @@ class Section(BaseModel):
     """A frozen section that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def without_effect(self) -> dict[str, str]:
+        """Settings that the others leave without effect, each with the reason; given, they are refused."""
+        return {}
+
+    @model_validator(mode="after")
+    def _refuse_ignored(self) -> Self:
+        for name, reason in self.without_effect().items():
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} would be ignored: {reason}; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _leave_out_ignored(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        ignored = self.without_effect()
+        return {name: value for name, value in write(self).items() if name not in ignored}
 
 
 class ModelSection(Section):
@@ -100,7 +146,7 @@ class SparsifySection(Section):
     sparsity: Fraction = Field(
         0.5, description="Fraction of zeros; with a pattern it follows from the pattern."
     )
-    pattern: str | None = Field(
+    pattern: Pattern | None = Field(
         None, description="N:M, at most N kept of every M neighbours, for instance 2:4."
     )
     target_modules: list[str] | None = Field(
@@ -129,14 +175,9 @@ class SparsifySection(Section):
             raise ValueError("a pattern fixes the sparsity of every layer; leave budget at uniform")
         return self
 
-    @field_validator("pattern")
-    @classmethod
-    def _pattern(cls, value: str | None) -> str | None:
-        if value is not None:
-            kept, colon, block = value.partition(":")
-            if not (colon and kept.isdigit() and block.isdigit() and 0 < int(kept) <= int(block)):
-                raise ValueError("write N:M with 0 < N <= M, for instance '2:4'")
-        return value
+    def without_effect(self) -> dict[str, str]:
+        """With a pattern, the sparsity."""
+        return {} if self.pattern is None else {"sparsity": f"pattern {self.pattern} fixes it"}
 
 
 class QuantizeSection(Section):
@@ -162,7 +203,7 @@ class QuantizeSection(Section):
         False, description="Inside a block, later layers see the compressed earlier ones; more passes."
     )
     sparsity: Fraction = Field(0.5, description="Fraction of zeros, for method joint only.")
-    pattern: str | None = Field(None, description="N:M, for method joint only.")
+    pattern: Pattern | None = Field(None, description="N:M, for method joint only.")
     target_modules: list[str] | None = None
     skip_modules: list[str] = []
     target: QuantizeTarget | None = Field(
@@ -185,6 +226,17 @@ class QuantizeSection(Section):
         ):
             raise ValueError(f"target {target} needs a group_size that is a multiple of 32")
         return usual | fixed | values
+
+    def without_effect(self) -> dict[str, str]:
+        """What only some methods look at."""
+        if self.method == "joint":
+            ignored = dict.fromkeys(("activation_order", "descent", "refit"), "joint does not do it")
+            return ignored if self.pattern is None else ignored | {"sparsity": "the pattern fixes it"}
+        ignored = dict.fromkeys(("sparsity", "pattern"), f"{self.method} does not prune, only joint does")
+        if self.method == "rtn":
+            names = ("activation_order", "damping", "descent", "refit", "sequential")
+            ignored |= dict.fromkeys(names, "rtn looks at no activations")
+        return ignored
 
     @field_validator("group_size")
     @classmethod
@@ -220,7 +272,9 @@ class AdapterSection(Section):
         description="Name ends that share a rank inside a block; default q, k, v together, others alone.",
     )
     base_precision: Literal["latent", "float32"] = Field(
-        "latent", description="Base of quantization-aware training: 1 byte a weight, or float32."
+        "latent",
+        description="Base of quantization-aware training: latent codes, 1 byte a weight, or the same weights "
+        "decoded to float32: faster, 4 bytes, equal results.",
     )
 
     @field_validator("ranks")
@@ -283,7 +337,7 @@ class EvaluateSection(Section):
 class ExportSection(Section):
     """Formats to write the merged model in."""
 
-    formats: list[str] = Field([], min_length=1)
+    formats: list[ExportFormat] = Field([], min_length=1)
 
 
 class RuntimeSection(Section):
@@ -296,6 +350,6 @@ class RuntimeSection(Section):
 
     @model_validator(mode="after")
     def _device(self) -> "RuntimeSection":
-        if self.device != "auto" and self.device.split(":")[0] not in {"cpu", "cuda"}:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise ValueError("device is auto, cpu, cuda or cuda:N")
         return self

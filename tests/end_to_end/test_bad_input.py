@@ -75,9 +75,19 @@ RECIPES: dict[str, tuple[Change, list[str]]] = {
     "module missing": (set_value("sparsify", "target_modules", ["zz_proj"]), ["zz_proj"]),
     "adapter module missing": (set_value("adapters", "target_modules", ["zz_proj"]), ["zz_proj"]),
     "group size": (set_value("quantize", "group_size", 48), ["48", "64"]),
-    "pattern": (set_value("sparsify", "pattern", "2:7"), ["2:7", "64"]),
+    "pattern": (set_value("sparsify", {"pattern": "2:7"}), ["2:7", "64"]),
+    "pattern beside a sparsity": (set_value("sparsify", "pattern", "2:4"), ["sparsify", "2:4", "sparsity"]),
+    "pattern that nothing prunes": (set_value("quantize", "pattern", "2:4"), ["quantize", "joint"]),
+    "no pattern": (set_value("quantize", {"method": "joint", "pattern": "4:2"}), ["quantize.pattern", "4:2"]),
+    "device number": (set_value("runtime", "device", "cuda:x"), ["runtime", "cuda:N"]),
     "device": (set_value("runtime", "device", "tpu"), ["runtime", "cpu"]),
     "trainer argument": (set_value("train", "arguments", {"no_such": 1}), ["no_such"]),
+    "optimizer not installed": (
+        set_value("train", "arguments", {"optim": "adamw_bnb_8bit"}), ["train.arguments", "bitsandbytes"]
+    ),
+    "schedule argument": (
+        set_value("train", "arguments", {"lr_scheduler_kwargs": {"zz": 1}}), ["train.arguments", "zz"]
+    ),
     "sequence too long": (set_value("data", {"sequence_length": 2}), ["data.train"]),
 }
 
@@ -163,6 +173,17 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "tensor missing": (drop_tensor, ["model.norm.weight"]),
     "unknown architecture": (change_config(model_type="zzz", architectures=["Zzz"]), ["zzz"]),
     "encoder": (change_config(model_type="bert", architectures=["BertModel"]), ["model"]),
+    "setting of another type": (change_config(hidden_size="x"), ["config.json"]),
+    "no heads": (change_config(num_attention_heads=0), ["config.json"]),
+    "config that is a list": (lambda model: (model / "config.json").write_text("[]"), ["config.json"]),
+    "index": (
+        lambda model: (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+        ["model.safetensors.index.json"],
+    ),
+    "generation config": (
+        lambda model: (model / "generation_config.json").write_text('{"max_length"'),
+        ["generation_config.json"],
+    ),
     "other shapes": (change_config(intermediate_size=256), ["256"]),
     "no config": (lambda model: (model / "config.json").unlink(), ["config.json"]),
     "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), ["tokenizer"]),

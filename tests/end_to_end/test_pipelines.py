@@ -61,6 +61,8 @@ def test_result_is_the_trained_model(
         for name, weight in merged.items():
             assert torch.equal(weight.weight.float(), served.get_submodule(name).weight)
     _check_report(result, merges=merges)
+    for row in result.data.models[1:]:
+        assert row.sparsity == pytest.approx(0.5, abs=0.06), row.name
 
 
 def _check_report(result: RunResult, *, merges: bool) -> None:

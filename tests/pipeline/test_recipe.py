@@ -46,6 +46,9 @@ def test_every_error_is_reported_with_its_path() -> None:
         ({"sparsify": {}}, "calibration.source"),
         ({"data": DATA, "evaluate": {"models": ["merged"]}}, "makes no merged"),
         ({"export": {"formats": ["gguf"]}}, "export: needs a section"),
+        ({"sparsify": {}, "export": {"formats": ["banana"]}}, "export.formats.0"),
+        ({"data": DATA, "sparsify": {}, "quantize": {"method": "joint"}}, "remove the sparsify section"),
+        ({"name": "stages"}, "folder of the workspace's own"),
     ],
 )
 def test_rules_between_sections(values: dict[str, object], part: str) -> None:

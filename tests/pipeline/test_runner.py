@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sqft.errors import DataError, WorkspaceError
+from sqft.errors import AdapterError, DataError, TrainingError, WorkspaceError
 from sqft.pipeline import parse_recipe, run_recipe, workspace_status
 from sqft.pipeline.runner import open_workspace, stage_keys
 
@@ -75,3 +75,68 @@ def test_workspace_that_cannot_be_written(values: dict[str, Any], tmp_path: Path
     values["runtime"]["workspace"] = str(tmp_path / "file")
     with pytest.raises(WorkspaceError, match="cannot write"):
         run_recipe(parse_recipe(values))
+
+
+def keys_of(values: dict[str, Any], **changes: Any) -> dict[str, str]:
+    merged = {**values, **{name: {**values.get(name, {}), **change} for name, change in changes.items()}}
+    return stage_keys(parse_recipe(merged), "model")
+
+
+def test_only_what_a_stage_obeys_enters_its_identity(values: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("train", "search", "test"):
+        (tmp_path / name).write_text(name)
+    values["data"] = {name: str(tmp_path / name) for name in ("train", "search", "test")}
+    values["adapters"], values["train"] = {"method": "lora"}, {}
+    keys = keys_of(values)
+    assert keys_of(values, data={"test_items": 7}) == keys
+    assert keys_of(values, calibration={"num_samples": 7}) == keys  # magnitude and rtn look at no text
+    assert keys_of(values, train={"arguments": {"report_to": "tensorboard"}}) == keys
+    assert keys_of(values, train={"arguments": {"weight_decay": 0.1}})["train"] != keys["train"]
+    on_text = keys_of(values, data={"loss_on": "text"})
+    assert on_text["quantize"] == keys["quantize"]
+    assert on_text["train"] != keys["train"]
+
+
+def test_evaluation_follows_the_content_of_its_text(values: dict[str, Any], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    values["evaluate"] = {"perplexity": str(text)}
+    with pytest.raises(DataError, match=r"evaluate\.perplexity: there is no file"):
+        keys_of(values)
+    text.write_text("one")
+    before = keys_of(values)
+    text.write_text("two")
+    assert keys_of(values)["evaluate-base"] != before["evaluate-base"]
+    assert keys_of(values)["quantize"] == before["quantize"]
+
+
+def test_calibration_enters_by_content(values: dict[str, Any], tmp_path: Path) -> None:
+    values["sparsify"] = {"method": "wanda"}
+    keys = []
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same")
+        keys.append(keys_of(values, calibration={"source": str(tmp_path / name)})["sparsify"])
+    assert keys[0] == keys[1]
+
+
+def test_results_can_be_edited_without_harm_to_the_stages(values: dict[str, Any]) -> None:
+    result = run_recipe(parse_recipe(values))
+    assert result.model_dir is not None
+    config = result.model_dir / "config.json"
+    config.write_text(config.read_text() + " ")
+    again = run_recipe(parse_recipe(values))
+    assert all(stage.reused for stage in again.stages)
+    assert again.data.elapsed_seconds >= sum(again.data.stage_seconds.values())
+
+
+def test_what_would_fail_late_is_refused_first(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "train").write_text("{}")
+    values["data"] = {"train": str(tmp_path / "train")}
+    values["quantize"]["skip_modules"] = ["down_proj"]
+    values["adapters"] = {"method": "qa_sparse_peft", "target_modules": ["down_proj"]}
+    with pytest.raises(AdapterError, match="needs a quantized base"):
+        run_recipe(parse_recipe(values))
+    values["adapters"] = {"method": "lora"}
+    values["train"] = {"arguments": {"lerning_rate": 1}}
+    with pytest.raises(TrainingError, match="lerning_rate"):
+        run_recipe(parse_recipe(values))
+    assert not (Path(values["runtime"]["workspace"]) / "stages").exists()

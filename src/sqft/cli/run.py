@@ -56,9 +56,11 @@ def print_result(result: "RunResult") -> None:
 def print_usage(result: "RunResult") -> None:
     """What to type next: open the model, and prove again that it is the one that was trained."""
     model, adapter = result.model_dir, result.adapter_dir
+    if result.data.checks is None and adapter is not None:
+        print("\nuse it:      from peft import PeftModel; from sqft import load_model")
+        print(f"             model = PeftModel.from_pretrained(load_model({str(model)!r}), {str(adapter)!r})")
+        return
     print("\nuse it:      from transformers import AutoModelForCausalLM")
     print(f"             model = AutoModelForCausalLM.from_pretrained({str(model)!r})")
     if result.data.checks is not None:
         print(f"verify it:   sqft verify {model} --base {result.base_dir} --adapter {adapter}")
-    elif adapter is not None:
-        print(f"             model = PeftModel.from_pretrained(model, {str(adapter)!r})")

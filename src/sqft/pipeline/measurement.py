@@ -72,7 +72,9 @@ def zero_share(model: "nn.Module") -> float:
     from sqft.models import target_linears
 
     zeros = total = 0
-    for module in target_linears(model, None, []).values():
+    for name, module in target_linears(model, None, []).items():
+        if ".lora_" in name:  # stock PEFT's own linears beside the base
+            continue
         weight = base_weight(module)
         zeros += int((weight == 0).sum())
         total += weight.numel()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft.errors import AdapterError
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import Workspace, stage_keys
 from sqft.pipeline.stages import Stage, recipe_stages
@@ -24,7 +25,7 @@ from sqft.sections import (
 if TYPE_CHECKING:
     from sqft.models import ModelOutline
 
-__all__ = ["ModulePlan", "Plan", "StagePlan", "plan_recipe"]
+__all__ = ["ModulePlan", "Plan", "StagePlan", "check_recipe", "plan_recipe"]
 
 FLOAT32 = 4
 ACTIVATIONS_PER_HIDDEN = (
@@ -86,6 +87,16 @@ def plan_recipe(recipe: Recipe) -> Plan:
     return Plan(recipe.name, recipe.model.source, outline.num_parameters, stages, modules)
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse in the first seconds what would fail hours later: shapes, modules, training arguments.
+
+    Raises: ModelError, CompressionError, AdapterError, TrainingError.
+    """
+    from sqft.models import model_outline
+
+    _modules(recipe, model_outline(recipe.model))
+
+
 def _stage(stage: Stage, directory: Path, estimate: "_Estimate") -> StagePlan:
     memory, disk = estimate.of(stage)
     partial = directory.with_name(directory.name + ".partial")
@@ -106,6 +117,16 @@ def _modules(recipe: Recipe, outline: "ModelOutline") -> list[ModulePlan]:
         from sqft.adapters.targets import find_targets
 
         adapted = set(find_targets(outline.skeleton, recipe.adapters.target_modules))
+        off_grid = sorted(adapted - quantized)
+        if recipe.adapters.method == "qa_sparse_peft" and off_grid:
+            raise AdapterError(
+                f"qa_sparse_peft needs a quantized base, and {off_grid[0]} is not; quantize it, or leave "
+                "it out of adapters.target_modules"
+            )
+    if recipe.train:
+        from sqft.training import check_arguments
+
+        check_arguments(recipe.train)
     rank = max(recipe.adapters.ranks) if recipe.adapters else 0
     rows: dict[tuple[str, tuple[int, int], bool, bool, int], int] = {}
     for name, shape in outline.linears.items():

@@ -30,9 +30,15 @@ __all__ = ["Recipe", "load_recipe", "parse_recipe", "recipe_schema"]
 class Recipe(Section):
     """sparsify → quantize → train → search → merge → evaluate → export; only `model` is required."""
 
-    name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Folder of the results.")
+    name: str = Field(
+        "recipe",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Folder of the results inside the workspace, whose own are stages and models.",
+    )
     model: ModelSection
-    seed: int = Field(0, ge=0, description="Of the splits, the order of items and the drawn ranks.")
+    seed: int = Field(
+        0, ge=0, le=2**32 - 1, description="Of the splits, the order of items and the drawn ranks."
+    )
     data: DataSection | None = None
     calibration: CalibrationSection | None = None
     sparsify: SparsifySection | None = None
@@ -64,6 +70,7 @@ class Recipe(Section):
         models = self.existing_models()
         unknown = [name for name in evaluate.models or [] if name not in [*models, "dense_tuned"]]
         return [
+            (self.name in ("stages", "models"), f"name: '{self.name}' is a folder of the workspace's own"),
             (bool(self.adapters and not self.data), "adapters: needs a data section"),
             (bool(self.train and not self.adapters), "train: needs an adapters section"),
             (bool(self.search and not self.adapters), "search: needs an adapters section"),
@@ -79,6 +86,10 @@ class Recipe(Section):
                 method == "sparse_peft" and bool(self.quantize),
                 "adapters.method: sparse_peft merges into 16 bits; remove the quantize section or use "
                 "qa_sparse_peft",
+            ),
+            (
+                bool(self.sparsify and self.quantize and self.quantize.method == "joint"),
+                "quantize.method: joint prunes by itself; remove the sparsify section",
             ),
             (
                 self.needs_calibration and not self.data and calibration.source == "train",
@@ -99,11 +110,26 @@ class Recipe(Section):
         ]
 
     @property
+    def sparsify_calibrates(self) -> bool:
+        """Whether the sparsify method looks at activations."""
+        return self.sparsify is not None and self.sparsify.method != "magnitude"
+
+    @property
+    def quantize_calibrates(self) -> bool:
+        """Whether the quantize method looks at activations."""
+        return self.quantize is not None and self.quantize.method != "rtn"
+
+    @property
     def needs_calibration(self) -> bool:
-        """Whether a method of the recipe looks at activations."""
-        sparsify = self.sparsify is not None and self.sparsify.method != "magnitude"
-        quantize = self.quantize is not None and self.quantize.method != "rtn"
-        return sparsify or quantize
+        """Whether any method of the recipe looks at activations."""
+        return self.sparsify_calibrates or self.quantize_calibrates
+
+    @property
+    def pattern(self) -> str | None:
+        """The N:M pattern of the zeros, wherever they are made."""
+        if self.quantize and self.quantize.method == "joint":
+            return self.quantize.pattern
+        return self.sparsify.pattern if self.sparsify else None
 
     @property
     def base_stage(self) -> str:

@@ -60,7 +60,10 @@ def write_results(recipe: Recipe, stages: list[FinishedStage], directory: Path, 
 def report_data(
     recipe: Recipe, stages: list[FinishedStage], seconds: float, model_dir: Path | None = None
 ) -> ReportData:
-    """The figures of a run, gathered from the manifests of its stages."""
+    """The figures of a run, gathered from the manifests of its stages.
+
+    seconds: what this run took; the report adds what its reused stages took when they ran.
+    """
     metrics = {stage.name: stage.manifest.metrics for stage in stages}
     rows = [ModelRow(**metrics[f"evaluate-{name}"]["row"]) for name in recipe.reported_models()]
     checks = [CheckRow(**check) for check in metrics["merge"]["checks"]] if "merge" in metrics else None
@@ -71,7 +74,7 @@ def report_data(
         models=rows,
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         versions=stages[-1].manifest.environment if stages else {},
-        elapsed_seconds=seconds,
+        elapsed_seconds=seconds + sum(s.manifest.elapsed_seconds for s in stages if s.reused),
         checks=checks,
         stage_seconds={stage.name: stage.manifest.elapsed_seconds for stage in stages},
         layers=[LayerRow(row["name"], row.get("sparsity"), row.get("error")) for row in layers],
@@ -115,12 +118,18 @@ def _items(stages: list[FinishedStage]) -> dict[str, dict[str, Any]]:
 
 
 def _publish(source: Path, target: Path) -> None:
-    """Put a finished directory under the results, as hard links where the file system allows."""
+    """Put a finished directory under the results; weights are hard links where the file system allows."""
     with new_directory(target) as partial:
         for path in sorted(p for p in source.rglob("*") if p.is_file() and p.name not in NOT_PUBLISHED):
             place = partial / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path, place)
-            except OSError:
+            if path.suffix != ".safetensors" or not _link(path, place):
                 shutil.copy2(path, place)
+
+
+def _link(path: Path, place: Path) -> bool:
+    try:
+        os.link(path, place)
+    except OSError:
+        return False
+    return True

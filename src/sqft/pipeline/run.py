@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sqft.artifacts import MANIFEST, Manifest
 from sqft.errors import RecipeError
+from sqft.pipeline.plan import check_recipe
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.results import RunResult, write_results
 from sqft.pipeline.runner import open_workspace, run_stages
@@ -42,6 +43,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress = SILENT) -> RunResult:
     if recipe.runtime.threads:
         torch.set_num_threads(recipe.runtime.threads)
     device = resolve_device(recipe.runtime.device)
+    check_recipe(recipe)
     with open_workspace(Path(recipe.runtime.workspace)) as workspace:
         model_directory = resolve_model(recipe.model, workspace.models, progress)
         stages = run_stages(recipe, workspace, model_directory, device=device, progress=progress)

@@ -33,6 +33,7 @@ from sqft.sections import CalibrationSection
 __all__ = ["FinishedStage", "Workspace", "environment", "open_workspace", "run_stages", "stage_keys"]
 
 logger = logging.getLogger(__name__)
+YAML = (".yaml", ".yml")
 VERSIONED = ("torch", "transformers", "peft", "compressed-tensors", "optuna", "numpy")
 
 
@@ -113,8 +114,8 @@ def run_stages(
 
 
 def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
-    """The identity of every stage and of the inputs "model", "data" and "calibration"."""
-    keys = {"model": model_key, "data": _data_key(recipe)}
+    """The identity of every stage and of the inputs "model", "data", "calibration" and "texts"."""
+    keys = {"model": model_key, "data": _data_key(recipe), "texts": _texts_key(recipe)}
     keys["calibration"] = _calibration_key(recipe, keys["data"])
     for stage in recipe_stages(recipe):
         keys[stage.name] = digest_json(
@@ -195,12 +196,27 @@ def _tell_if_environment_changed(stage: Stage, directory: Path, now: dict[str, s
 
 
 def _data_key(recipe: Recipe) -> str:
-    if recipe.data is None:
+    """Of the items: file contents, their format, and how splits are drawn where they are not given."""
+    data = recipe.data
+    if data is None:
         return ""
-    settings = recipe.data.model_dump(mode="json", exclude={"train", "search", "test"})
+    elsewhere = {"train", "search", "test", "loss_on"}
+    given = {f"{split}_items" for split in ("search", "test") if getattr(data, split)}
+    settings = data.model_dump(mode="json", exclude=elsewhere | given)
     splits = ("train", "search", "test")
-    files = {split: _content(getattr(recipe.data, split), f"data.{split}") for split in splits}
+    files = {split: _content(getattr(data, split), f"data.{split}") for split in splits}
     return digest_json({"settings": settings, "files": files, "seed": recipe.seed})
+
+
+def _texts_key(recipe: Recipe) -> str:
+    """Of what `evaluate` reads beside the items: the perplexity text and tasks, files by content."""
+    section = recipe.evaluate
+    if section is None:
+        return ""
+    tasks = [
+        _content(task, "evaluate.tasks") if Path(task).suffix in YAML else task for task in section.tasks
+    ]
+    return digest_json({"perplexity": _content(section.perplexity, "evaluate.perplexity"), "tasks": tasks})
 
 
 def _calibration_key(recipe: Recipe, data_key: str) -> str:
@@ -228,7 +244,9 @@ def _source_digest(packages: tuple[str, ...]) -> dict[str, Any]:
     root = Path(sqft.__file__).parent
     if "site-packages" in root.parts:
         return {"sqft": sqft.__version__}
-    return {name: digest_json(_package_digest(root / name)) for name in packages}
+    digests = {name: digest_json(_package_digest(root / name)) for name in packages}
+    own = _package_digest(root / "pipeline")
+    return digests | {name: own[name] for name in ("steps.py", "measurement.py")}
 
 
 @cache  # a process runs the source it has imported, whatever is edited meanwhile

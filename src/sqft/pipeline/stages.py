@@ -24,6 +24,9 @@ from sqft.sections import (
 
 __all__ = ["Stage", "adapter_stage", "model_stage", "recipe_stages"]
 
+# Fields of TrainingArguments that say what is told of a training, and change nothing in it.
+REPORTING = ("report_to", "run_name", "logging_dir", "logging_steps", "logging_strategy", "project")
+
 Step = Callable[[steps.StageContext], dict[str, Any]]
 
 
@@ -31,8 +34,8 @@ Step = Callable[[steps.StageContext], dict[str, Any]]
 class Stage:
     """One row: a name, what it reads, the settings that enter its identity, and the function that does it.
 
-    inputs: names of other stages, or "model", "data", "calibration". packages: those whose source enters the
-    identity in a development install. resumes: an unfinished directory is continued, not begun anew.
+    inputs: names of other stages, or "model", "data", "calibration", "texts". packages: those whose source
+    enters the identity in a development install. resumes: an unfinished directory is continued.
     """
 
     name: str
@@ -47,26 +50,31 @@ class Stage:
 def recipe_stages(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in the order in which they run."""
     base = recipe.base_stage
-    calibrated = ("calibration",) if recipe.needs_calibration else ()
-    calibration = _settings(recipe.calibration or CalibrationSection()) if calibrated else {}
     compression = ("ops", "models", "data", "compression")
     training = ("ops", "models", "data", "adapters", "training")
     stages: list[Stage] = []
 
     if recipe.sparsify:
-        settings = {"sparsify": _settings(recipe.sparsify), "calibration": calibration, "seed": recipe.seed}
-        inputs = ("model", *calibrated)
+        settings, inputs = _compression_inputs(recipe, recipe.sparsify_calibrates)
+        settings["sparsify"] = _settings(recipe.sparsify)
         stages.append(Stage("sparsify", inputs, settings, steps.sparsify, compression, resumes=True))
     if recipe.quantize:
-        settings = {"quantize": _settings(recipe.quantize), "calibration": calibration, "seed": recipe.seed}
-        inputs = ("model", *(["sparsify"] if recipe.sparsify else []), *calibrated)
+        settings, inputs = _compression_inputs(recipe, recipe.quantize_calibrates)
+        settings["quantize"] = _settings(recipe.quantize)
+        inputs = (*inputs, *(["sparsify"] if recipe.sparsify else []))
         stages.append(Stage("quantize", inputs, settings, steps.quantize, compression, resumes=True))
     if recipe.adapters:
         settings = _training_settings(recipe, recipe.adapters)
-        search = {"search": _settings(recipe.search or SearchSection())}
+        search = {
+            "search": _settings(recipe.search or SearchSection()),
+            "loss_on": recipe.data.loss_on if recipe.data else None,
+            "base_precision": recipe.adapters.base_precision,
+            "seed": recipe.seed,
+        }
+        searching = ("ops", "models", "data", "adapters", "evaluation", "search")
         stages += [
             Stage("train", (base, "data"), settings, steps.train, training, resumes=True),
-            Stage("search", (base, "train", "data"), search, steps.search, ("search",), resumes=True),
+            Stage("search", (base, "train", "data"), search, steps.search, searching, resumes=True),
         ]
     if recipe.merges:
         merging = ("ops", "models", "adapters", "certificate")
@@ -108,18 +116,31 @@ def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:
         inputs.append(adapter)
     if recipe.data:
         inputs.append("data")
-    settings = {"evaluate": section.model_dump(mode="json", exclude={"models"}), "model": model}
-    packages = ("models", "data", "evaluation")
+    if section.perplexity or section.tasks:
+        inputs.append("texts")
+    settings = {
+        "evaluate": section.model_dump(mode="json", exclude={"models", "perplexity", "tasks"}),
+        "model": model,
+    }
+    packages = ("ops", "models", "data", "adapters", "evaluation")
     return Stage(f"evaluate-{model}", tuple(inputs), settings, steps.evaluate, packages)
+
+
+def _compression_inputs(recipe: Recipe, calibrates: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(settings, inputs) of a compression stage, without those of a calibration that it does not look at."""
+    if not calibrates:
+        return {}, ("model",)
+    calibration = recipe.calibration or CalibrationSection()
+    settings = {"calibration": calibration.model_dump(mode="json", exclude={"source"}), "seed": recipe.seed}
+    return settings, ("model", "calibration")
 
 
 def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, Any]:
     train = recipe.train or TrainSection()
-    return {
-        "adapters": _settings(adapters),
-        "train": train.model_dump(mode="json", exclude={"checkpoint_steps"}),
-        "seed": recipe.seed,
-    }
+    settings = train.model_dump(mode="json", exclude={"checkpoint_steps"})
+    settings["arguments"] = {k: v for k, v in train.arguments.items() if k not in REPORTING}
+    loss_on = recipe.data.loss_on if recipe.data else None
+    return {"adapters": _settings(adapters), "train": settings, "loss_on": loss_on, "seed": recipe.seed}
 
 
 def _settings(section: Section) -> dict[str, Any]:

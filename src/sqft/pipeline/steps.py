@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sqft.adapters import MergedWeight
     from sqft.data import Splits
-    from sqft.models import QuantizedWeight
+    from sqft.models import Checkpoint, QuantizedWeight
 
 __all__ = [
     "StageContext",
@@ -49,6 +49,8 @@ ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 ITEMS = "items.json"
 REFERENCE_ITEMS = 4
+# What of a recipe a merged model depends on; data enters by content.
+DETERMINING = {"model", "seed", "calibration", "sparsify", "quantize", "adapters", "train", "search"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,22 @@ class StageContext:
     def working_in(self, directory: Path) -> "StageContext":
         """The same context, with the unfinished directory to fill."""
         return replace(self, directory=directory)
+
+    @property
+    def trusts_code(self) -> bool:
+        """Whether the recipe lets the model run Python code of its own."""
+        return self.recipe.model.trust_remote_code
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of every function that loads a model."""
+        return {"device": self.device, "trust_remote_code": self.trusts_code}
+
+    def checkpoint(self, name: str) -> "Checkpoint":
+        """The model directory of an input, opened without its weights."""
+        from sqft.models import open_checkpoint
+
+        return open_checkpoint(self.inputs[name], trust_remote_code=self.trusts_code)
 
     @property
     def base(self) -> Path:
@@ -89,7 +107,7 @@ class StageContext:
         from sqft.data import load_splits
         from sqft.models import load_tokenizer
 
-        tokenizer = load_tokenizer(self.inputs["model"])
+        tokenizer = load_tokenizer(self.inputs["model"], trust_remote_code=self.trusts_code)
         return load_splits(self.data, tokenizer, seed=self.recipe.seed)
 
     def calibration(self) -> "Tensor | None":
@@ -100,17 +118,17 @@ class StageContext:
         from sqft.models import load_tokenizer
 
         section = self.recipe.calibration or CalibrationSection()
-        tokenizer = load_tokenizer(self.inputs["model"])
+        tokenizer = load_tokenizer(self.inputs["model"], trust_remote_code=self.trusts_code)
         return calibration_tokens(section, self.recipe.data, tokenizer, seed=self.recipe.seed)
 
 
 def sparsify(context: StageContext) -> dict[str, Any]:
     """model → masks and a sparse 16-bit model."""
     from sqft.compression import sparsify_model
-    from sqft.models import CheckpointWriter, open_checkpoint
+    from sqft.models import CheckpointWriter
 
     section = context.recipe.sparsify or SparsifySection()
-    checkpoint = open_checkpoint(context.inputs["model"])
+    checkpoint = context.checkpoint("model")
     writer = CheckpointWriter(context.directory, checkpoint)
     layers = sparsify_model(
         checkpoint, section, context.calibration(), writer, device=context.device, progress=context.progress
@@ -122,11 +140,11 @@ def sparsify(context: StageContext) -> dict[str, Any]:
 def quantize(context: StageContext) -> dict[str, Any]:
     """The dense model and the masks → a compressed-tensors model, and the weights before rounding."""
     from sqft.compression import quantize_model
-    from sqft.models import CheckpointWriter, open_checkpoint, read_masks
+    from sqft.models import CheckpointWriter, read_masks
 
     section = context.recipe.quantize or QuantizeSection()
     masks = read_masks(context.inputs["sparsify"]) if context.recipe.sparsify else None
-    checkpoint = open_checkpoint(context.inputs["model"])
+    checkpoint = context.checkpoint("model")
     writer = CheckpointWriter(context.directory, checkpoint)
     layers = quantize_model(
         checkpoint,
@@ -158,7 +176,12 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
     from sqft.models import load_trainable
     from sqft.training import train_adapters
 
-    model = load_trainable(base, base_precision=section.base_precision, device=context.device)
+    model = load_trainable(
+        base,
+        base_precision=section.base_precision,
+        device=context.device,
+        trust_remote_code=context.trusts_code,
+    )
     adapted = attach_adapters(model, section, seed=context.recipe.seed)
     space = SearchSpace.of(adapted)
     splits = context.splits()
@@ -198,8 +221,9 @@ def search(context: StageContext) -> dict[str, Any]:
         set_ranks(adapted, sub_adapter)
         return evaluate_loss(adapted, items, loss_on=context.data.loss_on).loss
 
+    space = SearchSpace.of(adapted)
     result = search_sub_adapter(
-        SearchSpace.of(adapted),
+        space,
         objective,
         section,
         seed=context.recipe.seed,
@@ -207,9 +231,13 @@ def search(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
     )
     extract_sub_adapter(adapted, result.best, context.directory / ADAPTER)
-    set_ranks(adapted, result.best)
-    digest = None if context.adapters.method == "lora" else codes_digest(adapted)
-    _check_digest(digest, Manifest.read(context.inputs["train"]).metrics, result.best)
+    digest = None
+    if context.adapters.method != "lora":
+        trained = Manifest.read(context.inputs["train"]).metrics["codes_digests"]
+        for sub_adapter in (space.maximal(), result.best):
+            set_ranks(adapted, sub_adapter)
+            digest = codes_digest(adapted)
+            _check_digest(digest, trained.get(digest_json(sub_adapter)))
     write_json(context.directory / "sub_adapter.json", asdict(result))
     return {"ranks": result.best, "codes_digest": digest, "num_trials": len(result.trials)}
 
@@ -218,19 +246,25 @@ def merge(context: StageContext) -> dict[str, Any]:
     """The base and the sub-adapter → one model, re-opened and certified before it is called done."""
     from sqft.adapters import merge_adapters
     from sqft.certificate import certify_model
-    from sqft.models import load_model, open_checkpoint, read_masks, write_model
+    from sqft.models import load_model, read_masks, write_model
 
     adapter = context.inputs["search"] / ADAPTER
     adapted = open_adapted(context, context.base, adapter).eval()
     linears = {name: _stored_weight(weight) for name, weight in merge_adapters(adapted).items()}
     masks = read_masks(context.base)
-    write_model(context.directory, open_checkpoint(context.base), linears, masks=masks, facts=_facts(context))
+    write_model(
+        context.directory,
+        context.checkpoint(context.recipe.base_stage),
+        linears,
+        masks=masks,
+        facts=_facts(context),
+    )
     checks = certify_model(
         context.directory,
         base_dir=context.base,
         adapter_dir=adapter,
         adapted=adapted,
-        merged=load_model(context.directory, device=context.device),
+        merged=load_model(context.directory, **context.loading),
         token_ids=[example.prompt_ids for example in context.splits().test[:REFERENCE_ITEMS]],
         trained_digest=Manifest.read(context.inputs["search"]).metrics["codes_digest"],
         progress=context.progress,
@@ -255,7 +289,7 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     splits = context.splits() if context.recipe.data else None
     row, items = measure_model(
         open_model(context, directory, adapter),
-        load_tokenizer(context.inputs["model"]),
+        load_tokenizer(context.inputs["model"], trust_remote_code=context.trusts_code),
         splits.test if splits else [],
         context.recipe.evaluate or EvaluateSection(),
         progress=context.progress,
@@ -290,10 +324,9 @@ def _stored_weight(weight: "MergedWeight") -> "Tensor | QuantizedWeight":
     return weight.weight
 
 
-def _check_digest(digest: str | None, trained: dict[str, Any], ranks: dict[str, int]) -> None:
+def _check_digest(digest: str, trained: str | None) -> None:
     """The adapter read from disk must give the codes that the model in memory had when training ended."""
-    expected = trained["codes_digests"].get(digest_json(ranks))
-    if expected is not None and expected != digest:
+    if trained is not None and trained != digest:
         raise CertificateError(
             "the adapter read from disk gives other codes than the trained model had; delete the train stage "
             "and run again"
@@ -306,11 +339,11 @@ def _facts(context: StageContext) -> dict[str, Any]:
     return {
         "kind": "merged",
         "method": context.adapters.method,
-        "pattern": recipe.sparsify.pattern if recipe.sparsify else None,
+        "pattern": recipe.pattern,
         "quantization": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
         "ranks": Manifest.read(context.inputs["search"]).metrics["ranks"],
         "lineage": {name: Manifest.read(context.inputs[name]).key for name in ("train", "search")},
-        "recipe": recipe.model_dump(mode="json", exclude={"runtime"}, exclude_none=True),
+        "recipe": recipe.model_dump(mode="json", include=DETERMINING, exclude_none=True),
     }
 
 
@@ -320,7 +353,7 @@ def open_model(context: StageContext, directory: Path, adapter: Path | None) -> 
 
     if adapter is not None:
         return open_adapted(context, directory, adapter).eval()
-    return load_model(directory, device=context.device).eval()
+    return load_model(directory, **context.loading).eval()
 
 
 def open_adapted(context: StageContext, directory: Path, adapter: Path) -> Any:
@@ -331,8 +364,10 @@ def open_adapted(context: StageContext, directory: Path, adapter: Path) -> Any:
     from sqft.models import load_model, load_trainable
 
     if PeftConfig.from_pretrained(adapter).peft_type == "LORA":  # stock PEFT wants the base in one dtype
-        base = load_model(directory, device=context.device)
+        base = load_model(directory, **context.loading)
     else:
         precision = context.adapters.base_precision
-        base = load_trainable(directory, base_precision=precision, device=context.device)
+        base = load_trainable(
+            directory, base_precision=precision, device=context.device, trust_remote_code=context.trusts_code
+        )
     return PeftModel.from_pretrained(base, adapter)
