@@ -60,15 +60,9 @@ def run_check(name: str, step: Callable[[], str]) -> Check:
         return Check(name, True, step())
     except SqftError as error:
         return Check(name, False, str(error))
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-    ) as error:  # what a damaged file makes libraries raise
-        return Check(
-            name, False, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        )
+    except Exception as error:  # a damaged file makes libraries raise anything, and is no pass whatever it is
+        message = next(iter(str(error).splitlines()), "")
+        return Check(name, False, f"{type(error).__name__}: {message}")
 
 
 def file_digests(directory: Path) -> dict[str, str]:

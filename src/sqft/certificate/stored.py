@@ -5,6 +5,7 @@ It parses safetensors, bfloat16, packed integers and packed masks by itself and 
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,7 +47,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CertificateError(f"{path} is missing") from None
-    except ValueError as error:
+    except OSError as error:
+        raise CertificateError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise CertificateError(f"{path} is damaged ({error})") from None
     if not isinstance(value, dict):
         raise CertificateError(f"{path} is damaged (not a JSON object)")
@@ -60,6 +63,22 @@ class _Entry:
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+def _parse_entry(path: Path, name: str, fields: Any, start: int) -> _Entry:
+    """An entry of a safetensors header; start: where the tensors begin in the file."""
+    fields = fields if isinstance(fields, dict) else {}
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    whole = (
+        isinstance(dtype, str)
+        and all(isinstance(part, list) for part in (shape, offsets))
+        and all(type(number) is int and number >= 0 for number in (*shape, *offsets))
+        and len(offsets) == 2
+        and offsets[0] <= offsets[1]
+    )
+    if not whole:
+        raise CertificateError(f"{path} is damaged: its header does not say where {name} is")
+    return _Entry(path, dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 class StoredTensors:
@@ -76,20 +95,29 @@ class StoredTensors:
 
     def _read_header(self, path: Path) -> None:
         try:
+            size = path.stat().st_size
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
+                if 8 + length > size:
+                    raise ValueError("longer than the file")
                 header = json.loads(file.read(length))
         except FileNotFoundError:
             raise CertificateError(f"{path} is missing") from None
-        except (struct.error, ValueError, MemoryError, OverflowError):
+        except OSError as error:
+            raise CertificateError(f"{path} cannot be read ({error.strerror})") from None
+        except (struct.error, ValueError, MemoryError, RecursionError):
             raise CertificateError(f"{path} is damaged: its header cannot be read") from None
-        size = path.stat().st_size
-        self.metadata.update(header.pop("__metadata__", {}))
+        if not isinstance(header, dict):
+            raise CertificateError(f"{path} is damaged: its header is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise CertificateError(f"{path} is damaged: its metadata is not a JSON object")
+        self.metadata.update(metadata)
         for name, fields in header.items():
-            begin, end = (8 + length + offset for offset in fields["data_offsets"])
-            if end > size:
-                raise CertificateError(f"{path} is truncated: {size} bytes, {name} ends at {end}")
-            self._entries[name] = _Entry(path, fields["dtype"], tuple(fields["shape"]), begin, end)
+            entry = _parse_entry(path, name, fields, 8 + length)
+            if entry.end > size:
+                raise CertificateError(f"{path} is truncated: {size} bytes, {name} ends at {entry.end}")
+            self._entries[name] = entry
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -109,7 +137,7 @@ class StoredTensors:
                 f"{entry.path}: {name} has the type {entry.dtype}, which is not understood"
             )
         dtype = np.dtype(NUMPY_TYPES[entry.dtype])
-        count = int(np.prod(entry.shape))
+        count = math.prod(entry.shape)
         if count * dtype.itemsize != entry.end - entry.begin:
             raise CertificateError(f"{entry.path} is damaged: the size of {name} does not fit its shape")
         if count == 0:
@@ -147,7 +175,10 @@ class StoredModel:
     def _weight_files(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
         if index.exists():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise CertificateError(f"{index} is damaged: it does not say which file holds which tensor")
+            names = sorted(set(weight_map.values()))
         else:
             names = [path.name for path in sorted(self.directory.glob("*.safetensors"))]
             names = [name for name in names if not name.startswith(NOT_WEIGHTS)]
@@ -168,27 +199,32 @@ class StoredModel:
     @property
     def bits(self) -> int:
         """Bits of a code."""
-        return int(self._weight_scheme()["num_bits"])
+        bits = self._weight_scheme().get("num_bits")
+        if type(bits) is not int or not 1 <= bits <= 8:
+            raise CertificateError(f"{self.directory}/config.json does not say of how many bits a code is")
+        return bits
 
     def _weight_scheme(self) -> dict[str, Any]:
         try:
             groups = self.config["quantization_config"]["config_groups"]
-            schemes = [group["weights"] for group in groups.values()]
-        except KeyError as error:
-            raise CertificateError(
-                f"{self.directory}/config.json lacks {error} of its quantization"
-            ) from None
+            schemes = [dict(group["weights"]) for group in groups.values()]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise CertificateError(f"{self.directory}/config.json does not state its quantization") from None
+        if not schemes:
+            raise CertificateError(f"{self.directory}/config.json does not state its quantization")
         if any(scheme != schemes[0] for scheme in schemes):
             raise CertificateError(f"{self.directory} mixes integer grids, which is not understood")
-        return dict(schemes[0])
+        return schemes[0]
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of a linear."""
         if f"{name}.weight_shape" in self.tensors:
-            rows, columns = (int(value) for value in self.tensors.raw(f"{name}.weight_shape"))
+            shape = tuple(int(value) for value in self.tensors.raw(f"{name}.weight_shape").reshape(-1))
         else:
-            rows, columns = self.tensors.raw(f"{name}.weight").shape
-        return rows, columns
+            shape = self.tensors.raw(f"{name}.weight").shape
+        if len(shape) != 2:
+            raise CertificateError(f"the weight of {name} has the shape {shape}, not that of a linear")
+        return shape
 
     def codes(self, name: str) -> NDArray[np.uint8]:
         """(out, in) codes 0..2^bits-1 from a compressed-tensors packed weight.
