@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sqft.adapters.identity import base_identity
+from sqft.models import load_trainable
 from sqft.models.packing import (
     GridSpec,
     QuantizedWeight,
@@ -50,8 +52,12 @@ def write_merge(
     symmetric: bool = True,
     scale_bits: int = 8,
     sparsity: float = 0.5,
+    stored_masks: bool = True,
 ) -> MergedDirectories:
-    """Sparsify (and quantize) the linears of a tiny dense model, adapt all but the output ones, merge."""
+    """Sparsify (and quantize) the linears of a tiny dense model, adapt all but the output ones, merge.
+
+    stored_masks: False = a base as others write it, 16-bit and dense, with three zeros in one row.
+    """
     state = load_file(dense_dir / "model.safetensors")
     names = [key.removesuffix(".weight") for key in state if "_proj" in key]
     adapted = [name for name in names if not name.endswith("o_proj")]
@@ -64,8 +70,11 @@ def write_merge(
     for name in names:
         weight = state[f"{name}.weight"]
         rows, columns = weight.shape
-        mask = mask_rows(torch.rand(rows, columns, generator=generator), sparsity)
-        masks[name] = mask
+        mask = mask_rows(torch.rand(rows, columns, generator=generator), sparsity if stored_masks else 0.0)
+        if stored_masks:
+            masks[name] = mask
+        elif name == adapted[0]:
+            weight[2, 5:8] = 0
         rank = RANKS[adapted.index(name) % 2] if name in adapted else RANKS[0]
         low = torch.randn(rank, columns, generator=generator) * 0.1
         high = torch.randn(rows, rank, generator=generator) * 0.1
@@ -80,7 +89,8 @@ def write_merge(
                 del tensors[f"{name}.weight"]
                 tensors.update(pack_weight(name, value, grid.scale_dtype))
         else:
-            base[f"{name}.weight"] = merged[f"{name}.weight"] = sparse = keep_nonzero(weight, mask)
+            sparse = keep_nonzero(weight, mask)
+            base[f"{name}.weight"] = merged[f"{name}.weight"] = sparse if stored_masks else weight
             if name in adapted:
                 value = adapted_weight(
                     sparse.float(), low, high, scaling=update[2], mask=mask, storage_dtype=weight.dtype
@@ -92,7 +102,8 @@ def write_merge(
         _write_model(dense_dir, directory, tensors, config)
         shapes = {name: f"{mask.shape[0]},{mask.shape[1]}" for name, mask in masks.items()}
         packed = {name: pack_mask(mask) for name, mask in masks.items()}
-        save_file(packed, directory / "sqft_masks.safetensors", metadata=shapes)
+        if stored_masks:
+            save_file(packed, directory / "sqft_masks.safetensors", metadata=shapes)
     if quantized:
         save_file(latents, directories.base / "sqft_latent.safetensors")
     directories.adapter.mkdir()
@@ -105,9 +116,19 @@ def write_merge(
         "rank_pattern": {name: RANKS[index % 2] for index, name in enumerate(adapted)},
         "target_modules": adapted,
         "storage_dtype": None if quantized else "bfloat16",
+        "identity": _identity(directories.base, adapted, stored_masks),
     }
     (directories.adapter / "adapter_config.json").write_text(json.dumps(adapter_config))
     return directories
+
+
+def _identity(base_dir: Path, adapted: list[str], stored_masks: bool) -> dict[str, str]:
+    model = load_trainable(base_dir)
+    if not stored_masks:
+        for name in adapted:
+            weight = model.get_submodule(name).weight
+            weight.data = keep_nonzero(weight.data, torch.ones_like(weight, dtype=torch.bool))
+    return base_identity(model, adapted)
 
 
 def _quantized(

@@ -19,13 +19,12 @@ TOKENS = [list(range(4, 24)), [9, 200, 7]]
 def certify(directories: MergedDirectories, **options: Any) -> list[Check]:
     base = load_trainable(directories.base, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, directories.adapter).eval()
+    options = {"merged": load_model(directories.merged, dtype=torch.float32), "token_ids": TOKENS} | options
     return certify_model(
         directories.merged,
         base_dir=directories.base,
         adapter_dir=directories.adapter,
         adapted=adapted,
-        merged=load_model(directories.merged, dtype=torch.float32),
-        token_ids=TOKENS,
         **options,
     )
 
@@ -66,3 +65,15 @@ def test_the_digest_is_that_of_the_trained_model(merge_copy: Callable[..., Merge
     assert all(check.passed for check in certify(directories, trained_digest=digest))
     failed = {check.name for check in certify(directories, trained_digest="0" * 64) if not check.passed}
     assert failed == {"trained"}
+
+
+def test_without_items_a_fixed_walk_is_compared(
+    merge_copy: Callable[..., MergedDirectories], merges: Callable[..., MergedDirectories]
+) -> None:
+    directories = merge_copy()
+    checks = certify(directories, token_ids=[[]])
+    assert all(check.passed for check in checks), checks
+    assert checks[0].detail.startswith("1 items")
+    other = load_model(merges(group_size=64).merged, dtype=torch.float32)
+    failed = {check.name for check in certify(directories, token_ids=[], merged=other) if not check.passed}
+    assert "adapted equals merged" in failed

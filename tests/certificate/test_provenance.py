@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sqft.certificate import check_provenance
+from sqft.certificate import check_provenance, write_certificate
 from sqft.certificate.checks import Check
-from sqft.certificate.provenance import _round_storage, merged_digest
+from sqft.certificate.integrity import file_digests
+from sqft.certificate.provenance import _base_weight, _round_storage, merged_digest
 from sqft.certificate.stored import StoredModel
 from tests.merged_models import MergedDirectories
 
 Merge = Callable[..., MergedDirectories]
+WEIGHTS = "model.safetensors"
 
 
 def adapted_names(directories: MergedDirectories) -> list[str]:
@@ -24,7 +27,17 @@ def adapted_names(directories: MergedDirectories) -> list[str]:
 
 def provenance(directories: MergedDirectories, digest: str | None = None) -> list[Check]:
     digest = digest or merged_digest(StoredModel(directories.merged), adapted_names(directories))
-    return check_provenance(directories.merged, directories.base, directories.adapter, trained_digest=digest)
+    return check_provenance(
+        directories.merged,
+        directories.base,
+        directories.adapter,
+        trained_digest=digest,
+        lineage=lineage(directories),
+    )
+
+
+def lineage(directories: MergedDirectories) -> dict[str, dict[str, str]]:
+    return {"base": file_digests(directories.base), "adapter": file_digests(directories.adapter)}
 
 
 def failed(checks: list[Check]) -> set[str]:
@@ -49,13 +62,14 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> No
         ("llama", {"sparsity": 0.0}),
         ("llama", {"quantized": False}),
         ("phi3", {"quantized": False}),
+        ("llama", {"quantized": False, "stored_masks": False}),
     ],
 )
 def test_a_merge_is_its_base_plus_its_adapter(merges: Merge, arch: str, changes: dict[str, Any]) -> None:
     checks = provenance(merges(arch, **changes))
     assert not failed(checks), checks
     assert {check.name for check in checks} == {
-        "identity", "grid", "mask", "other tensors", "recomputed", "trained"
+        "lineage", "identity", "grid", "mask", "other tensors", "recomputed", "trained"
     }  # fmt: skip
 
 
@@ -114,17 +128,133 @@ def test_another_mask_is_found(merge_copy: Merge, merges: Merge) -> None:
 def test_an_adapter_for_another_base_is_found(merge_copy: Merge) -> None:
     directories = merge_copy()
     path = directories.adapter / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"identity": {"base": "0" * 64, "grid": "0" * 64}}
+    config = json.loads(path.read_text())
+    config["identity"] |= {"base": "0" * 64, "grid": "0" * 64}
     path.write_text(json.dumps(config))
     (check,) = [check for check in provenance(directories) if check.name == "identity"]
     assert not check.passed
     assert "base and grid" in check.detail
 
 
+def test_an_adapter_that_lost_its_identity_is_found(merge_copy: Merge) -> None:
+    directories = merge_copy()
+    path = directories.adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["identity"]["mask"]
+    path.write_text(json.dumps(config))
+    assert failed(provenance(directories)) == {"identity"}
+    del config["identity"]
+    path.write_text(json.dumps(config))
+    assert failed(provenance(directories)) == {"identity"}
+
+
+def test_numbers_that_are_not_finite_are_found(merge_copy: Merge) -> None:
+    directories = merge_copy(quantized=False)
+    name = adapted_names(directories)[0]
+    weights, factors = directories.merged / WEIGHTS, directories.adapter / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    rewrite(weights, lambda t: t[f"{name}.weight"][3, 2].fill_(float("nan")))
+    assert "recomputed" in failed(provenance(directories))
+    weights.write_bytes(whole)
+    assert not failed(provenance(directories))
+    rewrite(factors, lambda t: t[f"base_model.model.{name}.sqft_B"].fill_(float("nan")))
+    (check,) = provenance(directories)
+    assert not check.passed
+    assert "NaN" in check.detail
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), "much"])
+def test_a_scaling_that_is_no_number_is_found(merge_copy: Merge, alpha: Any) -> None:
+    directories = merge_copy()
+    path = directories.adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha": alpha}))
+    assert failed(provenance(directories)) == {"recomputed"}
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("size", [3e2, 1e4, 1e18])
+def test_an_update_too_large_to_be_checked_is_no_pass(
+    merge_copy: Merge, quantized: bool, size: float
+) -> None:
+    directories = merge_copy(quantized=quantized)
+    name = f"base_model.model.{adapted_names(directories)[0]}"
+
+    def cancel(tensors: dict[str, torch.Tensor]) -> None:
+        """Two ranks whose sum is the old update, and whose rounding errors are large."""
+        low, high = tensors[f"{name}.sqft_A"], tensors[f"{name}.sqft_B"]
+        low, high = torch.cat([low, low[:1], -low[:1]]), torch.cat([high, high[:, :1], high[:, :1]], 1)
+        low[-2:] *= size
+        high[:, -2:] = high[:, -2:].sign() * size
+        tensors[f"{name}.sqft_A"], tensors[f"{name}.sqft_B"] = low, high
+
+    rewrite(directories.adapter / "adapter_model.safetensors", cancel)
+    (check,) = [check for check in provenance(directories) if check.name == "recomputed"]
+    assert not check.passed
+    assert "too large" in check.detail
+
+
+def test_files_other_than_those_that_were_merged_are_found(merge_copy: Merge, merges: Merge) -> None:
+    directories = merge_copy()
+    recorded = lineage(merges())
+
+    def problems() -> str:
+        checks = check_provenance(directories.merged, directories.base, directories.adapter, lineage=recorded)
+        (check,) = [check for check in checks if check.name == "lineage"]
+        return "" if check.passed else check.detail
+
+    (directories.adapter / "README.md").write_text("a card")
+    (directories.base / "manifest.json").write_text("{}")
+    (directories.base / "LICENSE").write_text("any")
+    assert not problems()
+    shutil.copy(directories.base / WEIGHTS, directories.base / "more.safetensors")
+    assert "base: more.safetensors was not there" in problems()
+    (directories.base / "more.safetensors").unlink()
+    config = directories.adapter / "adapter_config.json"
+    config.write_text(config.read_text() + " ")
+    assert "adapter: adapter_config.json is another" in problems()
+    (directories.base / "tokenizer.json").unlink()
+    assert "base: tokenizer.json is missing" in problems()
+
+
+def test_the_lineage_in_the_certificate_counts(merge_copy: Merge) -> None:
+    directories = merge_copy()
+    digest = merged_digest(StoredModel(directories.merged), adapted_names(directories))
+    recorded = lineage(directories)
+    write_certificate(directories.merged, [], lineage=recorded, trained_digest=digest)
+
+    def verify() -> set[str]:
+        return failed(check_provenance(directories.merged, directories.base, directories.adapter))
+
+    assert not verify()
+    config = directories.base / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert verify() == {"lineage"}
+    write_certificate(directories.merged, [], lineage={"base": recorded["base"]}, trained_digest=digest)
+    assert verify() == {"lineage"}
+
+
+@pytest.mark.parametrize("dtype", ["F16", "F32", "BF16"])
+def test_a_zero_without_a_stored_mask_is_read_as_the_smallest_normal_number(
+    merge_copy: Merge, dtype: str
+) -> None:
+    directories = merge_copy(quantized=False, stored_masks=False)
+    torch_dtype = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16}[dtype]
+    name = adapted_names(directories)[0]
+    key = f"{name}.weight"
+    rewrite(directories.base / WEIGHTS, lambda t: t.update({key: t[key].to(torch_dtype)}))
+    base = StoredModel(directories.base)
+    stored = base.tensors.values(key)
+    assert int((stored == 0).sum()) == 3
+    read = _base_weight(base, name, quantized=False, nudged=True)
+    assert (read[stored == 0] == torch.finfo(torch_dtype).tiny).all()
+    assert np.array_equal(read[stored != 0], stored[stored != 0])
+    assert np.array_equal(_base_weight(base, name, quantized=False, nudged=False), stored)
+
+
 def test_a_missing_digest_or_file_is_not_a_pass(merge_copy: Merge) -> None:
     directories = merge_copy()
     checks = check_provenance(directories.merged, directories.base, directories.adapter)
-    assert failed(checks) == {"trained"}
+    assert failed(checks) == {"lineage", "trained"}
     (directories.base / "sqft_latent.safetensors").unlink()
     assert "recomputed" in failed(provenance(directories))
     (directories.adapter / "adapter_model.safetensors").unlink()

@@ -10,7 +10,13 @@ from sqft.artifacts import write_json
 from sqft.certificate.checks import Check
 from sqft.certificate.integrity import CERTIFICATE, LOGIT_TOLERANCE, check_integrity, file_digests, run_check
 from sqft.certificate.provenance import check_provenance
-from sqft.certificate.reference import TokenIds, compute_logits, largest_difference, write_reference
+from sqft.certificate.reference import (
+    TokenIds,
+    compute_logits,
+    largest_difference,
+    reference_items,
+    write_reference,
+)
 from sqft.errors import CertificateError
 from sqft.progress import SILENT, Progress
 
@@ -38,8 +44,10 @@ def certify_model(
     digest = trained_digest or codes_digest(adapted)
     write_reference(directory, merged, token_ids)
     checks = [run_check("adapted equals merged", lambda: _compare(adapted, merged, token_ids))]
-    checks += check_provenance(directory, base_dir, adapter_dir, trained_digest=digest, progress=progress)
     lineage = {"base": file_digests(base_dir), "adapter": file_digests(adapter_dir)}
+    checks += check_provenance(
+        directory, base_dir, adapter_dir, trained_digest=digest, lineage=lineage, progress=progress
+    )
     write_certificate(directory, checks, lineage=lineage, trained_digest=digest)
     checks += check_integrity(directory, progress)
     write_certificate(directory, checks, lineage=lineage, trained_digest=digest)
@@ -67,9 +75,7 @@ def write_certificate(
 
 
 def _compare(adapted: nn.Module, merged: nn.Module, token_ids: TokenIds) -> str:
-    items = [item for item in token_ids if len(item)]
-    if not items:
-        return "no items to compare on"
+    items = reference_items(merged, token_ids)
     share = largest_difference(compute_logits(merged, items), compute_logits(adapted, items))
     if not share <= LOGIT_TOLERANCE:
         raise CertificateError(f"logits differ by {share:.2e} of the largest, allowed {LOGIT_TOLERANCE:.0e}")

@@ -14,84 +14,47 @@ exact value is closer to a boundary than float32's own rounding error, at most
 for any order of summation (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Such a
 weight is called *undecided*: both neighbours are accepted for it, their number is stated, and the digest
 taken from the trained model decides which one it is. Every other weight must be equal.
+
+What is left undecided is bounded, so that no update, however large, can leave the weights to chance: on a
+grid of b bits at most max(1, 2^(b-4)) weights in a thousand of a linear, each between two neighbouring
+codes; without a grid, whose boundaries lie denser, the error above must stay below a hundredth of the root
+mean square of the adapted weights in its row.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sqft.certificate.adapter import ADAPTER_CONFIG, Adapter, read_adapter
 from sqft.certificate.checks import Check
-from sqft.certificate.integrity import CERTIFICATE, run_check
-from sqft.certificate.stored import StoredModel, StoredTensors, read_json
+from sqft.certificate.integrity import CERTIFICATE, file_digests, run_check
+from sqft.certificate.stored import StoredModel, read_json
 from sqft.errors import CertificateError
 from sqft.progress import SILENT, Progress
 
-__all__ = ["Adapter", "check_provenance", "merged_digest", "read_adapter"]
+__all__ = ["check_provenance", "merged_digest"]
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-FACTOR = re.compile(r"^(?:base_model\.model\.)?(?P<name>.+)\.(?:sqft|lora)_(?P<factor>[AB])(?:\.weight)?$")
 ROW_BLOCK = 512  # rows checked at a time: float64 copies of a whole projection would not be small
 UNIT_ROUNDOFF = 2.0**-24
 # significant bits, and the exponent of the smallest step
 STORAGE = {"BF16": (8, -133), "F16": (11, -24), "F32": (24, -149)}
 
+SMALLEST_NORMAL = {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126}
+UNDECIDED_SHARE = 1e-3  # of a linear's codes of 4 bits; twice that for every further bit
+FEW_UNDECIDED = 2  # which a small linear may have by chance
+LARGEST_ERROR = 1e-2  # of the root mean square of a row's adapted weights
+IDENTITY = ("base", "mask", "grid")
+DOCUMENTS = ("readme", "license", "notice")  # no part of what was merged
+
 DIGEST_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
+Lineage = dict[str, dict[str, str]]
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter as its files state it: low-rank factors by the full name of the linear."""
-
-    config: dict[str, Any]
-    factors: dict[str, tuple[Float64, Float64]]
-
-    def scaling(self, name: str) -> float:
-        """alpha / max_rank, the same for every sub-adapter.
-
-        A stock LoRA states it module by module, as PEFT reads it: alpha_pattern / rank_pattern.
-        """
-        config = self.config
-        try:
-            if config.get("peft_type") == "SQFT":
-                return float(config["alpha"]) / max(config["ranks"])
-            if config.get("use_rslora") or config.get("use_dora"):
-                raise CertificateError(
-                    f"{ADAPTER_CONFIG} states rsLoRA or DoRA, whose merge has no certificate"
-                )
-            rank = (config.get("rank_pattern") or {}).get(name, config["r"])
-            alpha = (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"])
-            return float(alpha) / float(rank)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise CertificateError(f"{ADAPTER_CONFIG} does not state the scaling ({error!r})") from None
-
-
-def read_adapter(directory: Path) -> Adapter:
-    """The adapter of a PEFT directory.
-
-    Raises: CertificateError if a file is missing or damaged, or a factor has no partner.
-    """
-    config = read_json(directory / ADAPTER_CONFIG)
-    stored = StoredTensors([directory / ADAPTER_WEIGHTS])
-    halves: dict[str, dict[str, Float64]] = {}
-    for key in stored:
-        match = FACTOR.match(key)
-        if match is None:
-            raise CertificateError(f"{directory / ADAPTER_WEIGHTS}: {key} is not understood")
-        halves.setdefault(match["name"], {})[match["factor"]] = stored.values(key).astype(np.float64)
-    for name, factors in halves.items():
-        if set(factors) != {"A", "B"} or factors["B"].shape[1] != factors["A"].shape[0]:
-            raise CertificateError(f"{directory / ADAPTER_WEIGHTS}: A and B of {name} do not fit each other")
-    return Adapter(config, {name: (factors["A"], factors["B"]) for name, factors in sorted(halves.items())})
 
 
 def check_provenance(
@@ -100,18 +63,27 @@ def check_provenance(
     adapter_dir: Path,
     *,
     trained_digest: str | None = None,
+    lineage: Lineage | None = None,
     progress: Progress = SILENT,
 ) -> list[Check]:
     """Check that a merged model is its base plus its adapter, and nothing else.
 
     base_dir: the sparsified or quantized model that was trained on. trained_digest: that of the trained
-    model's merged weights; default the one in the certificate.
+    model's merged weights; lineage: the digests of the files of "base" and "adapter"; default those in the
+    certificate.
     """
-    try:
-        merged, base, adapter = StoredModel(directory), StoredModel(base_dir), read_adapter(adapter_dir)
-    except (CertificateError, OSError) as error:
-        return [Check("files", False, str(error))]
+    opened: list[tuple[StoredModel, StoredModel, Adapter]] = []
+
+    def open_all() -> str:
+        opened.append((StoredModel(directory), StoredModel(base_dir), read_adapter(adapter_dir)))
+        return ""
+
+    files = run_check("files", open_all)
+    if not files.passed:
+        return [files]
+    ((merged, base, adapter),) = opened
     return [
+        run_check("lineage", lambda: _check_lineage(directory, base_dir, adapter_dir, lineage)),
         run_check("identity", lambda: _check_identity(base, adapter)),
         run_check("grid", lambda: _check_grid(merged, base)),
         run_check("mask", lambda: _check_masks(merged, base)),
@@ -142,13 +114,46 @@ def _digest(named: Iterable[tuple[str, Array, str]]) -> str:
     return digest.hexdigest()
 
 
+def _check_lineage(directory: Path, base_dir: Path, adapter_dir: Path, lineage: Lineage | None) -> str:
+    """Every file that was merged is there and unchanged, and no weights were added; documents may differ."""
+    recorded = read_json(directory / CERTIFICATE).get("lineage") if lineage is None else lineage
+    problems, count = [], 0
+    for part, given in (("base", base_dir), ("adapter", adapter_dir)):
+        expected = recorded.get(part) if isinstance(recorded, dict) else None
+        if not isinstance(expected, dict) or not expected:
+            raise CertificateError(f"the files of the {part} that was merged are not recorded")
+        expected = {name: digest for name, digest in expected.items() if not _is_document(name)}
+        found = file_digests(given)
+        problems += [f"{part}: {name} is missing" for name in sorted(expected.keys() - found.keys())]
+        added = sorted(name for name in found.keys() - expected.keys() if ".safetensors" in name)
+        problems += [f"{part}: {name} was not there" for name in added]
+        shared = sorted(expected.keys() & found.keys())
+        problems += [f"{part}: {name} is another" for name in shared if expected[name] != found[name]]
+        count += len(expected)
+    if problems:
+        raise CertificateError(f"not the files that were merged: {', '.join(problems)}")
+    return f"{count} files of base and adapter are those that were merged"
+
+
+def _is_document(name: str) -> bool:
+    return name.endswith(".md") or name.lower().startswith(DOCUMENTS)
+
+
 def _check_identity(base: StoredModel, adapter: Adapter) -> str:
-    stated = adapter.config.get("identity")
-    if not stated:
-        return "the adapter states no identity of its base"
+    stated = adapter.config.get("identity") or {}
+    if not adapter.masked and not stated:
+        return "a stock LoRA states no identity of its base"
+    missing = [part for part in IDENTITY if not isinstance(stated, dict) or part not in stated]
+    if missing:
+        raise CertificateError(
+            f"{ADAPTER_CONFIG} does not say on which {' and '.join(missing)} the adapter was trained"
+        )
     quantized = set(base.quantized)
     names = sorted(adapter.factors)
-    weights = [(name, _base_weight(base, name, name in quantized).astype(np.float32)) for name in names]
+    weights = [
+        (name, _base_weight(base, name, name in quantized, nudged=adapter.masked).astype(np.float32))
+        for name in names
+    ]
     grid = [
         entry
         for name in names
@@ -165,7 +170,7 @@ def _check_identity(base: StoredModel, adapter: Adapter) -> str:
         ),
         "grid": _digest(grid) if grid else "none",
     }
-    different = [part for part in found if part in stated and stated[part] != found[part]]
+    different = [part for part in IDENTITY if stated[part] != found[part]]
     if different:
         raise CertificateError(f"the adapter was trained on another {' and '.join(different)}")
     return "base, mask and grid have the digests that the adapter states"
@@ -219,12 +224,24 @@ def _check_recomputed(merged: StoredModel, base: StoredModel, adapter: Adapter, 
                 raise CertificateError(
                     f"the adapter of {name} does not fit a weight of shape {base.shape(name)}"
                 )
+            count = between = 0
             for found, low, high in _intervals(merged, base, name, adapter, name in quantized):
-                wrong = int(((found < low) | (found > high)).sum())
+                wrong = int((~((found >= low) & (found <= high))).sum())  # NaN is wrong too
                 if wrong:
                     raise CertificateError(f"{wrong} weights of {name} are not what base and adapter give")
-                total += found.size
-                undecided += int((low != high).sum())
+                if name in quantized and int((high - low).max()) > 1:
+                    raise CertificateError(
+                        f"the update of {name} is too large: float32 does not decide its codes"
+                    )
+                count += found.size
+                between += int((low != high).sum())
+            share = UNDECIDED_SHARE * max(1, 2 ** (base.bits - 4)) if name in quantized else 1.0
+            if between > max(FEW_UNDECIDED, share * count):
+                raise CertificateError(
+                    f"{between} of {count} codes of {name} lie within float32 rounding of a boundary, "
+                    f"at most {share:.2%} may: its update is too large to be checked"
+                )
+            total, undecided = total + count, undecided + between
             advance(1)
     return (
         f"{total} {'codes' if quantized else 'weights'} of {len(adapter.factors)} linears in float64: "
@@ -238,7 +255,7 @@ def _intervals(
     """For blocks of rows: the merged numbers, and the smallest and largest that the formula allows."""
     factor_a, factor_b = adapter.factors[name]
     mask = base.mask(name)
-    weight = _base_weight(base, name, quantized)
+    weight = _base_weight(base, name, quantized, nudged=adapter.masked)
     if quantized:
         found: Array = merged.codes(name)
         columns = weight.shape[1]
@@ -256,6 +273,11 @@ def _intervals(
             delta, size = np.where(mask[rows], delta, 0.0), np.where(mask[rows], size, 0.0)
         adapted = weight[rows] + delta
         error = (len(factor_a) + 4) * UNIT_ROUNDOFF * (np.abs(weight[rows]) + size)
+        typical = np.sqrt(np.square(adapted).mean(1, keepdims=True))
+        if not quantized and not bool((error <= LARGEST_ERROR * typical).all()):
+            raise CertificateError(
+                f"the terms of {name}'s update are too large: float32 does not decide its weights"
+            )
         low: Array = adapted - error
         high: Array = adapted + error
         if quantized:
@@ -268,26 +290,31 @@ def _intervals(
         yield found[rows], low, high
 
 
-def _base_weight(base: StoredModel, name: str, quantized: bool) -> Float64:
+def _base_weight(base: StoredModel, name: str, quantized: bool, *, nudged: bool) -> Float64:
     """The weight that the update is added to, in float64.
 
     On an integer grid it is stored as latent codes, code * 16 + fraction + 8, whose value is
-    (code + fraction / 16 - zero_point) * scale; or as float32 weights.
+    (code + fraction / 16 - zero_point) * scale.
+
+    nudged: where no mask is stored every weight counts as kept, and training reads an exact 0 as the smallest
+    number that is not pruned: a sixteenth of a step, or the smallest normal number of the stored type.
     """
+    dense = nudged and base.mask(name) is None
     if not quantized:
-        return base.tensors.values(f"{name}.weight").astype(np.float64)
+        weight = base.tensors.values(f"{name}.weight").astype(np.float64)
+        smallest = SMALLEST_NORMAL.get(base.tensors.dtype(f"{name}.weight"), 0.0)
+        return np.where(weight == 0, smallest, weight) if dense else weight
     if base.latent is None or name not in base.latent:
         raise CertificateError(f"{base.directory} does not hold the weight of {name} before rounding")
-    stored = base.latent.values(name)
-    if stored.dtype.kind == "f":
-        return stored.astype(np.float64)
-    latent = stored.astype(np.int64)
+    latent = base.latent.values(name).astype(np.int64)
     codes, fraction = latent // 16, latent % 16 - 8
     if not np.array_equal(codes, base.codes(name)):
         raise CertificateError(f"the base's codes of {name} before and after rounding disagree")
     groups = base.scale(name).shape[1]
     width = latent.shape[1] // groups
     steps = codes + fraction / 16 - np.repeat(base.zero_point(name), width, axis=1)
+    if dense:
+        steps = np.where(steps == 0, 1 / 16, steps)
     return steps * np.repeat(base.scale(name), width, axis=1)
 
 

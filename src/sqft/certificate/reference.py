@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from sqft.certificate.stored import StoredTensors
 from sqft.errors import CertificateError
 
-__all__ = ["REFERENCE", "compute_logits", "largest_difference", "read_reference", "write_reference"]
+__all__ = [
+    "REFERENCE",
+    "compute_logits",
+    "largest_difference",
+    "read_reference",
+    "reference_items",
+    "write_reference",
+]
 
 REFERENCE = "sqft_reference.safetensors"
 POSITIONS = 4  # positions kept of every item: the last ones, which depend on the whole item
@@ -26,13 +33,18 @@ def write_reference(directory: Path, model: nn.Module, token_ids: TokenIds) -> N
     model: opened from `directory`'s files, so that the logits are those of what was written. token_ids: items
     of any length; if there is none, a fixed walk through the vocabulary stands in.
     """
-    items = [list(item) for item in token_ids if len(item)] or [_probe(model)]
+    items = reference_items(model, token_ids)
     tensors = {
         "token_ids": torch.tensor([token for item in items for token in item]),
         "lengths": torch.tensor([len(item) for item in items]),
         "logits": compute_logits(model, items).contiguous(),
     }
     save_file(tensors, directory / REFERENCE)
+
+
+def reference_items(model: nn.Module, token_ids: TokenIds) -> list[list[int]]:
+    """The items that are not empty; if there is none, a fixed walk through the vocabulary."""
+    return [list(item) for item in token_ids if len(item)] or [_probe(model)]
 
 
 def read_reference(directory: Path) -> tuple[list[list[int]], Float[Tensor, "positions vocabulary"]]:
