@@ -69,8 +69,8 @@ def write_gptq(source: ExportSource, directory: Path) -> dict[str, str]:
     return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
 
 
-def read_gptq(source: ExportSource, directory: Path) -> Iterator[tuple[str, IntegerWeight]]:
-    """The integer weights of a GPTQ checkpoint, whichever version it states.
+def read_gptq(source: ExportSource, directory: Path) -> Iterator[tuple[str, IntegerWeight | torch.Tensor]]:
+    """The weights of a GPTQ checkpoint, whichever version it states.
 
     Raises: ExportError if a tensor is missing or g_idx is not that of plain groups.
     """
@@ -92,6 +92,11 @@ def read_gptq(source: ExportSource, directory: Path) -> Iterator[tuple[str, Inte
                 raise ExportError(f"{directory}: the groups of {name} are out of order")
             steps = codes - zero_point.repeat(columns // groups, axis=1)
             yield name, IntegerWeight(steps.astype(np.int16), np.ascontiguousarray(scale))
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        for name in source.plain_names:
+            if name not in stored:
+                raise ExportError(f"{directory} lacks {name}")
+            yield name, file.get_tensor(name)
 
 
 def _version(source: ExportSource) -> int:
