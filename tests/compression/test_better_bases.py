@@ -393,7 +393,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(tiny_model_dir: Maker, t
     sparsify_model(writer.source, SparsifySection(), tokens(), writer, progress=watch)
     block_bytes = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
     assert len(watch.bytes) == 12
-    assert watch.bytes[-1] - watch.bytes[2] < 2 * block_bytes
+    assert watch.bytes[-1] - watch.bytes[2] < 4 * block_bytes  # of the nine blocks in between
 
 
 def _one_of_two(rank: int, directory: Path, out: Path) -> None:

@@ -334,7 +334,8 @@ def test_gguf_file(tiny_model_dir: Maker, tmp_path: Path) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([token for token, _ in vocabulary])
+    # transformers adds an <|endoftext|> past the end where there is none
+    writer.add_token_list([token.replace("<|user|>", "<|endoftext|>") for token, _ in vocabulary])
     writer.add_token_merges([" ".join(m) for m in json.loads((directory / "tokenizer.json").read_text())["model"]["merges"]])  # noqa: E501  # fmt: skip
     writer.add_eos_token_id(1)
     writer.add_chat_template("{{ messages }}")
@@ -364,3 +365,12 @@ def test_gguf_file(tiny_model_dir: Maker, tmp_path: Path) -> None:
     assert resolve_model(section, tmp_path / "cache") == converted
     auto = resolve_model(ModelSection(source=str(tmp_path / "tiny.gguf")), tmp_path / "cache")
     assert open_checkpoint(auto).storage_dtype == torch.bfloat16
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model_dir: Maker, tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_model_dir("llama"), tmp_path / "m")
+    tokenizer = load_tokenizer(directory)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(directory)
+    with pytest.raises(ModelError, match="ids up to 288, but the model has 288 tokens"):
+        load_tokenizer(directory)
