@@ -112,6 +112,7 @@ class Bench:
             "method": name,
             "precision": precision,
             "increase": float(increase.mean()),
+            "windows": increase.tolist(),
             "half_interval": 1.96 * float(increase.std()) / math.sqrt(len(increase)),
             "layer_error": statistics.median(errors) if errors else None,
             "sparsity": sum(r.sparsity * math.prod(r.shape) for r in reports)
@@ -234,7 +235,7 @@ def main() -> None:
     print()
     for found in report["checks"]:
         reached = "not measured" if found["value"] is None else f"{found['value']:.3f}"
-        verdict = "met" if found["met"] else "not met"
+        verdict = {True: "met", False: "not met", None: "open"}[found["met"]]
         print(f"- {found['name']}: {reached} (at most {found['at_most']}, {verdict})")
 
 
