@@ -16,9 +16,9 @@ weight is called *undecided*: both neighbours are accepted for it, their number 
 taken from the trained model decides which one it is. Every other weight must be equal.
 
 What is left undecided is bounded, so that no update, however large, can leave the weights to chance: on a
-grid of b bits at most max(1, 2^(b-4)) weights in a thousand of a linear, each between two neighbouring
-codes; without a grid, whose boundaries lie denser, the error above must stay below a hundredth of the root
-mean square of the adapted weights in its row.
+grid of b bits at most max(1, 2^(b-4)) * max(1, rank / 64) weights in a thousand of a linear, each between
+two neighbouring codes; without a grid, whose boundaries lie denser, the error above must stay below a
+hundredth of the root mean square of the adapted weights in its row.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ UNIT_ROUNDOFF = 2.0**-24
 STORAGE = {"BF16": (8, -133), "F16": (11, -24), "F32": (24, -149)}
 
 SMALLEST_NORMAL = {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126}
-UNDECIDED_SHARE = 1e-3  # of a linear's codes of 4 bits; twice that for every further bit
+UNDECIDED_SHARE = 1e-3  # of a linear's codes of 4 bits up to rank 64, whose updates measure up to 2e-4
 FEW_UNDECIDED = 2  # which a small linear may have by chance
 LARGEST_ERROR = 1e-2  # of the root mean square of a row's adapted weights
 IDENTITY = ("base", "mask", "grid")
@@ -235,7 +235,7 @@ def _check_recomputed(merged: StoredModel, base: StoredModel, adapter: Adapter, 
                     )
                 count += found.size
                 between += int((low != high).sum())
-            share = UNDECIDED_SHARE * max(1, 2 ** (base.bits - 4)) if name in quantized else 1.0
+            share = _undecided_share(base.bits, len(factor_a)) if name in quantized else 1.0
             if between > max(FEW_UNDECIDED, share * count):
                 raise CertificateError(
                     f"{between} of {count} codes of {name} lie within float32 rounding of a boundary, "
@@ -247,6 +247,10 @@ def _check_recomputed(merged: StoredModel, base: StoredModel, adapter: Adapter, 
         f"{total} {'codes' if quantized else 'weights'} of {len(adapter.factors)} linears in float64: "
         f"{total - undecided} equal, {undecided} within float32 rounding of a boundary (both count)"
     )
+
+
+def _undecided_share(bits: int, rank: int) -> float:
+    return UNDECIDED_SHARE * max(1, 2 ** (bits - 4)) * max(1, rank / 64)
 
 
 def _intervals(
