@@ -189,3 +189,11 @@ def test_nothing_left_to_train_on(files: dict[str, str], tiny_tokenizer: Any) ->
 def test_bad_format_strings(prompt: str, files: dict[str, str], tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"data\.prompt"):
         load(tiny_tokenizer, **files, prompt=prompt)
+
+
+def test_a_list_is_written_out_or_indexed(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    record = {"question": "which", "choices": ["red", "green"], "answer": " red"}
+    path = write(tmp_path / "t.jsonl", [record | {"question": f"which {i}"} for i in range(4)])
+    prompt = "{question}: {choices}; first {choices[0]}, {choices!s:>11}"
+    splits = load(tiny_tokenizer, train=path, prompt=prompt, search_items=1, test_items=1)
+    assert splits.test[0].prompt.partition(":")[2] == " red, green; first red,  red, green"

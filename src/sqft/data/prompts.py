@@ -39,7 +39,7 @@ class PromptFormat:
     """A data section's format strings, applied with one tokenizer.
 
     With `choices`, the answer's format string is applied once for each choice, which stands in for the
-    field `answer`; a list in the prompt is written out, separated by commas.
+    field `answer`; a list is written out, separated by commas, and `{choices[0]}` takes one entry of it.
     """
 
     section: DataSection
@@ -99,7 +99,7 @@ class PromptFormat:
             value = values[name] if name in values else self._field(record, name)
             if value is None:
                 return None
-            used[name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+            used[name] = _Joined(value) if isinstance(value, list) else value
         try:
             return text.format(**used)
         except (ValueError, TypeError, AttributeError, LookupError) as error:
@@ -140,6 +140,16 @@ class PromptFormat:
         if ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text themselves
             ids = ids[:-1]
         return ids
+
+
+class _Joined(list[Any]):
+    """A list of a record: written out with commas, or indexed by the format string."""
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
 
 
 def fields_of(text: str, key: str) -> list[str]:
