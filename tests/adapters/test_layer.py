@@ -1,7 +1,10 @@
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sqft.adapters import (
@@ -310,3 +313,27 @@ def test_autocast(method: str, make_base: Any, randomize: Any, tokens: Tensor) -
     loss.backward()
     assert torch.nn.functional.cosine_similarity(plain.flatten(), cast.float().flatten(), dim=0) > 0.99
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_partly_quantized_base_is_named_first(sparse_model: Any, quantized_model: Any) -> None:
+    model, name = quantized_model(), "model.layers.1.mlp.down_proj"
+    model.get_submodule("model.layers.1.mlp").down_proj = sparse_model().get_submodule(name).bfloat16()
+    with pytest.raises(AdapterError, match=f"needs a quantized base, and {name} is not"):
+        attach(model, "qa_sparse_peft", target_modules=["down_proj"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_without_a_stored_mask_zeros_may_change(
+    dtype: str, tiny_model_dir: Any, randomize: Any, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(tiny_model_dir("llama", dtype=dtype), tmp_path / "m")
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = load_file(directory / "model.safetensors")
+    tensors[f"{name}.weight"][2, 5:8] = 0
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    model = attach(load_trainable(directory), "sparse_peft")
+    randomize(model)
+    merged = merge_adapters(model)[name]
+    assert merged.mask.all()
+    assert merged.weight is not None
+    assert (merged.weight[2, 5:8].abs() > 1e-4).all()

@@ -32,7 +32,7 @@ from sqft.ops import (
 from sqft.ops.adapted_linear import adapted_linear, frozen_linear
 from sqft.ops.weight_blocks import WeightBlocks
 
-__all__ = ["AdapterLinear", "MergedWeight", "seeded_generator"]
+__all__ = ["AdapterLinear", "MergedWeight", "check_method", "seeded_generator"]
 
 # A dense checkpoint has a stray exact zero here and there; beyond this share a base counts as sparse.
 STRAY_ZEROS = 0.01
@@ -89,14 +89,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
 
         Raises: AdapterError if the method does not fit the base.
         """
-        if config.method == "qa_sparse_peft" and base_qparams(self) is None:
-            raise AdapterError(
-                f"qa_sparse_peft needs a quantized base, and {self.module_name} is not; quantize it first"
-            )
-        if config.method == "sparse_peft" and base_qparams(self) is not None:
-            raise AdapterError(
-                f"sparse_peft on the quantized {self.module_name} would leave its grid; use qa_sparse_peft"
-            )
+        check_method(config.method, self, self.module_name)
         rank = config.rank_of(self.module_name)
         device = base_weight_device(self.base_layer)
         lora_A = torch.rand(rank, self.in_features, generator=generator) * 2 - 1
@@ -309,7 +302,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             raise AdapterError(
                 f"a lora adapter does not merge into the quantized {self.module_name}; train qa_sparse_peft"
             )
-        if (base_weight(self) == 0).float().mean() > STRAY_ZEROS:
+        base = base_weight(self)  # a model without stored masks is loaded with its zeros nudged
+        if (base.abs() <= torch.finfo(base.dtype).tiny).float().mean() > STRAY_ZEROS:
             raise AdapterError(
                 f"merging a lora adapter would fill the zeros of {self.module_name}; train sparse_peft"
             )
@@ -333,6 +327,14 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             self.base_layer.weight.data = tensor
         else:
             self.base_layer.latent = tensor
+
+
+def check_method(method: str, layer: nn.Module, name: str) -> None:
+    """Raises: AdapterError if a method needs another kind of base than this layer."""
+    if method == "qa_sparse_peft" and base_qparams(layer) is None:
+        raise AdapterError(f"qa_sparse_peft needs a quantized base, and {name} is not; quantize it first")
+    if method == "sparse_peft" and base_qparams(layer) is not None:
+        raise AdapterError(f"sparse_peft on the quantized {name} would leave its grid; use qa_sparse_peft")
 
 
 def seeded_generator(text: str) -> torch.Generator:

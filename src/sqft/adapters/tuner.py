@@ -13,7 +13,7 @@ from torch import nn
 
 from sqft.adapters.config import PEFT_TYPE, SqftConfig
 from sqft.adapters.identity import base_identity, base_weight, check_identity
-from sqft.adapters.layer import AdapterLinear, seeded_generator
+from sqft.adapters.layer import AdapterLinear, check_method, seeded_generator
 from sqft.adapters.targets import find_targets, rank_groups
 from sqft.errors import AdapterError
 
@@ -43,6 +43,8 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         check_identity(config.identity, found)
         config.identity = found
         if config.storage_dtype is None:
+            for name, layer in layers.items():
+                check_method(config.method, layer, name)
             dtypes = {str(base_weight(layer).dtype).removeprefix("torch.") for layer in layers.values()}
             if len(dtypes) > 1:
                 raise AdapterError(

@@ -155,8 +155,10 @@ def read_config(directory: Path, trust_remote_code: bool) -> Any:
         raise ModelError(f"{directory} is not a model directory: it has no config.json")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds no configuration; fetch the model again")
     if "auto_map" in values and not trust_remote_code:
         raise ModelError(
             f"{directory} needs Python code that comes with it; set model.trust_remote_code to run it"
@@ -167,6 +169,8 @@ def read_config(directory: Path, trust_remote_code: bool) -> Any:
     except (ValueError, KeyError, OSError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ModelError(f"{path} is of no architecture that transformers knows: {first_line}") from error
+    except Exception as error:  # of many kinds: a setting of the wrong type meets code that computes with it
+        raise _wrong_setting(directory, error) from error
 
 
 def build_skeleton(config: Any, trust_remote_code: bool) -> PreTrainedModel:
@@ -182,8 +186,16 @@ def build_skeleton(config: Any, trust_remote_code: bool) -> PreTrainedModel:
         raise ModelError(
             f"{kind} has no causal language model in transformers; use a decoder model"
         ) from error
+    except Exception as error:
+        raise _wrong_setting(Path(config._name_or_path), error) from error
     model.tie_weights()
     return model.eval()
+
+
+def _wrong_setting(directory: Path, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())
+    path = directory / "config.json"
+    return ModelError(f"{path} has a setting that no model can have ({type(error).__name__}: {reason})")
 
 
 def _tensor_paths(directory: Path) -> list[Path]:
@@ -191,9 +203,9 @@ def _tensor_paths(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            paths = [directory / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is damaged ({error}); fetch the model again") from None
-        paths = [directory / name for name in names]
     else:
         paths = [directory / SINGLE]
     for path in paths:

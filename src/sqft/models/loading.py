@@ -1,5 +1,6 @@
 """Whole models in memory: to run, and to train adapters on."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transforme
 from sqft.models.packing import QuantizedWeight
 from sqft.models.quantized_linear import QuantizedLinear
 from sqft.models.writer import read_latents, read_masks
-from sqft.ops import decode_latent, encode_latent, latent_codes
+from sqft.ops import decode_latent, encode_latent, keep_nonzero, latent_codes
 
 __all__ = ["load_model", "load_tokenizer", "load_trainable", "read_quantized"]
 
@@ -54,6 +55,9 @@ def load_trainable(
 
     Linears in the blocks keep the dtype they are stored in; everything else (embeddings, norms, head) is in
     `dtype`. Where masks are stored, a weight is non-zero exactly where its mask says kept, which is checked.
+    A linear without a stored mask is dense: an exact 0 becomes the smallest normal number of its dtype (a
+    1/16 step on a grid), so that adapters, whose mask is `base != 0`, may change it. To keep the zeros of a model
+    that others made sparse, sparsify it (method magnitude does), which stores the mask.
 
     Raises: ModelError if the directory is not a whole model, or weights and masks disagree.
     """
@@ -79,6 +83,8 @@ def load_trainable(
                 f"{directory}: the zeros of {linear} are not those of its stored mask; write it again"
             )
         in_block = linear in linears and any(linear.startswith(b + ".") for b in checkpoint.block_names)
+        if in_block and name == f"{linear}.weight" and linear not in masks:
+            value = keep_nonzero(value, torch.ones_like(value, dtype=torch.bool))
         _set_parameter(model, name, value.to(device=device, dtype=value.dtype if in_block else dtype))
     return _finish(model, checkpoint, dtype, device)
 
@@ -86,14 +92,14 @@ def load_trainable(
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory, with a padding token.
 
-    Raises: ModelError if it has none.
+    Raises: ModelError if it has none, or one with more tokens than the model.
     """
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(f"{directory} has no tokenizer that can be read ({first_line})") from error
+        raise ModelError(f"{directory} has no tokenizer that can be read ({_first_line(error)})") from error
+    _check_vocabulary(Path(directory) / "config.json", tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -127,6 +133,28 @@ def _quantized_layer(
     return QuantizedLinear(base if base_precision == "float32" else latent, weight.qparams, bias, dtype=dtype)
 
 
+def _check_vocabulary(path: Path, tokenizer: Any) -> None:
+    """An id past the embedding's end would be an IndexError, or on a GPU the end of the process."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    except (OSError, ValueError, AttributeError):
+        return  # opening the model says what is wrong with it
+    # Special tokens past the end do no harm unused: conversions and tokenizer classes add such.
+    added = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    used = [tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0, *tokenizer("a")["input_ids"]]
+    last = max([tokenizer.vocab_size - 1, *added, *used])
+    if isinstance(size, int) and last >= size:
+        raise ModelError(
+            f"the tokenizer of {path.parent} has ids up to {last}, but the model has {size} tokens; "
+            "take the tokenizer that belongs to it"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
@@ -143,6 +171,10 @@ def _finish(
     model.config.dtype = dtype
     model.config._name_or_path = str(checkpoint.directory)
     model.name_or_path = str(checkpoint.directory)
-    if (checkpoint.directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    path = checkpoint.directory / "generation_config.json"
+    if path.is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path} is damaged ({_first_line(error)}); mend it or remove it") from error
     return model.eval()
