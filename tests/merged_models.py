@@ -116,19 +116,10 @@ def write_merge(
         "rank_pattern": {name: RANKS[index % 2] for index, name in enumerate(adapted)},
         "target_modules": adapted,
         "storage_dtype": None if quantized else "bfloat16",
-        "identity": _identity(directories.base, adapted, stored_masks),
+        "identity": base_identity(load_trainable(directories.base), adapted),
     }
     (directories.adapter / "adapter_config.json").write_text(json.dumps(adapter_config))
     return directories
-
-
-def _identity(base_dir: Path, adapted: list[str], stored_masks: bool) -> dict[str, str]:
-    model = load_trainable(base_dir)
-    if not stored_masks:
-        for name in adapted:
-            weight = model.get_submodule(name).weight
-            weight.data = keep_nonzero(weight.data, torch.ones_like(weight, dtype=torch.bool))
-    return base_identity(model, adapted)
 
 
 def _quantized(

@@ -30,7 +30,13 @@ def certify(directories: MergedDirectories, **options: Any) -> list[Check]:
 
 
 @pytest.mark.parametrize(
-    ("arch", "changes"), [("llama", {}), ("phi3", {"symmetric": False}), ("mistral", {"quantized": False})]
+    ("arch", "changes"),
+    [
+        ("llama", {}),
+        ("phi3", {"symmetric": False}),
+        ("mistral", {"quantized": False}),
+        ("llama", {"quantized": False, "stored_masks": False}),
+    ],
 )
 def test_a_certified_model_can_be_verified_again(
     merge_copy: Callable[..., MergedDirectories], arch: str, changes: dict[str, Any]
