@@ -28,6 +28,7 @@ __all__ = [
     "SqftError",
     "TrainingError",
     "WorkspaceError",
+    "is_out_of_memory",
     "require",
 ]
 
@@ -88,3 +89,14 @@ def require(module: str, extra: str) -> ModuleType:
             raise
         message = f"{module} is not installed; it comes with: pip install 'sqft[{extra}]'"
         raise MissingExtraError(message) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host. Told by name and text, so that torch stays out."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in text
+        or "CUDA error: out of memory" in text
+    )

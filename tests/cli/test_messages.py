@@ -4,8 +4,9 @@ import signal
 import warnings
 
 import pytest
+import torch
 
-from sqft.cli import messages
+from sqft.cli import messages, run_command_line
 from sqft.cli.messages import RichProgress, catch_termination, quiet_warnings
 
 
@@ -44,3 +45,29 @@ def test_a_termination_ends_like_an_interrupt():
     with pytest.raises(KeyboardInterrupt), catch_termination():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_no_memory_left_is_one_line(error, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sqft.pipeline.parse_recipe", fail)
+    assert run_command_line(["compress", "some/model"]) == 2
+    assert capsys.readouterr().err.startswith("sqft: out of memory; lower evaluate.batch_size")
+
+
+def test_a_defect_stays_a_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("sqft.pipeline.parse_recipe", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        run_command_line(["compress", "some/model"])

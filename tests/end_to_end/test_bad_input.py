@@ -83,10 +83,12 @@ RECIPES: dict[str, tuple[Change, list[str]]] = {
     "device": (set_value("runtime", "device", "tpu"), ["runtime", "cpu"]),
     "trainer argument": (set_value("train", "arguments", {"no_such": 1}), ["no_such"]),
     "optimizer not installed": (
-        set_value("train", "arguments", {"optim": "adamw_bnb_8bit"}), ["train.arguments", "bitsandbytes"]
+        set_value("train", "arguments", {"optim": "adamw_bnb_8bit"}),
+        ["train.arguments", "bitsandbytes"],
     ),
     "schedule argument": (
-        set_value("train", "arguments", {"lr_scheduler_kwargs": {"zz": 1}}), ["train.arguments", "zz"]
+        set_value("train", "arguments", {"lr_scheduler_kwargs": {"zz": 1}}),
+        ["train.arguments", "zz"],
     ),
     "sequence too long": (set_value("data", {"sequence_length": 2}), ["data.train"]),
 }

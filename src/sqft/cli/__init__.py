@@ -4,12 +4,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sqft.errors import SqftError
+from sqft.errors import SqftError, is_out_of_memory
 
 __all__ = ["main", "run_command_line"]
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+OUT_OF_MEMORY = (
+    "out of memory; lower evaluate.batch_size, calibration.num_samples or the sequence_length of a section, "
+    "in training raise train.gradient_accumulation or set train.gradient_checkpointing: true"
+)
 
 
 def main() -> None:
@@ -54,6 +58,10 @@ def run_command_line(arguments: Sequence[str]) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         return _complain(f"{place}{error.strerror}", EXIT_ERROR)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _complain(OUT_OF_MEMORY, EXIT_ERROR)
     return code if isinstance(code, int) else 0
 
 

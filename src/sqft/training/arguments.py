@@ -1,5 +1,7 @@
 """A train section as transformers.TrainingArguments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,10 +10,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from sqft.errors import TrainingError
+from sqft.errors import MissingExtraError, SqftError, TrainingError, is_out_of_memory
 from sqft.sections import TrainSection
 
-__all__ = ["check_arguments", "training_arguments"]
+__all__ = ["check_arguments", "refusals", "training_arguments"]
 
 KNOWN = {field.name for field in fields(TrainingArguments) if field.init}
 CHECKPOINTING = (
@@ -99,7 +101,23 @@ def training_arguments(
     }
     if "report_to" in section.arguments:
         settings |= {"logging_strategy": "steps", "logging_steps": 1}
-    try:
+    with refusals():
         return TrainingArguments(**(settings | section.arguments))
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise TrainingError(f"train.arguments: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what transformers says of `train.arguments` into one line.
+
+    Raises: MissingExtraError for a package that is not installed; TrainingError for everything else.
+    """
+    try:
+        yield
+    except SqftError:
+        raise
+    except (ValueError, TypeError, LookupError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        kind = MissingExtraError if isinstance(error, ImportError) else TrainingError
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise kind(f"train.arguments: {lines[0]}") from error

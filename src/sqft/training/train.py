@@ -19,7 +19,7 @@ from sqft.data import Example
 from sqft.errors import TrainingError
 from sqft.progress import SILENT, Progress
 from sqft.sections import TrainSection
-from sqft.training.arguments import training_arguments
+from sqft.training.arguments import refusals, training_arguments
 from sqft.training.record import Journal, TrainingRecord, environment, peak_bytes, reset_peak
 from sqft.training.trainer import ElasticTrainer, StepCallback
 
@@ -72,7 +72,8 @@ def train_adapters(
         if checkpoint is not None and _is_final(checkpoint):  # Trainer itself would add a step
             model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
         else:
-            trainer = ElasticTrainer(model, arguments, examples, loss_on, callback)
+            with refusals():
+                trainer = ElasticTrainer(model, arguments, examples, loss_on, callback)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     record.peak_bytes = peak_bytes(device)

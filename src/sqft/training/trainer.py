@@ -16,6 +16,7 @@ from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
 from sqft.errors import TrainingError
 from sqft.ops.cross_entropy import CHUNK_ELEMENTS, chunked_cross_entropy
+from sqft.training.arguments import refusals
 from sqft.training.head import separable_head, without_head
 from sqft.training.record import Journal, StepRecord
 
@@ -102,6 +103,16 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # makes Trainer count the step's labels for compute_loss
         self.lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
         self.journal = callback
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own. Raises: MissingExtraError or TrainingError for an optimizer that cannot be made."""
+        with refusals():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own. Raises: TrainingError for settings that the schedule does not take."""
+        with refusals():
+            return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Sized | None = None) -> Sampler[int]:
         strategy = self.args.train_sampling_strategy
