@@ -5,11 +5,19 @@ from collections.abc import Mapping
 from torch import nn
 
 from sqft.errors import CompressionError
-from sqft.models import check_fused_groups, target_linears
+from sqft.models import Checkpoint, check_fused_groups, target_linears
 from sqft.ops.mask import parse_pattern
 from sqft.sections import QuantizeSection, SparsifySection
 
-__all__ = ["choose_layers"]
+__all__ = ["check_not_quantized", "choose_layers"]
+
+
+def check_not_quantized(checkpoint: Checkpoint) -> None:
+    """Raises: CompressionError if the weights are codes already."""
+    if checkpoint.quantized_names:
+        raise CompressionError(
+            f"{checkpoint.directory} is already quantized; give the model that it was made from"
+        )
 
 
 def choose_layers(

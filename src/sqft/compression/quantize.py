@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sqft.compression.descent import descend_codes
 from sqft.compression.driver import Task, compress_blocks, weight_of
-from sqft.compression.fit import choose_layers
+from sqft.compression.fit import check_not_quantized, choose_layers
 from sqft.compression.gptq import Rounded, gptq
 from sqft.compression.refine import fit_kept_weights
 from sqft.compression.reports import LayerReport, check_finite
@@ -106,6 +106,7 @@ def quantize_model(
     or inputs are not finite, or the method needs calibration and has none; ModelError for an unknown module.
     """
     method = METHODS[section.method]
+    check_not_quantized(checkpoint)
     linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
     masks = masks or {}
     _check_masks(checkpoint, masks)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sqft.compression.budget import arithmetic_offsets, outlier_offsets, outlier_ratios, share_out
 from sqft.compression.driver import Task, compress_blocks, weight_of
-from sqft.compression.fit import choose_layers
+from sqft.compression.fit import check_not_quantized, choose_layers
 from sqft.compression.magnitude import magnitude_scores
 from sqft.compression.refine import fit_kept_weights, swap_mask
 from sqft.compression.reports import LayerReport, check_finite
@@ -93,6 +93,7 @@ def sparsify_model(
     method needs calibration and has none; ModelError for an unknown module or a split q/k/v or gate/up.
     """
     statistic = needed_statistic(section)
+    check_not_quantized(checkpoint)
     linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
     if (statistic is not None or section.budget == "owl") and calibration is None:
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")

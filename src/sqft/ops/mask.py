@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from sqft import sections
 from sqft.errors import CompressionError
 
 __all__ = ["keep_nonzero", "mask_pattern", "mask_rows", "pack_mask", "parse_pattern", "unpack_mask"]
@@ -37,14 +38,14 @@ def mask_rows(scores: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, 
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Read "2:4" as (2, 4): at most 2 kept weights in every 4 neighbours of a row.
+    """Read "2:4" as (2, 4), by the rule of `sections.parse_pattern`.
 
     Raises: CompressionError for anything else than N:M with 0 < N <= M.
     """
-    kept, colon, block = pattern.partition(":")
-    if not (colon and kept.isdigit() and block.isdigit() and 0 < int(kept) <= int(block)):
-        raise CompressionError(f"pattern '{pattern}' is not N:M with 0 < N <= M; write for instance '2:4'")
-    return int(kept), int(block)
+    try:
+        return sections.parse_pattern(pattern)
+    except ValueError as error:
+        raise CompressionError(f"pattern '{pattern}': {error}") from None
 
 
 def mask_pattern(scores: Float[Tensor, "out in"], pattern: str) -> Bool[Tensor, "out in"]:
