@@ -56,8 +56,8 @@ def load_trainable(
     Linears in the blocks keep the dtype they are stored in; everything else (embeddings, norms, head) is in
     `dtype`. Where masks are stored, a weight is non-zero exactly where its mask says kept, which is checked.
     A linear without a stored mask is dense: an exact 0 becomes the smallest normal number of its dtype (a
-    1/16 step on a grid), so that adapters, whose mask is `base != 0`, may change it. To keep the zeros of a model
-    that others made sparse, sparsify it (method magnitude does), which stores the mask.
+    1/16 step on a grid), so that adapters, whose mask is `base != 0`, may change it. To keep the zeros of a
+    model that others made sparse, sparsify it (method magnitude does), which stores the mask.
 
     Raises: ModelError if the directory is not a whole model, or weights and masks disagree.
     """
