@@ -16,7 +16,7 @@ SIZES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, int]]] = {
             "train": {"max_steps": 20, "warmup_steps": 2},
             "search": {"num_trials": 2},
         },
-        {"train_items": 320, "search_items": 16, "test_items": 48},
+        {"train_items": 400, "search_items": 16, "test_items": 48},
     ),
     # The same data, steps and search, so that every stage of the demo is shared.
     "demo-full": ({"evaluate": {"models": ["base", "dense_tuned", "sparse", "quantized", "merged"]}}, {}),
