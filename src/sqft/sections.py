@@ -175,6 +175,12 @@ class SparsifySection(Section):
             raise ValueError("a pattern fixes the sparsity of every layer; leave budget at uniform")
         return self
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method, its refinements or its budget look at activations."""
+        refined = bool(self.swaps or self.refit or self.dense_targets)
+        return refined or self.method != "magnitude" or self.budget == "owl"
+
     def without_effect(self) -> dict[str, str]:
         """With a pattern, the sparsity."""
         return {} if self.pattern is None else {"sparsity": f"pattern {self.pattern} fixes it"}
@@ -226,6 +232,11 @@ class QuantizeSection(Section):
         ):
             raise ValueError(f"target {target} needs a group_size that is a multiple of 32")
         return usual | fixed | values
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the method looks at activations."""
+        return self.method != "rtn"
 
     def without_effect(self) -> dict[str, str]:
         """What only some methods look at."""

@@ -105,3 +105,20 @@ def test_ranks_are_sorted_and_unique() -> None:
     )
     assert recipe.adapters is not None
     assert recipe.adapters.ranks == [16, 8, 4]
+
+
+@pytest.mark.parametrize(
+    ("sparsify", "calibrates"),
+    [
+        ({"method": "magnitude"}, False),
+        ({"method": "wanda"}, True),
+        ({"method": "magnitude", "refit": 2}, True),
+        ({"method": "magnitude", "swaps": 2}, True),
+        ({"method": "magnitude", "budget": "owl"}, True),
+    ],
+)
+def test_refinements_and_budgets_ask_for_calibration_too(
+    sparsify: dict[str, object], calibrates: bool
+) -> None:
+    recipe = parse_recipe({"model": "m", "data": DATA, "sparsify": sparsify, "quantize": {"method": "rtn"}})
+    assert recipe.needs_calibration is calibrates

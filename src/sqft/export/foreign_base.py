@@ -14,9 +14,9 @@ from torch import Tensor
 
 from sqft.artifacts import new_directory, write_json
 from sqft.errors import ModelError
-from sqft.export.plain import TOKENIZER_FILES
 from sqft.models import GridSpec, QuantizedWeight
 from sqft.models.packing import pack_weight, quantization_config
+from sqft.models.writer import KEPT_FILES
 from sqft.ops import QParams
 
 __all__ = ["convert_base"]
@@ -81,7 +81,7 @@ def _convert(directory: Path, partial: Path, config: dict[str, Any], quantizatio
     plain = {n.removesuffix(".weight") for n in tensors if n.endswith("proj.weight")} | {"lm_head"}
     config["quantization_config"] = quantization_config(grid, sorted(plain - set(weights)))
     write_json(partial / "config.json", config)
-    for file in TOKENIZER_FILES:
+    for file in KEPT_FILES:
         if (directory / file).is_file():
             (partial / file).write_bytes((directory / file).read_bytes())
 

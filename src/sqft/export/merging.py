@@ -16,7 +16,6 @@ from sqft.export.erasure import LayerErasure, Weight, adapted_layers, layer_eras
 from sqft.export.foreign_adapter import ForeignAdapter, open_foreign_adapter
 from sqft.export.foreign_base import convert_base
 from sqft.export.ladder import polish_weights, walk_rung
-from sqft.export.plain import TOKENIZER_FILES
 from sqft.models import (
     Checkpoint,
     CheckpointWriter,
@@ -25,6 +24,7 @@ from sqft.models import (
     read_masks,
 )
 from sqft.models.tensorfile import TensorFile, TensorSpec
+from sqft.models.writer import KEPT_FILES
 from sqft.progress import SILENT, Progress
 
 __all__ = ["RUNGS", "MergeResult", "RungResult", "merge_foreign"]
@@ -254,7 +254,7 @@ def _write_adapted(checkpoint: Checkpoint, adapter: ForeignAdapter, directory: P
     config = checkpoint.config.to_dict()
     config.pop("quantization_config", None)
     write_json(directory / "config.json", config | {"dtype": "float32"})
-    for kept in TOKENIZER_FILES:
+    for kept in KEPT_FILES:
         if (checkpoint.directory / kept).is_file():
             shutil.copyfile(checkpoint.directory / kept, directory / kept)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sqft.artifacts import write_json
 from sqft.export.source import ExportSource, exact_in
 from sqft.models import open_checkpoint
+from sqft.models.writer import KEPT_FILES
 
 __all__ = [
     "copy_tokenizer",
@@ -20,18 +21,6 @@ __all__ = [
     "rounding_dtype",
     "write_plain",
 ]
-
-TOKENIZER_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def plain_refusal(source: ExportSource) -> str | None:
@@ -86,6 +75,6 @@ def read_plain(directory: Path) -> Iterator[tuple[str, Tensor]]:
 
 def copy_tokenizer(source: ExportSource, directory: Path) -> None:
     """Copy the files of the tokenizer and of generation."""
-    for name in TOKENIZER_FILES:
+    for name in KEPT_FILES:
         if (source.directory / name).is_file():
             shutil.copyfile(source.directory / name, directory / name)

@@ -110,19 +110,9 @@ class Recipe(Section):
         ]
 
     @property
-    def sparsify_calibrates(self) -> bool:
-        """Whether the sparsify method looks at activations."""
-        return self.sparsify is not None and self.sparsify.method != "magnitude"
-
-    @property
-    def quantize_calibrates(self) -> bool:
-        """Whether the quantize method looks at activations."""
-        return self.quantize is not None and self.quantize.method != "rtn"
-
-    @property
     def needs_calibration(self) -> bool:
         """Whether any method of the recipe looks at activations."""
-        return self.sparsify_calibrates or self.quantize_calibrates
+        return any(section is not None and section.calibrates for section in (self.sparsify, self.quantize))
 
     @property
     def pattern(self) -> str | None:

@@ -55,11 +55,11 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
     stages: list[Stage] = []
 
     if recipe.sparsify:
-        settings, inputs = _compression_inputs(recipe, recipe.sparsify_calibrates)
+        settings, inputs = _compression_inputs(recipe, recipe.sparsify.calibrates)
         settings["sparsify"] = _settings(recipe.sparsify)
         stages.append(Stage("sparsify", inputs, settings, steps.sparsify, compression, resumes=True))
     if recipe.quantize:
-        settings, inputs = _compression_inputs(recipe, recipe.quantize_calibrates)
+        settings, inputs = _compression_inputs(recipe, recipe.quantize.calibrates)
         settings["quantize"] = _settings(recipe.quantize)
         inputs = (*inputs, *(["sparsify"] if recipe.sparsify else []))
         stages.append(Stage("quantize", inputs, settings, steps.quantize, compression, resumes=True))
