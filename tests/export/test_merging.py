@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from sqft.errors import AdapterError, ExportError, ModelError
 from sqft.export import export_model
 from sqft.export.foreign_adapter import open_foreign_adapter
-from sqft.export.foreign_base import convert_base
 from sqft.export.merging import merge_foreign
 from sqft.models import load_model, read_masks, read_quantized
 
@@ -129,46 +128,44 @@ def test_a_sparse_base_keeps_its_zeros(merged_dir: MergedDir, tmp_path: Path) ->
         assert not tensors[f"{name}.weight"][~mask].any()
 
 
-@pytest.mark.parametrize("changes", [{}, {"symmetric": False}])
-def test_a_gptq_base_is_taken_over_code_by_code(
-    merged_dir: MergedDir, tmp_path: Path, changes: dict[str, Any]
+def test_an_adapter_is_measured_on_the_base_it_was_trained_on(
+    tiny_model_dir: Callable[..., Path], merged_dir: MergedDir, tmp_path: Path
 ) -> None:
-    export_model(merged_dir(**changes), "gptq", tmp_path / "gptq")
-    converted = convert_base(tmp_path / "gptq", tmp_path / "converted")
-    found = read_quantized(converted)
-    for name, weight in read_quantized(merged_dir(**changes)).items():
-        assert torch.equal(found[name].codes, weight.codes)
-        assert torch.equal(found[name].qparams.scale, weight.qparams.scale)
-        assert torch.equal(found[name].qparams.zero_point, weight.qparams.zero_point)
-    adapter_dir = train_adapter(merged_dir(**changes), tmp_path / "adapter", steps=3)
-    assert merge_foreign(tmp_path / "gptq", adapter_dir, tmp_path / "out").chosen == "round"
+    adapter_dir = train_adapter(tiny_model_dir(), tmp_path / "adapter")
+    options: dict[str, Any] = {"measure": answer_loss, "rungs": ["round"], "least": -9.0}
+    base_dir = merged_dir(sparsity=0.0)
+    alone = merge_foreign(base_dir, adapter_dir, tmp_path / "alone", **options)
+    losses = {}
+    for trained_on in (tiny_model_dir(), f"nf4:{tiny_model_dir()}"):
+        result = merge_foreign(
+            base_dir, adapter_dir, tmp_path / "out", trained_on=trained_on, **options
+        )  # fmt: skip
+        assert result.unmerged_loss == alone.unmerged_loss  # on the base that is merged into, told too
+        assert result.trained_on_loss is not None
+        assert result.base_loss is not None
+        assert result.rungs[0].loss is not None
+        gain = result.base_loss - result.trained_on_loss
+        assert result.rungs[0].retention == (result.base_loss - result.rungs[0].loss) / gain
+        losses[str(trained_on)] = result.trained_on_loss
+    expected = PeftModel.from_pretrained(load_model(tiny_model_dir()), adapter_dir)
+    assert losses[str(tiny_model_dir())] == pytest.approx(answer_loss(expected), abs=1e-5)
+    assert len(set(losses.values())) == 2
+    assert alone.trained_on_loss is None
+    with pytest.raises(ExportError, match="is there to measure on; give data too"):
+        merge_foreign(base_dir, adapter_dir, tmp_path / "out", trained_on=tiny_model_dir())
 
 
-def test_an_awq_base_is_read_in_its_own_order(merged_dir: MergedDir, tmp_path: Path) -> None:
-    weights = read_quantized(merged_dir(symmetric=False))
-    tensors = load_file(merged_dir(symmetric=False) / "model.safetensors")
-    tensors = {key: t for key, t in tensors.items() if key.rpartition(".")[0] not in weights}
-
-    def pack(values: torch.Tensor) -> torch.Tensor:
-        words = torch.zeros(values.shape[0], values.shape[1] // 8, dtype=torch.int32)
-        for position, column in enumerate([0, 2, 4, 6, 1, 3, 5, 7]):  # AutoAWQ's own loop
-            words |= values.int()[:, column::8] << (4 * position)
-        return words
-
-    for name, weight in weights.items():
-        tensors[f"{name}.qweight"] = pack(weight.codes.T)
-        tensors[f"{name}.qzeros"] = pack(weight.qparams.zero_point.T)
-        tensors[f"{name}.scales"] = weight.qparams.scale.T.half().contiguous()
-    directory = tmp_path / "awq"
-    directory.mkdir()
-    save_file({key: t.contiguous() for key, t in tensors.items()}, directory / "model.safetensors")
-    config = json.loads((merged_dir(symmetric=False) / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "version": "gemm"}
-    (directory / "config.json").write_text(json.dumps(config))
-    found = read_quantized(convert_base(directory, tmp_path / "converted"))
-    for name, weight in weights.items():
-        assert torch.equal(found[name].codes, weight.codes)
-        assert torch.equal(found[name].qparams.zero_point, weight.qparams.zero_point)
+def test_a_gptq_base_gives_an_integer_or_a_16_bit_model(merged_dir: MergedDir, tmp_path: Path) -> None:
+    export_model(merged_dir(), "gptq", tmp_path / "gptq")
+    adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=3)
+    merge_foreign(tmp_path / "gptq", adapter_dir, tmp_path / "kept")
+    for name, weight in read_quantized(merged_dir()).items():
+        assert torch.equal(read_quantized(tmp_path / "kept")[name].qparams.scale, weight.qparams.scale)
+    result = merge_foreign(tmp_path / "gptq", adapter_dir, tmp_path / "dense", dequantize=True)
+    assert result.chosen == "round"
+    assert not read_quantized(tmp_path / "dense")
+    unmerged = PeftModel.from_pretrained(load_model(merged_dir()), adapter_dir)
+    assert answer_loss(load_model(tmp_path / "dense")) == pytest.approx(answer_loss(unmerged), abs=2e-2)
 
 
 def test_what_cannot_be_merged_is_told(merged_dir: MergedDir, tmp_path: Path) -> None:

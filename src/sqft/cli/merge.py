@@ -27,8 +27,16 @@ def merge(
     prompt: Annotated[str, typer.Option(help="Format string over an item's fields.")] = "{question}",
     answer: Annotated[str, typer.Option(help="Format string over an item's fields.")] = "{answer}",
     trained_on: Annotated[
-        Path | None, typer.Option(help="The base that the adapter was trained on, if it is another one.")
+        str | None,
+        typer.Option(
+            metavar="[nf4:]DIR",
+            help="The base that the adapter was trained on, if it is another one: measured too. For QLoRA a "
+            "directory in NF4, or nf4:DIR for a 16-bit one that was quantized on loading.",
+        ),
     ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Take a GPTQ, AWQ or NF4 base as 16-bit weights.")
+    ] = False,
     rungs: Annotated[str, typer.Option(help="Rungs to climb, in order.")] = "round,feedback,refit,polish",
     enough: Annotated[float, typer.Option(help="Stop at this share of the adapter's gain.")] = 0.95,
     least: Annotated[float, typer.Option(help="Refuse the merge below this share.")] = 0.5,
@@ -49,6 +57,7 @@ def merge(
             calibration=calibration,
             measure=measure,
             trained_on=trained_on,
+            dequantize=dequantize,
             rungs=rungs.split(","),
             enough=enough,
             least=least,
@@ -105,7 +114,9 @@ def _print_result(result: "MergeResult") -> None:
     if result.base_loss is None or result.unmerged_loss is None:
         print("no data was given (--data): nothing was measured, and only the first rung was climbed")
         return
-    print(f"\nloss of the base {result.base_loss:.4f}, of the unmerged adapter {result.unmerged_loss:.4f}")
+    print(f"\nloss of the base {result.base_loss:.4f}, with the unmerged adapter {result.unmerged_loss:.4f}")
+    if result.trained_on_loss is not None:
+        print(f"loss of the adapter on the base that it was trained on {result.trained_on_loss:.4f}")
     rows = [
         [
             rung.name + (" (written)" if rung.name == result.chosen else ""),

@@ -1,6 +1,6 @@
 """How much of an adapter's update a base's grid or mask would erase, layer by layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class LayerErasure:
 
 
 def adapted_layers(
-    checkpoint: Checkpoint, adapter: ForeignAdapter, masks: dict[str, Tensor]
+    checkpoint: Checkpoint, adapter: ForeignAdapter, masks: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Weight, Float[Tensor, "out in"], Bool[Tensor, "out in"] | None]]:
     """One layer at a time: name, base, the unmerged model's float32 weight, and mask (True = kept)."""
     quantized = set(checkpoint.quantized_names)

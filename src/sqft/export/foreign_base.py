@@ -1,127 +1,192 @@
-"""Quantized bases made elsewhere (GPTQ, AWQ), converted once to the layout that sqft opens."""
+"""Bases made elsewhere, converted once to a directory that sqft opens, one linear in memory at a time."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from sqft.artifacts import new_directory, write_json
+from sqft.artifacts import new_directory
 from sqft.errors import ModelError
-from sqft.models import GridSpec, QuantizedWeight
-from sqft.models.packing import pack_weight, quantization_config
-from sqft.models.writer import KEPT_FILES
+from sqft.export.foreign_files import ForeignFiles, read_config, write_directory
+from sqft.export.foreign_layouts import LAYOUTS, GroupedLayout, Layout, Nf4Layout
+from sqft.export.nf4 import round_to_nf4
+from sqft.models import GridSpec, QuantizedWeight, open_checkpoint
+from sqft.models.checkpoint import build_skeleton
+from sqft.models.checkpoint import read_config as open_config
+from sqft.models.packing import pack_weight, packed_specs, quantization_config, scale_dtype
+from sqft.models.tensorfile import TensorSpec
 from sqft.ops import QParams
+from sqft.progress import SILENT, Progress, track
 
-__all__ = ["convert_base"]
+__all__ = ["ON_LOADING", "convert_base", "convert_training_base"]
 
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's interleaving of eight 4-bit values in a word
-Read = Callable[[str], Tensor]
+ON_LOADING = "nf4:"  # in front of a 16-bit directory that QLoRA rounds to NF4 when it loads it
+AS_DENSE = "take it as 16 bits with --dequantize"
+Shapes = dict[str, tuple[int, int]]
+Specs = dict[str, TensorSpec]
+Unpack = Callable[[str], dict[str, Tensor]]
 
 
-def convert_base(directory: Path, output_dir: Path) -> Path:
-    """A directory that sqft opens: this one, or a copy of a GPTQ or AWQ model as compressed-tensors.
+def convert_base(
+    directory: Path, output_dir: Path, *, dequantize: bool = False, progress: Progress = SILENT
+) -> Path:
+    """A directory that sqft opens: this one, or a converted copy of a model that another tool quantized.
 
-    The integers and scales are taken over as they are.
+    GPTQ and AWQ become compressed-tensors, with their integers and scales as they are. dequantize: they, and
+    NF4 of bitsandbytes, become 16-bit weights instead.
 
-    Raises: ModelError if the quantization is not understood.
+    Raises: ModelError if the quantization is not understood, or its grid cannot be kept.
     """
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{directory} is not a model directory: config.json cannot be read ({error})"
-        ) from None
-    quantization = config.get("quantization_config") or {}
+    config = read_config(directory)
+    quantization = config.pop("quantization_config", None) or {}
     method = quantization.get("quant_method")
-    if method in {None, "compressed-tensors"}:
+    if method is None or (method == "compressed-tensors" and not dequantize):
         return directory
-    if method not in {"gptq", "awq"}:
+    if method == "compressed-tensors":
+        raise ModelError(f"{directory} has a grid that a merge keeps; export it to safetensors for 16 bits")
+    if method not in LAYOUTS:
         raise ModelError(f"{directory} is quantized by {method}; merge onto GPTQ, AWQ or compressed-tensors")
+    files = ForeignFiles(directory)
+    layout = LAYOUTS[method](files, quantization)
+    skeleton = build_skeleton(open_config(directory, False), False)
+    shapes = _shapes(skeleton, directory, layout.names)
+    plain = _plain_names(skeleton, files, layout)
+    if dequantize:
+        specs, unpack = _to_dense(layout, shapes, config)
+    elif isinstance(layout, Nf4Layout):
+        raise ModelError(
+            f"{directory} is NF4, no integer grid that a merge could keep; merge onto an integer base and "
+            f"name this one with --trained-on, or {AS_DENSE}"
+        )
+    else:
+        grid = _shared_grid(layout, shapes)
+        specs, unpack = _to_grid(layout, shapes, grid)
+        config["quantization_config"] = quantization_config(grid, sorted(set(shapes) - set(layout.names)))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, files.tensor(name)) for name in plain)
+        for name in track(layout.names, "convert", progress):
+            yield from unpack(name).items()
+
     with new_directory(output_dir) as partial:
-        _convert(directory, partial, config, quantization)
+        specs |= {name: files.spec(name) for name in plain}
+        write_directory(partial, directory, config, specs, tensors())
     return output_dir
 
 
-def _convert(directory: Path, partial: Path, config: dict[str, Any], quantization: dict[str, Any]) -> None:
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{directory} has no safetensors files; only these are read")
-    handles = {path: safe_open(path, framework="pt") for path in files}
-    place = {name: path for path, handle in handles.items() for name in handle.keys()}  # noqa: SIM118
+def convert_training_base(base: str, output_dir: Path, *, progress: Progress = SILENT) -> Path:
+    """The base that an adapter was trained on, as a directory that sqft opens.
 
-    def read(name: str) -> Tensor:
-        if name not in place:
-            raise ModelError(f"{directory} lacks the tensor {name}")
-        tensor: Tensor = handles[place[name]].get_tensor(name)
-        return tensor
+    base: a model directory, 16-bit, compressed-tensors, GPTQ, AWQ or NF4; or `nf4:` and a 16-bit directory:
+    the linears of its blocks are rounded to NF4, as bitsandbytes does on loading.
 
-    names = sorted(name.removesuffix(".qweight") for name in place if name.endswith(".qweight"))
-    unpack = _from_gptq if quantization["quant_method"] == "gptq" else _from_awq
-    weights = {name: unpack(name, read, quantization) for name in names}
-    if not weights:
-        raise ModelError(f"{directory} states a quantization but holds no quantized weights")
-    grid = next((g for g in map(GridSpec.of, weights.values()) if g.scale_dtype == torch.float16), None)
-    grid = grid or GridSpec.of(next(iter(weights.values())))
-    parts = ("qweight", "qzeros", "scales", "g_idx")
-    tensors = {
-        name: read(name).contiguous()
-        for name in place
-        if not (name.rpartition(".")[0] in weights and name.rpartition(".")[2] in parts)
+    Raises: ModelError if it is none of these.
+    """
+    if not base.startswith(ON_LOADING):
+        directory = Path(base)
+        method = (read_config(directory).get("quantization_config") or {}).get("quant_method")
+        return convert_base(directory, output_dir, dequantize=method in LAYOUTS, progress=progress)
+    directory = Path(base.removeprefix(ON_LOADING))
+    config = read_config(directory)
+    if config.get("quantization_config"):
+        raise ModelError(f"{directory} is quantized already; {ON_LOADING} stands before a 16-bit directory")
+    checkpoint = open_checkpoint(directory)
+    blocks = tuple(f"{name}." for name in checkpoint.block_names)
+    rounded = {f"{name}.weight" for name in checkpoint.linears if name.startswith(blocks)}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in track(checkpoint.names, "round to NF4", progress):
+            value = checkpoint.tensor(name)
+            yield name, round_to_nf4(value) if name in rounded else value
+
+    with new_directory(output_dir) as partial:
+        specs = {name: (checkpoint.dtype(name), checkpoint.shape(name)) for name in checkpoint.names}
+        write_directory(partial, directory, config, specs, tensors())
+    return output_dir
+
+
+def _to_grid(layout: GroupedLayout, shapes: Shapes, grid: GridSpec) -> tuple[Specs, Unpack]:
+    """Codes and scales as they are, in the layout of compressed-tensors."""
+
+    def unpack(name: str) -> dict[str, Tensor]:
+        qparams = QParams(layout.scale(name), layout.zero_point(name), grid.bits, grid.symmetric)
+        weight = QuantizedWeight(_fitting(name, layout.codes(name), shapes), qparams)
+        return pack_weight(name, weight, grid.scale_dtype)
+
+    specs: Specs = {}
+    for name in layout.names:
+        specs |= packed_specs(name, shapes[name], grid)
+    return specs, unpack
+
+
+def _to_dense(layout: Layout, shapes: Shapes, config: dict[str, Any]) -> tuple[Specs, Unpack]:
+    """The weights that the layers multiply with."""
+    stated = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    half = stated if stated in {torch.float16, torch.bfloat16} else torch.float16
+    dtypes = {name: layout.dense_dtype(name, half) for name in layout.names}
+
+    def unpack(name: str) -> dict[str, Tensor]:
+        return {f"{name}.weight": _fitting(name, layout.dense(name, dtypes[name]), shapes)}
+
+    return {f"{name}.weight": (dtypes[name], shapes[name]) for name in layout.names}, unpack
+
+
+def _shared_grid(layout: GroupedLayout, shapes: Shapes) -> GridSpec:
+    """The grid that all linears share, out of their scales and zero points alone.
+
+    Raises: ModelError if there is none.
+    """
+    directory = layout.files.directory
+    sizes, rowwise, symmetric, narrow = set(), True, True, True
+    for name in layout.names:
+        columns, groups = shapes[name][1], layout.num_groups(name)
+        size = columns // groups
+        if columns % groups or not torch.equal(layout.group_index(name), torch.arange(columns) // size):
+            raise ModelError(
+                f"{directory} has the groups of {name} in activation order (desc_act), which a merge "
+                f"cannot keep; {AS_DENSE}, and quantize the merged model with sqft compress"
+            )
+        scale, zero_point = layout.scale(name), layout.zero_point(name)
+        sizes.add(size)
+        rowwise &= groups == 1
+        symmetric &= bool((zero_point == 1 << (layout.bits - 1)).all())
+        narrow &= torch.equal(scale.bfloat16().float(), scale)
+    if len(sizes) > 1 and not rowwise:
+        raise ModelError(f"{directory} has groups of {sorted(sizes)} columns, not one size; {AS_DENSE}")
+    size = -1 if rowwise else sizes.pop()
+    return GridSpec(layout.bits, size, symmetric, scale_dtype(symmetric, 8 if narrow else 11))
+
+
+def _shapes(skeleton: nn.Module, directory: Path, names: list[str]) -> Shapes:
+    """(out, in) of every linear of the architecture, to which `names` must belong."""
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear)
     }
-    for name, weight in weights.items():
-        tensors |= pack_weight(name, weight, grid.scale_dtype)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    plain = {n.removesuffix(".weight") for n in tensors if n.endswith("proj.weight")} | {"lm_head"}
-    config["quantization_config"] = quantization_config(grid, sorted(plain - set(weights)))
-    write_json(partial / "config.json", config)
-    for file in KEPT_FILES:
-        if (directory / file).is_file():
-            (partial / file).write_bytes((directory / file).read_bytes())
+    if not names:
+        raise ModelError(f"{directory} states a quantization but holds no quantized weights")
+    for name in names:
+        if name not in shapes:
+            raise ModelError(f"{directory} holds {name}, which is no linear of its architecture")
+    return shapes
 
 
-def _from_gptq(name: str, read: Read, quantization: dict[str, Any]) -> QuantizedWeight:
-    bits = int(quantization["bits"])
-    offset = 0 if quantization.get("checkpoint_format") == "gptq_v2" else 1
-    codes = _unpack(read(f"{name}.qweight").numpy().T, bits)
-    scale = read(f"{name}.scales").float().T.contiguous()
-    zero_point = (_unpack(read(f"{name}.qzeros").numpy(), bits).T + offset) & ((1 << bits) - 1)
-    columns, groups = codes.shape[1], scale.shape[1]
-    expected = torch.arange(columns) // (columns // groups)
-    if not torch.equal(read(f"{name}.g_idx").long(), expected):
-        raise ModelError(
-            f"{name} has its groups in activation order, which no merge can keep; quantize without it"
-        )
-    return _weight(codes, scale, zero_point, bits)
+def _plain_names(skeleton: nn.Module, files: ForeignFiles, layout: Layout) -> list[str]:
+    """The tensors that stay as they are; without the zero biases that older tools gave to every linear."""
+    quantized: set[str] = set().union(*(layout.stored(name) for name in layout.names))
+    known = set(skeleton.state_dict())
+    return [
+        name
+        for name in files.names
+        if name not in quantized
+        and (name in known or not name.endswith(".bias") or bool(files.tensor(name).any()))
+    ]
 
 
-def _from_awq(name: str, read: Read, quantization: dict[str, Any]) -> QuantizedWeight:
-    bits = int(quantization.get("bits", 4))
-    if bits != 4:
-        raise ModelError(f"{name}: AWQ with {bits} bits is not understood, only 4")
-
-    def unpack(part: str) -> NDArray[np.int32]:
-        words = _unpack(read(f"{name}.{part}").numpy(), bits)
-        return words.reshape(len(words), -1, 8)[..., np.argsort(AWQ_ORDER)].reshape(len(words), -1)
-
-    scale = read(f"{name}.scales").float().T.contiguous()
-    return _weight(unpack("qweight").T, scale, unpack("qzeros").T, bits)
-
-
-def _weight(codes: Any, scale: Tensor, zero_point: Any, bits: int) -> QuantizedWeight:
-    zeros = torch.from_numpy(np.ascontiguousarray(zero_point)).to(torch.uint8)
-    symmetric = bool((zeros == 1 << (bits - 1)).all())
-    stored = torch.from_numpy(np.ascontiguousarray(codes)).to(torch.uint8)
-    return QuantizedWeight(stored, QParams(scale, zeros, bits, symmetric))
-
-
-def _unpack(words: NDArray[np.int32], bits: int) -> NDArray[np.int32]:
-    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
-    values = stream.reshape(len(words), -1, bits).astype(np.int32)
-    return (values << np.arange(bits)).sum(-1, dtype=np.int32)
+def _fitting(name: str, value: Tensor, shapes: Shapes) -> Tensor:
+    if tuple(value.shape) != shapes[name]:
+        raise ModelError(f"{name} has shape {tuple(value.shape)}, its architecture has {shapes[name]}")
+    return value

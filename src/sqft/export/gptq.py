@@ -28,7 +28,7 @@ from sqft.export.plain import copy_tokenizer
 from sqft.export.source import ExportSource, IntegerWeight, exact_in
 from sqft.models import QuantizedWeight
 
-__all__ = ["gptq_refusal", "read_gptq", "write_gptq"]
+__all__ = ["gptq_refusal", "read_gptq", "unpack_words", "write_gptq"]
 
 WORD = 32
 
@@ -85,13 +85,13 @@ def read_gptq(source: ExportSource, directory: Path) -> Iterator[tuple[str, Inte
             parts = {p: file.get_tensor(f"{name}.{p}") for p in ("qweight", "qzeros", "scales", "g_idx")}
             scale = parts["scales"].astype(np.float32).T
             groups = scale.shape[1]
-            codes = _unpack(parts["qweight"].T, bits)
-            zero_point = _unpack(parts["qzeros"], bits).T + offset
+            codes = unpack_words(parts["qweight"].T, bits).astype(np.int16)
+            zero_point = unpack_words(parts["qzeros"], bits).T.astype(np.int16) + offset
             columns = codes.shape[1]
             if not np.array_equal(parts["g_idx"], np.arange(columns) // (columns // groups)):
                 raise ExportError(f"{directory}: the groups of {name} are out of order")
             steps = codes - zero_point.repeat(columns // groups, axis=1)
-            yield name, IntegerWeight(steps.astype(np.int16), np.ascontiguousarray(scale))
+            yield name, IntegerWeight(steps.astype(np.int16, copy=False), np.ascontiguousarray(scale))
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         for name in source.plain_names:
             if name not in stored:
@@ -123,10 +123,10 @@ def _pack(values: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     return np.ascontiguousarray(packed).view(np.int32)
 
 
-def _unpack(words: NDArray[np.int32], bits: int) -> NDArray[np.int32]:
+def unpack_words(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+    """(rows, n * bits / 32) int32 → (rows, n) integers: a stream of bits along a row, lowest first."""
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
-    values = stream.reshape(len(words), -1, bits).astype(np.int32)
-    return (values << np.arange(bits)).sum(-1, dtype=np.int32)
+    return np.packbits(stream.reshape(len(words), -1, bits), axis=-1, bitorder="little")[..., 0]
 
 
 def _quantization(source: ExportSource, version: int) -> dict[str, Any]:

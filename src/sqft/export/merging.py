@@ -1,7 +1,7 @@
 """Merging an adapter that was trained elsewhere, rung by rung, and telling what each rung keeps."""
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,12 @@ from sqft.artifacts import new_directory, write_json
 from sqft.errors import AdapterError, ExportError
 from sqft.export.erasure import LayerErasure, Weight, adapted_layers, layer_erasure, round_update
 from sqft.export.foreign_adapter import ForeignAdapter, open_foreign_adapter
-from sqft.export.foreign_base import convert_base
+from sqft.export.foreign_base import convert_base, convert_training_base
+from sqft.export.foreign_files import write_directory
 from sqft.export.ladder import polish_weights, walk_rung
-from sqft.models import (
-    Checkpoint,
-    CheckpointWriter,
-    load_model,
-    open_checkpoint,
-    read_masks,
-)
-from sqft.models.tensorfile import TensorFile, TensorSpec
-from sqft.models.writer import KEPT_FILES
+from sqft.models import Checkpoint, CheckpointWriter, load_model, open_checkpoint
+from sqft.models.tensorfile import TensorSpec
+from sqft.models.writer import StoredMasks
 from sqft.progress import SILENT, Progress
 
 __all__ = ["RUNGS", "MergeResult", "RungResult", "merge_foreign"]
@@ -46,12 +41,17 @@ class RungResult:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge found. erasure: of plain rounding; losses: None where nothing was given to measure on."""
+    """What a merge found. erasure: of plain rounding; losses: None where nothing was given to measure on.
+
+    unmerged_loss: of the adapter on the dequantized base; trained_on_loss: of the adapter on the base that it
+    was trained on, where another one was named.
+    """
 
     directory: Path
     erasure: list[LayerErasure]
     base_loss: float | None
     unmerged_loss: float | None
+    trained_on_loss: float | None = None
     rungs: list[RungResult] = field(default_factory=list)
     chosen: str = ""
 
@@ -67,7 +67,8 @@ def merge_foreign(
     *,
     calibration: Int[Tensor, "n length"] | None = None,
     measure: Measure | None = None,
-    trained_on: Path | None = None,
+    trained_on: str | Path | None = None,
+    dequantize: bool = False,
     rungs: Iterable[str] = RUNGS,
     enough: float = 0.95,
     least: float = 0.5,
@@ -79,26 +80,33 @@ def merge_foreign(
 
     calibration: token ids for feedback, refit and polish. measure: the loss of a model, lower is better;
     without it only the first rung is climbed. trained_on: the base that the adapter was trained on, if it is
-    another one: the unmerged loss is measured there. The ladder ends at the first rung that retains `enough`
-    of the adapter's gain; the best rung is written, unless it retains less than `least`.
-    All rungs but polish hold one block in memory.
+    another one, as `convert_training_base` takes it: the adapter's gain is measured there. dequantize: take a
+    GPTQ, AWQ or NF4 base as 16-bit weights. The ladder ends at the first rung that retains `enough` of the
+    adapter's gain; the best rung is written, unless it retains less than `least`.
+    Converting, round and writing hold one linear in memory, feedback and refit one block; polish and
+    measuring hold whole models.
 
-    Raises: AdapterError if the adapter does not fit; ExportError if a rung is unknown or lacks what it needs,
-    or the merge is refused because too little survives.
+    Raises: AdapterError if the adapter does not fit; ModelError if a base is not understood or its grid
+    cannot be kept; ExportError if a rung is unknown or lacks what it needs, or too little would survive.
     """
     rungs = list(rungs)
     unknown = [rung for rung in rungs if rung not in RUNGS]
     if unknown or not rungs:
         raise ExportError(f"rung {', '.join(unknown) or '(none)'} is unknown; choose from {', '.join(RUNGS)}")
+    if trained_on is not None and measure is None:
+        raise ExportError("the base that the adapter was trained on is there to measure on; give data too")
     if calibration is None and set(rungs) - {"round"}:
         rungs = [rung for rung in rungs if rung == "round"]
     with new_directory(output_dir) as partial:
         work = partial / "work"
         work.mkdir()
-        source = convert_base(base_dir, work / "base")
-        checkpoint, adapter = open_checkpoint(source), open_foreign_adapter(adapter_dir)
+        adapter = open_foreign_adapter(adapter_dir)
+        source = convert_base(base_dir, work / "base", dequantize=dequantize, progress=progress)
+        checkpoint = open_checkpoint(source)
         _check_fit(checkpoint, adapter)
-        masks = read_masks(source) or _visible_masks(checkpoint, adapter.names)
+        masks: Mapping[str, Tensor] = StoredMasks(source)
+        if source == base_dir and not masks:  # the zeros of a converted base may come from rounding
+            masks = _VisibleMasks(checkpoint, adapter.names)
         erasure = []
         with progress.task("update", len(adapter.names)) as advance:
             for layer in adapted_layers(checkpoint, adapter, masks):
@@ -107,9 +115,13 @@ def merge_foreign(
         _write_adapted(checkpoint, adapter, work / "adapted")
         climb = _Climb(checkpoint, adapter, masks, work, calibration, polish_steps, seed, progress)
         base_loss = None if measure is None else measure(load_model(source))
-        teacher_dir = _trained_on(trained_on, adapter, work)
-        unmerged_loss = None if measure is None else measure(load_model(teacher_dir))
-        results = _climb(climb, rungs, measure, base_loss, unmerged_loss, enough)
+        unmerged_loss = None if measure is None else measure(load_model(work / "adapted"))
+        trained_on_loss = None
+        if trained_on is not None and measure is not None:
+            home = _write_trained_on(trained_on, adapter, work, progress)
+            trained_on_loss = measure(load_model(home))
+        aim = unmerged_loss if trained_on is None else trained_on_loss
+        results = _climb(climb, rungs, measure, base_loss, aim, enough)
         best = _best(results)
         if best.retention is not None and best.retention < least:
             raise ExportError(
@@ -119,7 +131,9 @@ def merge_foreign(
             )
         _move(work / best.name, partial)
         shutil.rmtree(work)
-        result = MergeResult(output_dir, erasure, base_loss, unmerged_loss, results, best.name)
+        result = MergeResult(
+            output_dir, erasure, base_loss, unmerged_loss, trained_on_loss, results, best.name
+        )
         write_json(partial / MERGE, result.as_dict())
     return result
 
@@ -142,7 +156,7 @@ class _Climb:
         directory = self.work / rung
         base = self.checkpoint
         if rung == "round":
-            layers = adapted_layers(base, self.adapter, dict(self.masks))
+            layers = adapted_layers(base, self.adapter, self.masks)
             weights: Iterable[tuple[str, Weight]] = (
                 (name, round_update(old, adapted, mask)) for name, old, adapted, mask in layers
             )
@@ -181,9 +195,10 @@ def _climb(
     rungs: list[str],
     measure: Measure | None,
     base_loss: float | None,
-    unmerged_loss: float | None,
+    aim: float | None,
     enough: float,
 ) -> list[RungResult]:
+    """The rungs that were climbed. aim: the unmerged loss; what it is below that of the base is the gain."""
     results: list[RungResult] = []
     for rung in rungs:
         if rung in {"feedback", "refit"} and climb.checkpoint.grid is None:
@@ -191,13 +206,8 @@ def _climb(
         climb.write(rung, _best(results).name if results else _first(climb, rung))
         loss = None if measure is None else measure(load_model(climb.work / rung))
         retention = None
-        if (
-            loss is not None
-            and base_loss is not None
-            and unmerged_loss is not None
-            and base_loss > unmerged_loss
-        ):
-            retention = (base_loss - loss) / (base_loss - unmerged_loss)
+        if loss is not None and base_loss is not None and aim is not None and base_loss > aim:
+            retention = (base_loss - loss) / (base_loss - aim)
         results.append(RungResult(rung, loss, retention))
         if measure is None or (retention is not None and retention >= enough):
             break
@@ -224,20 +234,29 @@ def _check_fit(checkpoint: Checkpoint, adapter: ForeignAdapter) -> None:
             raise AdapterError(f"the adapter is for {name}, which the base does not have")
 
 
-def _visible_masks(checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
+class _VisibleMasks(Mapping[str, Tensor]):
     """The zeros of a sparse 16-bit base whose masks were not stored; codes may be 0 by rounding only."""
-    masks = {}
-    for name in names:
-        if name not in checkpoint.quantized_names:
-            kept = checkpoint.weight(name) != 0
-            if float(kept.float().mean()) < 1 - SPARSE_FROM:
-                masks[name] = kept
-    return masks
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str]) -> None:
+        self.checkpoint = checkpoint
+        plain = [name for name in names if name not in checkpoint.quantized_names]
+        zeros = {name: float((checkpoint.weight(name) == 0).float().mean()) for name in plain}
+        self.names = [name for name in plain if zeros[name] > SPARSE_FROM]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.checkpoint.weight(name) != 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _write_adapted(checkpoint: Checkpoint, adapter: ForeignAdapter, directory: Path) -> None:
     """The unmerged model as a dense float32 one, written a tensor at a time."""
-    directory.mkdir()
     quantized, adapted = set(checkpoint.quantized_names), set(adapter.names)
     shapes = checkpoint.linears
     specs: dict[str, TensorSpec] = {f"{name}.weight": (torch.float32, shapes[name]) for name in quantized}
@@ -245,24 +264,24 @@ def _write_adapted(checkpoint: Checkpoint, adapter: ForeignAdapter, directory: P
         linear, _, end = name.rpartition(".")
         if linear not in quantized or end == "bias":
             specs[name] = (torch.float32, checkpoint.shape(name))
-    file = TensorFile(directory / "model.safetensors", specs, {"format": "pt"})
-    for name in specs:
-        linear = name.removesuffix(".weight")
-        value = checkpoint.weight(linear) if linear in quantized else checkpoint.tensor(name)
-        value = adapter.adapted(linear, value) if linear in adapted and name.endswith(".weight") else value
-        file.write(name, value.float())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in specs:
+            linear = name.removesuffix(".weight")
+            value = checkpoint.weight(linear) if linear in quantized else checkpoint.tensor(name)
+            if linear in adapted and name.endswith(".weight"):
+                value = adapter.adapted(linear, value)
+            yield name, value.float()
+
     config = checkpoint.config.to_dict()
     config.pop("quantization_config", None)
-    write_json(directory / "config.json", config | {"dtype": "float32"})
-    for kept in KEPT_FILES:
-        if (checkpoint.directory / kept).is_file():
-            shutil.copyfile(checkpoint.directory / kept, directory / kept)
+    write_directory(directory, checkpoint.directory, config | {"dtype": "float32"}, specs, tensors())
 
 
-def _trained_on(trained_on: Path | None, adapter: ForeignAdapter, work: Path) -> Path:
-    if trained_on is None:
-        return work / "adapted"
-    checkpoint = open_checkpoint(convert_base(trained_on, work / "trained_on_base"))
+def _write_trained_on(base: str | Path, adapter: ForeignAdapter, work: Path, progress: Progress) -> Path:
+    """The adapter on the base that it was trained on, unmerged."""
+    source = convert_training_base(str(base), work / "trained_on_base", progress=progress)
+    checkpoint = open_checkpoint(source)
     _check_fit(checkpoint, adapter)
     _write_adapted(checkpoint, adapter, work / "trained_on")
     return work / "trained_on"

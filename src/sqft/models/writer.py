@@ -3,7 +3,8 @@
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sqft.models.packing import GridSpec, QuantizedWeight, pack_weight, packed_s
 from sqft.models.tensorfile import TensorFile, TensorSpec
 from sqft.ops import pack_mask, unpack_mask
 
-__all__ = ["CheckpointWriter", "read_latents", "read_masks", "write_masks", "write_model"]
+__all__ = ["CheckpointWriter", "StoredMasks", "read_latents", "read_masks", "write_masks", "write_model"]
 
 MASKS = "sqft_masks.safetensors"
 LATENT = "sqft_latent.safetensors"
@@ -193,23 +194,43 @@ def write_masks(directory: Path, masks: Mapping[str, Bool[Tensor, "out in"]]) ->
         file.write(name, pack_mask(mask))
 
 
+class StoredMasks(Mapping[str, Tensor]):
+    """The stored masks (True = kept) by linear, each read when it is asked for; empty if there are none."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = Path(directory) / MASKS
+        self._shapes: dict[str, str] = {}
+        if self._path.is_file():
+            with self._opened() as file:
+                stated = file.metadata() or {}
+                self._shapes = {name: stated[name] for name in file.keys()}  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Bool[Tensor, "out in"]:
+        shape = self._shapes[name]
+        with self._opened() as file:
+            return unpack_mask(file.get_tensor(name), int(shape.split(",")[1]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
+            raise ModelError(f"{self._path} is truncated or damaged ({error}); write it again") from error
+
+
 def read_masks(directory: Path) -> dict[str, Bool[Tensor, "out in"]]:
     """The stored masks (True = kept) by linear; empty if the directory has none.
 
     Raises: ModelError if the file is damaged.
     """
-    path = Path(directory) / MASKS
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = file.metadata() or {}
-            return {
-                name: unpack_mask(file.get_tensor(name), int(shapes[name].split(",")[1]))
-                for name in file.keys()  # noqa: SIM118
-            }
-    except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
-        raise ModelError(f"{path} is truncated or damaged ({error}); write it again") from error
+    return dict(StoredMasks(directory))
 
 
 def read_latents(directory: Path) -> dict[str, Tensor]:
