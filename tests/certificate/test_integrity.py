@@ -128,6 +128,34 @@ def test_truncated_missing_and_added_files_are_caught(merge_copy: Merge) -> None
     assert failed(directory) == {"digests", "logits"}
 
 
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_opens_only_where_that_is_trusted(
+    merge_copy: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    directory = merge_copy().merged
+    write_reference(directory, load_model(directory, dtype=torch.float32), TOKENS)
+    (directory / "own.py").write_text(OWN_CODE)
+    config = json.loads((directory / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    write_certificate(directory, [])
+    checks = check_integrity(directory)
+    assert [check.name for check in checks if not check.passed] == ["logits"]
+    assert "needs Python code that comes with it" in checks[-1].detail
+    require_passed(check_integrity(directory, trust_remote_code=True), directory)
+
+
 def test_a_model_without_certificate_fails(merges: Merge) -> None:
     assert "digests" in failed(merges().merged)
 

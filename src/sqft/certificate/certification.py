@@ -32,12 +32,14 @@ def certify_model(
     merged: nn.Module,
     token_ids: TokenIds,
     trained_digest: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> list[Check]:
     """Check a merged model in every way, and write its reference logits and certificate.
 
     adapted: the trained model before the merge; merged: opened from `directory`. trained_digest:
     `codes_digest` of the trained model, taken when training ended; default that of `adapted`.
+    trust_remote_code: the model comes with Python code of its own, which opening it runs.
 
     Returns all checks, the failed ones too: whoever calls must not keep a model of which one failed.
     """
@@ -49,7 +51,7 @@ def certify_model(
         directory, base_dir, adapter_dir, trained_digest=digest, lineage=lineage, progress=progress
     )
     write_certificate(directory, checks, lineage=lineage, trained_digest=digest)
-    checks += check_integrity(directory, progress)
+    checks += check_integrity(directory, progress, trust_remote_code=trust_remote_code)
     write_certificate(directory, checks, lineage=lineage, trained_digest=digest)
     return checks
 

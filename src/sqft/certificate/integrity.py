@@ -34,17 +34,20 @@ UNCERTIFIED = {
 }  # written after the certificate, and no part of a model
 
 
-def check_integrity(directory: Path, progress: Progress = SILENT) -> list[Check]:
+def check_integrity(
+    directory: Path, progress: Progress = SILENT, *, trust_remote_code: bool = False
+) -> list[Check]:
     """Check a certified model directory from its own files alone.
 
     Every check runs, whatever the others found; a file that cannot be read fails the checks that need it.
+    trust_remote_code: open a model that comes with Python code of its own, and so run that code.
     """
     steps: list[tuple[str, Callable[[], str]]] = [
         ("digests", lambda: _check_digests(directory)),
         ("tensors", lambda: _check_tensors(directory)),
         ("codes", lambda: _check_codes(directory)),
         ("zeros", lambda: _check_zeros(directory)),
-        ("logits", lambda: _check_logits(directory)),
+        ("logits", lambda: _check_logits(directory, trust_remote_code)),
     ]
     checks = []
     with progress.task("verify", len(steps)) as advance:
@@ -166,9 +169,10 @@ def _check_pattern(name: str, mask: NDArray[np.bool_], pattern: str) -> None:
         )
 
 
-def _check_logits(directory: Path) -> str:
+def _check_logits(directory: Path, trust_remote_code: bool) -> str:
     token_ids, expected = read_reference(directory)
-    logits = compute_logits(load_model(directory, dtype=torch.float32), token_ids)
+    model = load_model(directory, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    logits = compute_logits(model, token_ids)
     share = largest_difference(logits, expected)
     if not share <= LOGIT_TOLERANCE:
         raise CertificateError(f"logits differ by {share:.2e} of the largest, allowed {LOGIT_TOLERANCE:.0e}")

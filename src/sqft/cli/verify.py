@@ -20,6 +20,9 @@ def verify(
     merged: Annotated[
         Path | None, typer.Option(help="For what sqft export wrote: the model that was exported.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Repeat the certificate of a merged model; with --base and --adapter, also recompute its weights.
 
@@ -39,7 +42,10 @@ def verify(
     if merged is not None and not exported:
         raise CertificateError(f"{directory} was not written by sqft export, so --merged does not apply")
     with RichProgress() as progress:
-        checks = _export_checks(directory, merged) if exported else list(check_integrity(directory, progress))
+        if exported:
+            checks = _export_checks(directory, merged)
+        else:
+            checks = check_integrity(directory, progress, trust_remote_code=trust_remote_code)
         if base is not None and adapter is not None:
             checks += check_provenance(directory, base, adapter, progress=progress)
     width = max(len(check.name) for check in checks)

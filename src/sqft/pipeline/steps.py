@@ -267,6 +267,7 @@ def merge(context: StageContext) -> dict[str, Any]:
         merged=load_model(context.directory, **context.loading),
         token_ids=[example.prompt_ids for example in context.splits().test[:REFERENCE_ITEMS]],
         trained_digest=Manifest.read(context.inputs["search"]).metrics["codes_digest"],
+        trust_remote_code=context.trusts_code,
         progress=context.progress,
     )
     failed = [f"{check.name} ({check.detail})" for check in checks if not check.passed]
