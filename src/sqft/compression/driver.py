@@ -62,6 +62,7 @@ def compress_blocks(
     reports = _resume(walk, path, key)
     done = {report.name for report in reports}
     writer.mark_written(done)
+    last = next(reversed(walk.blocks))
     with progress.task(task.description, len(walk.blocks)) as advance:
         for name in walk.blocks:
             modules = {n: walk.model.get_submodule(n) for n in task.linears if n.startswith(name + ".")}
@@ -75,7 +76,7 @@ def compress_blocks(
                 task.finish_block(name)
             walk.advance(name)
             walk.unload(name)
-            if is_alone():
+            if is_alone() and name != last:
                 blocks = [*_finished_blocks(path, key), name]
                 facts = {"key": key, "blocks": json.dumps(blocks)}
                 walk.save_state(path, facts | {"reports": json.dumps([r.to_json() for r in reports])})

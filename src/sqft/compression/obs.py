@@ -66,8 +66,9 @@ def obs_pass(
     if mask is not None:
         keep = (mask if order is None else mask[:, order]).T.contiguous()
     diagonal = factor.diagonal()
+    prunes, nothing = mask is not None or choose is not None, work.new_zeros(())
     state = _GridState(grid, weight, order) if grid is not None else None
-    before = torch.empty_like(work)
+    divisors = diagonal.tolist()
     with exact_float32(weight.device):
         for start in range(0, columns, BLOCK):
             end = min(start + BLOCK, columns)
@@ -89,17 +90,17 @@ def obs_pass(
                 column = work[j]
                 if state is not None:
                     state.enter(j, pending, keep)
-                    value = state.round(j, column)
-                    error = torch.where(keep[j], column - value, column).div_(diagonal[j])
+                    error = torch.sub(column, state.round(j, column), out=errors[j - start])
+                    if prunes:
+                        torch.where(keep[j], error, column, out=error)
                 else:
-                    error = torch.where(keep[j], 0.0, column).div_(diagonal[j])
-                before[j] = column
-                errors[j - start] = error
+                    error = torch.where(keep[j], nothing, column, out=errors[j - start])
+                error.div_(divisors[j])
                 if j + 1 < end:
                     work[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
             if end < columns:
                 work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    result = torch.where(keep, before, 0.0).T
+    result = torch.where(keep, work, 0.0).T
     kept = keep.T
     if order is not None:
         result = torch.empty_like(result).index_copy_(1, order, result)
@@ -123,19 +124,30 @@ class _GridState:
             shape = (columns // grid.group_size, weight.shape[0])
             self.scale = torch.ones(shape, device=weight.device)
             self.zero = torch.zeros(shape, device=weight.device)
+        # codes - zero_point lies between these
+        self.low, self.high = -self.zero, self.max_code - self.zero
+        self.steps = torch.empty(weight.shape[0], device=weight.device)
+        self._use(self.group_of[0])
 
     def enter(self, j: int, pending: Callable[[int, int], Tensor], keep: Tensor) -> None:
         """Take the grid of a group whose first column this is."""
         size = self.grid.group_size
         if self.grid.static is None and j % size == 0:
             fresh = self.grid.compute(torch.where(keep[j : j + size], pending(j, j + size), 0.0).T)
-            self.scale[j // size], self.zero[j // size] = fresh.scale[:, 0], fresh.zero_point[:, 0].float()
+            group, zero = j // size, fresh.zero_point[:, 0].float()
+            self.scale[group], self.zero[group] = fresh.scale[:, 0], zero
+            self.low[group], self.high[group] = -zero, self.max_code - zero
+            self._use(group)
 
     def round(self, j: int, column: Tensor) -> Tensor:
-        """The column on its grid, by the formula of `ops.quantize`."""
-        scale, zero = self.scale[self.group_of[j]], self.zero[self.group_of[j]]
-        codes = torch.round(column / scale).add_(zero).clamp_(0, self.max_code)
-        return codes.sub_(zero).mul_(scale)
+        """The column on its grid, by the formula of `ops.quantize`; overwritten by the next call."""
+        if self.group_of[j] != self.group:
+            self._use(self.group_of[j])
+        scale, low, high = self.of_group
+        return torch.div(column, scale, out=self.steps).round_().clamp_(low, high).mul_(scale)
+
+    def _use(self, group: int) -> None:
+        self.group, self.of_group = group, (self.scale[group], self.low[group], self.high[group])
 
     def qparams(self) -> QParams:
         """The finished grid."""

@@ -13,8 +13,9 @@ from sqft.ops.adapted import exact_float32
 
 __all__ = ["DenseTargetHessian", "Hessian", "InputNorm", "factor_inverse"]
 
-TILE = 512  # columns; tiles below the diagonal are not computed
+TILE = 256  # columns; tiles below the diagonal are not computed
 MAX_DAMPING = 1.0
+LEAF = 128  # columns of a triangle that is solved directly
 
 
 class InputNorm:
@@ -84,15 +85,15 @@ class Hessian:
 
     def check(self, name: str) -> None:
         """Raises: CompressionError if an input of linear `name` was NaN or infinite."""
-        if not bool(torch.isfinite(self._sum).all()):
+        if not bool(torch.isfinite(self._sum.diagonal()).all()):  # the largest entries of their rows
             raise CompressionError(
                 f"{name}: calibration gave NaN or infinite inputs; check the model and the texts"
             )
 
     def matrix(self) -> Float[Tensor, "in in"]:
         """The whole symmetric matrix, a new tensor."""
-        upper = torch.triu(self._sum)
-        return (upper + torch.triu(upper, 1).T) / max(self.num_tokens, 1)
+        upper = torch.triu(self._sum).div_(max(self.num_tokens, 1))
+        return upper + torch.triu(upper, 1).T
 
     def damped(self, damping: float) -> Float[Tensor, "in in"]:
         """The whole matrix with damping · mean(diag) added to its diagonal."""
@@ -149,15 +150,30 @@ def factor_inverse(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Flo
     Raises: CompressionError if even damping 1 does not help (H holds NaN).
     """
     mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     while damping <= MAX_DAMPING:
-        damped = (hessian + eye * (mean * damping)).flip(0, 1)
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(mean * damping)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+            factor = _invert_upper(lower.flip(0, 1))
             if bool(torch.isfinite(factor).all()):
                 return factor, damping
         damping *= 10
     raise CompressionError(
         "the Hessian cannot be factorised even with damping 1; check the calibration inputs"
     )
+
+
+def _invert_upper(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The inverse of an upper triangular matrix, by halves: the zeros below the diagonal cost nothing."""
+    size = matrix.shape[0]
+    if size <= LEAF:
+        eye = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, eye, upper=True)
+    half = size // 2
+    inverse = torch.zeros_like(matrix)
+    first = inverse[:half, :half] = _invert_upper(matrix[:half, :half])
+    second = inverse[half:, half:] = _invert_upper(matrix[half:, half:])
+    with exact_float32(matrix.device):
+        inverse[:half, half:] = -(first @ matrix[:half, half:]) @ second
+    return inverse

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 2048
 HELD_OUT_FROM = 8  # sequences: with so many, the last one is kept out of the statistics, to measure errors on
-SAMPLE_TOKENS = 1024
+SAMPLE_TOKENS = 128
+PROBE_TOKENS = 32
 
 
 class Statistic(Protocol):
@@ -99,7 +100,7 @@ class BlockWalk:
         self.dense_block: nn.Module | None = None
         self._dense_stream = dense_stream
         self.held_out = 0
-        self._arguments: dict[str, dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._arguments: dict[str, dict[torch.Size, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         if calibration is not None:
             self._record_inputs(share_of_rows(calibration))
 
@@ -126,7 +127,9 @@ class BlockWalk:
             yield self._call(name, block or self.blocks[name], batch)
 
     def advance(self, name: str) -> None:
-        """Replace the hidden states by the block's outputs, batch by batch."""
+        """Replace the hidden states by the block's outputs, batch by batch; nobody reads the last block's."""
+        if name == next(reversed(self.blocks)):
+            return
         for index, out in enumerate(self.outputs(name, self.hidden)):
             self.hidden[index] = self._keep(self.hidden[index], out)
         if self.dense_block is not None:
@@ -135,6 +138,8 @@ class BlockWalk:
 
     def input_groups(self, name: str, linears: dict[str, nn.Module]) -> list[list[str]]:
         """Which of these linears (by full name) of a loaded block read the very same tensor, in order of use.
+
+        A few tokens show it.
 
         Raises: CompressionError if a linear is never used.
         """
@@ -151,7 +156,7 @@ class BlockWalk:
             return hook
 
         with _hooks(linears, observe):
-            next(self.outputs(name, self.hidden[-1:]))
+            self._call(name, self.blocks[name], self.hidden[0][:1, :PROBE_TOKENS])
         groups = [names for _, names in seen]
         unused = sorted(set(linears) - {n for names in groups for n in names})
         if unused:
@@ -185,7 +190,7 @@ class BlockWalk:
                 group = found[names[0]]
                 held_out = self.held_out > 0 and index == last
                 if held_out or not len(group.sample):
-                    group.sample = x[:SAMPLE_TOKENS].float()
+                    group.sample = x[:: -(-len(x) // SAMPLE_TOKENS)].to(torch.float32, copy=True)
                 if not held_out:
                     group.statistic.update(x, *([dense[names[0]]] if dense else []))
         result = [found[names[0]] for names in groups]
@@ -201,7 +206,7 @@ class BlockWalk:
 
     @torch.no_grad()
     def _call(self, name: str, block: nn.Module, batch: Tensor) -> Tensor:
-        arguments, options = self._arguments[name][batch.shape[0]]
+        arguments, options = self._arguments[name][batch.shape[:2]]
         out = block(batch.to(self.device), *arguments, **options)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -283,11 +288,10 @@ class BlockWalk:
             self.held_out = 1
             batches = [*calibration[: rows - 1].split(size), calibration[rows - 1 :]]
         with self._recorders():
-            for batch in batches:
-                try:
+            for batch in [*batches, calibration[:1, :PROBE_TOKENS]]:
+                with suppress(_Stop):
                     self.model(input_ids=batch.to(self.device), use_cache=False)
-                except _Stop:
-                    continue
+        self.hidden, self.dense_hidden = self.hidden[: len(batches)], self.dense_hidden[: len(batches)]
         _drop(embedding, "weight")
 
     @contextmanager
@@ -296,7 +300,7 @@ class BlockWalk:
 
         def record(name: str) -> Callable[..., Tensor]:
             def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
-                self._arguments.setdefault(name, {})[hidden.shape[0]] = (arguments, options)
+                self._arguments.setdefault(name, {})[hidden.shape[:2]] = (arguments, options)
                 if name == names[0]:
                     self.hidden.append(self._first(hidden))
                     if self._dense_stream:

@@ -13,7 +13,7 @@ from sqft.errors import CompressionError
 __all__ = ["keep_nonzero", "mask_pattern", "mask_rows", "pack_mask", "parse_pattern", "unpack_mask"]
 
 
-SORTED_AT_ONCE = 1 << 20  # scores; sorting takes 8 bytes for each
+AT_ONCE = 1 << 20  # scores; choosing takes a few bytes for each
 
 
 def mask_rows(scores: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, "out in"]:
@@ -28,12 +28,25 @@ def mask_rows(scores: Float[Tensor, "out in"], sparsity: float) -> Bool[Tensor, 
     ends = torch.round(torch.arange(rows + 1, dtype=torch.float64) * sparsity * columns).long()
     counts = (ends[1:] - ends[:-1]).to(scores.device)
     mask = torch.empty_like(scores, dtype=torch.bool)
-    position = torch.arange(columns, device=scores.device)[None, :]
-    step = max(1, SORTED_AT_ONCE // max(columns, 1))
+    step = max(1, AT_ONCE // max(columns, 1))
     for start in range(0, rows, step):
-        part = slice(start, start + step)
-        order = torch.argsort(scores[part], dim=1, stable=True)
-        mask[part] = mask[part].scatter_(1, order, position >= counts[part, None])
+        part = counts[start : start + step]
+        for pruned in part.unique().tolist():
+            chosen = start + torch.nonzero(part == pruned).flatten()
+            mask[chosen] = _prune_lowest(scores[chosen], pruned)
+    return mask
+
+
+def _prune_lowest(scores: Tensor, pruned: int) -> Tensor:
+    """The mask of rows that all lose `pruned` scores; of equal scores the first ones go."""
+    if pruned == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(pruned, dim=1, keepdim=True).values
+    mask = scores > threshold
+    tied = torch.nonzero(mask.sum(1) < scores.shape[1] - pruned).flatten()
+    if len(tied):  # only these rows need a sort
+        order = torch.argsort(scores[tied], dim=1, stable=True)
+        mask[tied] = torch.zeros_like(mask[tied]).scatter_(1, order[:, pruned:], True)
     return mask
 
 
@@ -83,5 +96,4 @@ def keep_nonzero(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) 
     Pruned weights become 0; a kept weight that is exactly 0 becomes the smallest normal number of its dtype.
     """
     smallest = torch.finfo(weight.dtype).tiny
-    nudged = torch.where(weight == 0, torch.full_like(weight, smallest), weight)
-    return torch.where(mask, nudged, torch.zeros_like(weight))
+    return torch.where(mask, torch.where(weight == 0, smallest, weight), 0.0)
