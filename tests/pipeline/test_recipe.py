@@ -16,6 +16,18 @@ def test_only_the_model_is_required() -> None:
     assert recipe.final_stage == "model"
 
 
+def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\ncalibration: {source: a.txt}\nsparsify: {pattern: 2:4}\nseed: 12\n")
+    recipe = load_recipe(path)
+    assert recipe.sparsify is not None
+    assert recipe.sparsify.pattern == "2:4"
+    assert recipe.seed == 12
+    changed = load_recipe(path, ["sparsify.pattern=4:8"]).sparsify
+    assert changed is not None
+    assert changed.pattern == "4:8"
+
+
 def test_every_error_is_reported_with_its_path() -> None:
     values = {
         "model": "m",

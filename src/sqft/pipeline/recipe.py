@@ -169,7 +169,7 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {_yaml_place(error)}") from None
     if not isinstance(values, dict):
@@ -211,6 +211,16 @@ def _describe(item: Any) -> str:
     return f"{place}: {message[0].lower()}{message[1:]}{shown}"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 in one respect: 2:4 is a text, where YAML 1.1 reads 124, to the base of 60."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def _yaml_place(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
@@ -223,7 +233,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"'{override}' is no override; write section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of '{override}' is not valid YAML: {_yaml_place(error)}") from None
     node = values
