@@ -18,6 +18,7 @@ from typing import Any
 from sqft.errors import WorkspaceError
 
 __all__ = [
+    "LAYERS",
     "MANIFEST",
     "Manifest",
     "digest_file",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+LAYERS = "sqft_layers.json"  # of a compressed model: what was done to each layer
 
 
 @dataclass(frozen=True)

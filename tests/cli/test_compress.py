@@ -25,6 +25,13 @@ def test_compressing_alone_gives_a_model(
     shown = capsys.readouterr().out
     assert "INT4, groups of 32, symmetric" in shown
     assert "50.0 %" in shown
+    layers = Path("runs/compressed/model/sqft_layers.json")
+    record = json.loads(layers.read_text())
+    assert record["recipe"]["calibration"]["source"] == "texts.txt"
+    assert all(0 < row["error"] < 1 for row in record["layers"])
+    layers.write_text(layers.read_text()[:-40])
+    assert run_command_line(["inspect", "runs/compressed/model"]) == 2
+    assert "sqft_layers.json is damaged" in capsys.readouterr().err
 
 
 def test_compressing_to_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,7 +47,7 @@ def inspect(
     total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     kind, blocks = checkpoint.config.model_type, len(checkpoint.block_names)
     print(f"{directory}: {kind}, {blocks} blocks, {format_bytes(total)}")
-    for key, value in _facts_of(directory).items():
+    for key, value in _read_facts(directory / "sqft.json").items():
         if isinstance(value, str | int | float):
             print(f"{key}: {value}")
     groups: dict[str, list[LayerFacts]] = {}
@@ -102,21 +102,24 @@ def _tensor_bytes(checkpoint: "Checkpoint", name: str) -> int:
     return count
 
 
-def _facts_of(directory: Path) -> dict[str, Any]:
-    path = directory / "sqft.json"
+def _read_facts(path: Path) -> dict[str, Any]:
+    """A JSON file of ours beside the weights; empty if there is none."""
+    from sqft.errors import ModelError
+
     if not path.exists():
         return {}
-    values = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged ({error}); write the model again") from None
     return values if isinstance(values, dict) else {}
 
 
 def _recorded_errors(directory: Path) -> dict[str, float]:
-    """Relative errors from the manifest of a compression stage."""
-    from sqft.artifacts import MANIFEST, Manifest
+    """Relative errors as the compression that wrote the model measured them."""
+    from sqft.artifacts import LAYERS
 
-    if not (directory / MANIFEST).exists():
-        return {}
-    rows = Manifest.read(directory).metrics.get("layers", [])
+    rows = _read_facts(directory / LAYERS).get("layers", [])
     return {row["name"]: row["error"] for row in rows if row.get("error") is not None}
 
 

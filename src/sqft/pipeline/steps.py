@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sqft.artifacts import Manifest, digest_json, write_json
+from sqft.artifacts import LAYERS, Manifest, digest_json, write_json
 from sqft.errors import CertificateError
 from sqft.pipeline.recipe import Recipe
 from sqft.progress import Progress
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sqft.adapters import MergedWeight
+    from sqft.compression import LayerReport
     from sqft.data import Splits
     from sqft.models import Checkpoint, QuantizedWeight
 
@@ -134,7 +135,7 @@ def sparsify(context: StageContext) -> dict[str, Any]:
         checkpoint, section, context.calibration(), writer, device=context.device, progress=context.progress
     )
     writer.close()
-    return {"layers": [layer.to_json() for layer in layers]}
+    return _record_layers(context, layers)
 
 
 def quantize(context: StageContext) -> dict[str, Any]:
@@ -156,7 +157,17 @@ def quantize(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
     )
     writer.close()
-    return {"layers": [layer.to_json() for layer in layers]}
+    return _record_layers(context, layers)
+
+
+def _record_layers(context: StageContext, layers: list["LayerReport"]) -> dict[str, Any]:
+    """Keep beside the weights what was done to each layer, and with what calibration."""
+    rows = [layer.to_json() for layer in layers]
+    made_with = {"model", "seed", "calibration", "sparsify", "quantize"}
+    recipe = context.recipe.model_dump(mode="json", include=made_with, exclude_none=True)
+    untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    write_json(context.directory / LAYERS, {"recipe": recipe, "layers": untimed})
+    return {"layers": rows}
 
 
 def train(context: StageContext) -> dict[str, Any]:
