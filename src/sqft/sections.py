@@ -201,6 +201,9 @@ class QuantizeSection(Section):
     damping: float = Field(0.01, gt=0, description="Share of the Hessian's mean diagonal added to it.")
     activation_order: bool = Field(False, description="Most important columns first; groups stay static.")
     descent: int = Field(0, ge=0, description="Sweeps of coordinate descent over the codes after GPTQ.")
+    scale_fit: bool = Field(
+        False, description="Before each sweep of descent, fit the scales to the codes by least squares."
+    )
     scale_search: bool = Field(False, description="Try scales below the covering one, by squared error.")
     refit: int = Field(
         0, ge=0, description="Steps of least squares for the kept weights before they are rounded."
@@ -241,12 +244,16 @@ class QuantizeSection(Section):
     def without_effect(self) -> dict[str, str]:
         """What only some methods look at."""
         if self.method == "joint":
-            ignored = dict.fromkeys(("activation_order", "descent", "refit"), "joint does not do it")
+            ignored = dict.fromkeys(
+                ("activation_order", "descent", "refit", "scale_fit"), "joint does not do it"
+            )
             return ignored if self.pattern is None else ignored | {"sparsity": "the pattern fixes it"}
         ignored = dict.fromkeys(("sparsity", "pattern"), f"{self.method} does not prune, only joint does")
         if self.method == "rtn":
-            names = ("activation_order", "damping", "descent", "refit", "sequential")
+            names = ("activation_order", "damping", "descent", "refit", "scale_fit", "sequential")
             ignored |= dict.fromkeys(names, "rtn looks at no activations")
+        elif not self.descent:
+            ignored["scale_fit"] = "only the sweeps of descent use it; set descent"
         return ignored
 
     @field_validator("group_size")

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sqft.compression import quantize_model, sparsify_model
 from sqft.compression.budget import arithmetic_offsets, outlier_offsets, share_out
-from sqft.compression.descent import descend_codes
+from sqft.compression.descent import descend, fit_scales
 from sqft.compression.gptq import gptq
 from sqft.compression.refine import fit_kept_weights, swap_mask
 from sqft.compression.ria import ria_scores
@@ -24,6 +25,7 @@ from sqft.errors import CompressionError
 from sqft.models import CheckpointWriter, load_model, open_checkpoint, read_masks, read_quantized
 from sqft.ops import compute_qparams, dequantize, fake_quantize, mask_pattern, mask_rows
 from sqft.ops import quantize as quantize_codes
+from sqft.ops.grid import round_scale
 from sqft.sections import QuantizeSection, SparsifySection
 
 Maker = Callable[..., Path]
@@ -95,7 +97,7 @@ def test_descent_ends_where_no_single_code_can_improve(masked: bool) -> None:
     hessian = hessian_of(x)
     rounded = gptq(weight, mask, hessian, GridOptions(3, 32))
     matrix = hessian.damped(0.01)
-    better = descend_codes(weight, rounded, matrix, sweeps=30)
+    better = descend(weight, rounded, matrix, sweeps=30)
 
     def cost(value: Tensor) -> Tensor:
         return (((value - weight) @ matrix) * (value - weight)).sum(1)
@@ -113,6 +115,29 @@ def test_descent_ends_where_no_single_code_can_improve(masked: bool) -> None:
             inside = quantize_codes(other, better.qparams)[:, j] == better.codes[:, j] + step
             allowed = inside if mask is None else inside & mask[:, j]
             assert (cost(other)[allowed] >= cost(value)[allowed] - 1e-2).all()
+
+
+def test_fitted_scales_are_the_least_squares_solution() -> None:
+    x, weight = inputs(500, 192), torch.randn(6, 192)
+    hessian = hessian_of(x)
+    rounded = gptq(weight, mask_rows(weight.abs(), 0.5), hessian, GridOptions(3, 32))
+    matrix = hessian.damped(0.01)
+    fitted = fit_scales(weight, rounded.codes, rounded.qparams, matrix, scale_bits=24)
+
+    def cost(scale: Tensor) -> Tensor:
+        steps = dequantize(rounded.codes, replace(rounded.qparams, scale=torch.ones_like(scale)))
+        error = steps.unflatten(1, (6, -1)).mul(scale[..., None]).flatten(1) - weight
+        return ((error @ matrix) * error).sum(1)
+
+    assert (cost(fitted.scale) < cost(rounded.qparams.scale)).all()
+    for factor in (0.99, 1.01):
+        for group in range(6):
+            moved = fitted.scale.clone()
+            moved[:, group] *= factor
+            assert (cost(moved) > cost(fitted.scale)).all()
+    coarse = fit_scales(weight, rounded.codes, rounded.qparams, matrix, scale_bits=8)
+    assert torch.equal(round_scale(coarse.scale, 8), coarse.scale)
+    assert (cost(coarse.scale) <= cost(rounded.qparams.scale)).all()
 
 
 def test_fit_is_the_least_squares_solution() -> None:

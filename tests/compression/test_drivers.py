@@ -300,3 +300,17 @@ def test_any_sparsity(tiny_model_dir: Maker, tmp_path: Path, sparsity: float) ->
     pruned = sum(int((~m).sum()) for m in masks.values())
     assert abs(pruned / sum(m.numel() for m in masks.values()) - sparsity) < 0.001
     quantize(tiny_model_dir("llama"), tmp_path / "q", masks)
+
+
+def test_a_singular_hessian_is_told_and_recorded(
+    tiny_model_dir: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tiny_model_dir("llama")
+    sparsify(directory, tmp_path / "asked", tokens(1, 8), method="sparsegpt", damping=1e-12)
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        reports = sparsify(directory, tmp_path / "again", tokens(1, 8), method="sparsegpt", damping=1e-12)
+    told = [record for record in caplog.records if "the Hessian is singular" in record.getMessage()]
+    needed = [report for report in reports if report.damping > 1e-12]
+    assert needed
+    assert len(told) == len(needed)

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
-from sqft.compression.descent import descend_codes
+from sqft.compression.descent import descend
 from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import check_not_quantized, choose_layers
 from sqft.compression.gptq import Rounded, gptq
 from sqft.compression.refine import fit_kept_weights
-from sqft.compression.reports import LayerReport, check_finite
+from sqft.compression.reports import LayerReport, check_finite, warn_damping
 from sqft.compression.rtn import rtn
 from sqft.compression.scale_search import GridOptions
 from sqft.compression.sparsegpt import prune_and_round
@@ -62,7 +62,8 @@ def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: Quan
     if not section.descent:
         return rounded
     hessian = statistic.damped(section.damping)
-    return descend_codes(target, rounded, hessian, sweeps=section.descent)
+    scale_bits = section.scale_bits if section.scale_fit else None
+    return descend(target, rounded, hessian, sweeps=section.descent, scale_bits=scale_bits)
 
 
 def _joint(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: QuantizeSection) -> Rounded:
@@ -177,6 +178,7 @@ def _quantize_linear(
     if mask is not None:
         mask = mask.to(dense.device)
     rounded = method.round(dense, mask, group.statistic, section)
+    warn_damping(name, section.damping, rounded.damping)
     mask = rounded.mask
     latent = encode_latent(rounded.before_rounding, rounded.codes, mask, rounded.qparams)
     quantized = QuantizedWeight(rounded.codes, rounded.qparams)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sqft.errors import CompressionError
 
-__all__ = ["LayerReport", "check_finite", "warn_few_tokens"]
+__all__ = ["LayerReport", "check_finite", "warn_damping", "warn_few_tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,16 @@ def check_finite(name: str, weight: Tensor) -> None:
     # The sum of finite weights is finite, except for enormous ones; only then is each looked at.
     if not bool(torch.isfinite(weight.sum())) and not bool(torch.isfinite(weight).all()):
         raise CompressionError(f"{name} holds NaN or infinite weights; fetch the model again")
+
+
+def warn_damping(name: str, asked: float, needed: float) -> None:
+    """Warn if a Hessian was singular and took more damping than was asked for."""
+    if needed > asked:
+        logger.warning(
+            "%s: the Hessian is singular; it took a damping of %g in place of %g. "
+            "Give more calibration tokens",
+            name, needed, asked,
+        )  # fmt: skip
 
 
 def warn_few_tokens(names: list[str], num_tokens: int, width: int) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import check_not_quantized, choose_layers
 from sqft.compression.magnitude import magnitude_scores
 from sqft.compression.refine import fit_kept_weights, swap_mask
-from sqft.compression.reports import LayerReport, check_finite
+from sqft.compression.reports import LayerReport, check_finite, warn_damping
 from sqft.compression.ria import ria_scores
 from sqft.compression.sparsegpt import sparsegpt
 from sqft.compression.statistics import DenseTargetHessian, Hessian, InputNorm
@@ -141,8 +141,12 @@ def prune(
     weight: Float[Tensor, "out in"], statistic: Any, section: SparsifySection, sparsity: float
 ) -> Pruned:
     """Choose a mask by the section's method, then refine mask and kept weights as it says."""
-    target = statistic.target(weight, section.damping) if section.dense_targets else weight.float()
+    target, damping = weight.float(), 0.0
+    if section.dense_targets:
+        target = statistic.target(weight, section.damping)
+        _, damping = statistic.inverse_factor(section.damping)
     pruned = METHODS[section.method].prune(target, statistic, section, sparsity)
+    pruned = replace(pruned, damping=max(pruned.damping, damping))
     if not (section.swaps or section.refit):
         return pruned
     hessian, mask, values, damping = (
@@ -194,6 +198,7 @@ def _sparsify_linear(
     dense = weight_of(module)
     check_finite(name, dense)
     pruned = prune(dense, group.statistic, section, sparsity)
+    warn_damping(name, section.damping, pruned.damping)
     stored = keep_nonzero(pruned.weight.to(walk.checkpoint.storage_dtype), pruned.mask)
     writer.write_linear(name, stored, mask=pruned.mask)
     module.weight = nn.Parameter(stored.to(dense.dtype), requires_grad=False)
