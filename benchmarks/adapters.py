@@ -37,11 +37,15 @@ LAYER_VARIANTS = (
     "published qa",
     "qa exact",
     "qa lowrank",
+    "three products",
 )
 
 
 def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Callable[[], None]]:
-    """One forward and backward of a layer in every variant."""
+    """One forward and backward of a layer in every variant.
+
+    "three products" is what every quantization-aware exact form must multiply, and nothing else.
+    """
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     weight = torch.randn(out_features, in_features, device=device) * in_features**-0.5
@@ -77,6 +81,11 @@ def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Ca
         "qa lowrank": fused(latent, "lowrank", qparams=grid),
     }
 
+    def products() -> None:
+        nn.functional.linear(x.detach(), stored)
+        dy @ stored
+        dy.t() @ x.detach()
+
     def job(forward: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
             x.grad = lora_A.grad = lora_B.grad = None
@@ -84,7 +93,7 @@ def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Ca
 
         return run
 
-    return {name: job(forward) for name, forward in forwards.items()}
+    return {name: job(forward) for name, forward in forwards.items()} | {"three products": products}
 
 
 def measure_layers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -120,6 +129,7 @@ RATIOS = (
     ("exact", "peft lora"),
     ("lowrank", "peft lora"),
     ("qa exact", "published qa"),
+    ("three products", "published qa"),
     ("qa lowrank", "peft lora"),
 )
 
@@ -216,7 +226,10 @@ def markdown(result: dict[str, Any]) -> str:
         shape = "x".join(map(str, row["shape"]))
         lines.append(f"| {row['model']} | {row['layer']} | {shape} | " + " | ".join(cells) + " |")
     lines += ["", "Ratios (floor by FLOPs in brackets):", ""]
-    lines += ["| model | layer | " + " | ".join(f"{a} / {b}" for a, b in RATIOS) + " |", "|---" * 7 + "|"]
+    lines += [
+        "| model | layer | " + " | ".join(f"{a} / {b}" for a, b in RATIOS) + " |",
+        "|---" * (2 + len(RATIOS)) + "|",
+    ]
     for row in result["layers"]:
         cells = [f"{r['value']:.2f} ({r['floor']:.2f})" for r in row["ratios"].values()]
         lines.append(f"| {row['model']} | {row['layer']} | " + " | ".join(cells) + " |")

