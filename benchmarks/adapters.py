@@ -104,7 +104,7 @@ def measure_layers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for model, name, (out_features, in_features) in shapes:
         heavy = out_features * in_features > 10**7 and arguments.device == "cpu"
-        rounds = (3 if heavy else 15) if arguments.quick else (5 if heavy else 30)
+        rounds = (5 if heavy else 15) if arguments.quick else (5 if heavy else 30)
         print(f"layer {model} {name}", file=sys.stderr)
         seconds = interleave(
             layer_jobs(out_features, in_features, arguments.device), rounds, clock=arguments.clock
@@ -281,7 +281,7 @@ def main() -> None:
     if not arguments.skip_steps:
         result["steps"] = measure_steps(
             arguments.device,
-            rounds=2 if arguments.quick else 9,
+            rounds=4 if arguments.quick else 9,
             clock=arguments.clock,
             variants=QUICK_VARIANTS if arguments.quick else STEP_VARIANTS,
         )

@@ -24,7 +24,6 @@ __all__ = ["QUICK_VARIANTS", "STEP_VARIANTS", "measure_steps", "saved_bytes_per_
 
 BATCH, LENGTH, RANK, ALPHA = 4, 256, 32, 64.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-QUICK_VARIANTS = ("peft lora", "exact", "exact nls", "lowrank", "qa lowrank")
 STEP_VARIANTS = (
     "peft lora",
     "published",
@@ -36,6 +35,7 @@ STEP_VARIANTS = (
     "qa exact",
     "qa lowrank",
 )
+QUICK_VARIANTS = tuple(variant for variant in STEP_VARIANTS if variant != "hybrid 4")
 
 
 def pruned_model(directory: Path, device: str, quantized: bool) -> nn.Module:
