@@ -13,6 +13,7 @@ from sqft.compression.budget import arithmetic_offsets, outlier_offsets, outlier
 from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import check_not_quantized, choose_layers
 from sqft.compression.magnitude import magnitude_scores
+from sqft.compression.obs import obs_pass
 from sqft.compression.refine import fit_kept_weights, swap_mask
 from sqft.compression.reports import LayerReport, check_finite, warn_damping
 from sqft.compression.ria import ria_scores
@@ -23,6 +24,7 @@ from sqft.compression.wanda import wanda_scores
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter
 from sqft.ops import keep_nonzero, mask_pattern, mask_rows
+from sqft.ops.adapted import exact_float32
 from sqft.ops.mask import parse_pattern
 from sqft.progress import SILENT, Progress
 from sqft.sections import SparsifySection
@@ -41,10 +43,14 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Method:
-    """A sparsifier: the statistic it wants (None: no calibration), and what it makes of a weight."""
+    """A sparsifier: the statistic it wants (None: no calibration), and what it makes of a weight.
+
+    updates: what it keeps makes up for what it prunes, with values that are right for its own mask only.
+    """
 
     statistic: Callable[[int, torch.device], Any] | None
     prune: Callable[[Tensor, Any, SparsifySection, float], Pruned]
+    updates: bool = False
 
 
 def _magnitude(weight: Tensor, statistic: Any, section: SparsifySection, sparsity: float) -> Pruned:
@@ -69,7 +75,7 @@ def _sparsegpt(weight: Tensor, statistic: Hessian, section: SparsifySection, spa
 METHODS: dict[str, Method] = {
     "magnitude": Method(None, _magnitude),
     "ria": Method(InputNorm, _ria),
-    "sparsegpt": Method(Hessian, _sparsegpt),
+    "sparsegpt": Method(Hessian, _sparsegpt, updates=True),
     "wanda": Method(InputNorm, _wanda),
 }
 
@@ -149,19 +155,36 @@ def prune(
     pruned = replace(pruned, damping=max(pruned.damping, damping))
     if not (section.swaps or section.refit):
         return pruned
-    hessian, mask, values, damping = (
-        statistic.damped(section.damping),
-        pruned.mask,
-        pruned.weight,
-        pruned.damping,
-    )
+    hessian = statistic.damped(section.damping)
     if section.swaps:
         block = None if section.pattern is None else parse_pattern(section.pattern)[1]
-        mask = swap_mask(target, mask, hessian, max_swaps=section.swaps, pattern_block=block)
-        values = torch.where(mask, torch.where(pruned.mask, values, target), 0.0)
+        mask = swap_mask(target, pruned.mask, hessian, max_swaps=section.swaps, pattern_block=block)
+        if METHODS[section.method].updates:
+            factor, _ = statistic.inverse_factor(section.damping)
+            swapped = replace(pruned, weight=obs_pass(target, factor, mask=mask).weight, mask=mask)
+            pruned = _better_rows(target, hessian, pruned, swapped)
+        else:
+            pruned = replace(pruned, mask=mask, weight=torch.where(mask, target, 0.0))
     if section.refit:
-        values = fit_kept_weights(target, mask, hessian, iterations=section.refit, start=values)
-    return Pruned(values, mask, damping or section.damping)
+        start = pruned.weight
+        values = fit_kept_weights(target, pruned.mask, hessian, iterations=section.refit, start=start)
+        pruned = replace(pruned, weight=values)
+    return replace(pruned, damping=pruned.damping or section.damping)
+
+
+def _better_rows(target: Tensor, hessian: Tensor, first: Pruned, second: Pruned) -> Pruned:
+    """Each row as it has less error: swaps see the mask, not what the kept weights make up for."""
+
+    def error(weight: Tensor) -> Tensor:
+        with exact_float32(weight.device):
+            return ((weight - target) @ hessian * (weight - target)).sum(1)
+
+    better = (error(second.weight) < error(first.weight))[:, None]
+    return replace(
+        first,
+        weight=torch.where(better, second.weight, first.weight),
+        mask=torch.where(better, second.mask, first.mask),
+    )
 
 
 def _sparsities(
