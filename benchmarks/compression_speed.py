@@ -11,9 +11,11 @@ Each side runs alone in its own process, in turn, on the same model directory, t
 DATA_DIR) and number of threads, in float32: Wanda at 50 %, and dense GPTQ to symmetric INT4 in groups of 64
 without reordering of columns. llm-compressor is called as its users call it, with the defaults of `oneshot`.
 "compress" is that call on a loaded model; ours is `sparsify_model` or `quantize_model`, which also reads and
-writes every block, and keeps what a resumed run needs. "whole" adds loading and saving. Memory is the peak
-resident set up to the end of "compress", libraries included. That both did the same work is checked on the
-written models: zeros or distinct values in a group, and log-perplexity on test.txt.
+writes every block, and keeps what a resumed run needs. Of 8 sequences or more, ours keeps the last out of
+its statistics and measures the layers' errors on it; llm-compressor, which measures none, gets the sequences
+before it, so that both take statistics of the same tokens. "whole" adds loading and saving. Memory is the
+peak resident set up to the end of "compress", libraries included. That both did the same work is checked on
+the written models: zeros or distinct values in a group, and log-perplexity on test.txt.
 """
 
 import argparse
@@ -33,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sqft.compression import quantize_model, sparsify_model
+from sqft.compression.walk import HELD_OUT_FROM
 from sqft.models import (
     CheckpointWriter,
     load_model,
@@ -70,6 +73,11 @@ def compress(job: str, directory: Path, tokens: Path, out: Path) -> dict[str, An
     return {"seconds": seconds, "peak_bytes": peak, "threads": torch.get_num_threads()}
 
 
+def statistic_rows(ids: Tensor) -> Tensor:
+    """The sequences that ours takes its statistics of: all but one that errors are measured on."""
+    return ids[:-1].clone() if len(ids) >= HELD_OUT_FROM else ids
+
+
 class Race:
     """The two sides, run in turn on one model and one file of tokens."""
 
@@ -85,14 +93,19 @@ class Race:
                 sys.exit(f"{options.data / name} has {len(ids)} tokens, {rows * length} are asked for")
             return ids[: rows * length].reshape(rows, length).clone()
 
-        self.tokens = work / "tokens.safetensors"
-        save_file({"tokens": tokens("validation.txt", options.sequences, options.length)}, self.tokens)
+        self.tokens, self.peer_tokens = work / "tokens.safetensors", work / "peer-tokens.safetensors"
+        ids = tokens("validation.txt", options.sequences, options.length)
+        seen = statistic_rows(ids)
+        self.statistic_tokens = seen.numel()
+        save_file({"tokens": ids}, self.tokens)
+        save_file({"tokens": seen}, self.peer_tokens)
         self.test = tokens("test.txt", options.windows, WINDOW)
 
     def run(self, job: str, side: str) -> dict[str, Any]:
         """One run in a process of its own. Its model stays in `self.output(job, side)`."""
         out = self.output(job, side)
-        common = [job, str(self.directory), str(self.tokens), str(out), str(self.options.threads)]
+        tokens = self.tokens if side == "sqft" else self.peer_tokens
+        common = [job, str(self.directory), str(tokens), str(out), str(self.options.threads)]
         if side == "sqft":
             command = [sys.executable, "-m", "benchmarks.compression_speed", "--job", *common]
         else:
@@ -226,10 +239,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     facts = environment("wall") | {"llmcompressor": peer_version(options.peer_python)}
     with tempfile.TemporaryDirectory(prefix="sqft-compression-speed-") as work:
-        report = measure(Race(options, Path(work)), options.rounds)
+        race = Race(options, Path(work))
+        report = measure(race, options.rounds)
     report |= {
         "model": options.model,
         "calibration_tokens": options.sequences * options.length,
+        "statistic_tokens": race.statistic_tokens,
         "environment": facts,
     }
     options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
