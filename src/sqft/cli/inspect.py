@@ -72,12 +72,12 @@ def inspect(
 
 def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[LayerFacts]:
     """The facts of the named linears, read one at a time."""
-    from sqft.models import read_masks
+    from sqft.models import StoredMasks
 
-    masks = read_masks(checkpoint.directory)
+    masks = StoredMasks(checkpoint.directory)
     errors = _recorded_errors(checkpoint.directory)
     for name in names:
-        weight = checkpoint.weight(name)
+        weight, mask = checkpoint.weight(name), masks.get(name)
         tensors = [t for t in checkpoint.names if t.startswith(f"{name}.")]
         stored_as = str(checkpoint.dtype(tensors[0])).removeprefix("torch.")
         if name in checkpoint.quantized_names and checkpoint.grid is not None:
@@ -88,7 +88,7 @@ def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[L
             name,
             (weight.shape[0], weight.shape[1]),
             float((weight == 0).float().mean()),
-            1 - float(masks[name].float().mean()) if name in masks else None,
+            None if mask is None else 1 - float(mask.float().mean()),
             stored_as,
             sum(_tensor_bytes(checkpoint, t) for t in tensors),
             errors.get(name),

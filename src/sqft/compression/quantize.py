@@ -1,7 +1,7 @@
 """Quantize a model onto its masks, block by block, from the dense weights."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from sqft.sections import QuantizeSection
 
 __all__ = ["METHODS", "quantize_model"]
 
-Masks = dict[str, Bool[Tensor, "out in"]]
+Masks = Mapping[str, Bool[Tensor, "out in"]]
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,9 @@ def quantize_model(
 ) -> list[LayerReport]:
     """Write codes, grids, latent codes and masks, one block in memory at a time; close the writer yourself.
 
-    checkpoint: the dense model. masks: True = kept, by linear; None keeps all. A masked linear that is not
-    quantized is written sparse. spill: keep the calibration's hidden states in memory-mapped files.
+    checkpoint: the dense model. masks: True = kept, by linear; None keeps all. Of StoredMasks one at a time is
+    in memory. A masked linear that is not quantized is written sparse. spill: keep the calibration's hidden
+    states in memory-mapped files.
 
     Raises: CompressionError if the group size does not divide a width, a mask does not fit its layer, weights
     or inputs are not finite, or the method needs calibration and has none; ModelError for an unknown module.

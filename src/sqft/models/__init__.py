@@ -7,7 +7,14 @@ from sqft.models.outline import ModelOutline, model_identity, model_outline
 from sqft.models.packing import GridSpec, QuantizedWeight
 from sqft.models.quantized_linear import QuantizedLinear
 from sqft.models.source import resolve_model
-from sqft.models.writer import CheckpointWriter, read_latents, read_masks, write_masks, write_model
+from sqft.models.writer import (
+    CheckpointWriter,
+    StoredMasks,
+    read_latents,
+    read_masks,
+    write_masks,
+    write_model,
+)
 
 __all__ = [
     "Checkpoint",
@@ -16,6 +23,7 @@ __all__ = [
     "ModelOutline",
     "QuantizedLinear",
     "QuantizedWeight",
+    "StoredMasks",
     "check_fused_groups",
     "decoder_blocks",
     "load_model",

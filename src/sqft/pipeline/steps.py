@@ -141,10 +141,10 @@ def sparsify(context: StageContext) -> dict[str, Any]:
 def quantize(context: StageContext) -> dict[str, Any]:
     """The dense model and the masks → a compressed-tensors model, and the weights before rounding."""
     from sqft.compression import quantize_model
-    from sqft.models import CheckpointWriter, read_masks
+    from sqft.models import CheckpointWriter, StoredMasks
 
     section = context.recipe.quantize or QuantizeSection()
-    masks = read_masks(context.inputs["sparsify"]) if context.recipe.sparsify else None
+    masks = StoredMasks(context.inputs["sparsify"]) if context.recipe.sparsify else None
     checkpoint = context.checkpoint("model")
     writer = CheckpointWriter(context.directory, checkpoint)
     layers = quantize_model(

@@ -1,0 +1,76 @@
+"""Memory does not grow with the number of blocks."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.compression.tiny_runs import quantize, sparsify, tokens
+
+from sqft.compression import quantize_model
+from sqft.models import CheckpointWriter, StoredMasks, open_checkpoint, read_masks, writer
+from sqft.pipeline import parse_recipe
+from sqft.pipeline.steps import StageContext
+from sqft.pipeline.steps import quantize as quantize_stage
+from sqft.sections import QuantizeSection
+
+Maker = Callable[..., Path]
+
+
+class Watch:
+    """A Progress that notes a figure after every block."""
+
+    def __init__(self, figure: Callable[[], int]) -> None:
+        self.figure, self.seen = figure, list[int]()
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: self.seen.append(self.figure())
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_quantizing_takes_no_more_for_later_blocks(tiny_model_dir: Maker, tmp_path: Path) -> None:
+    directory = tiny_model_dir("llama", num_hidden_layers=12, hidden_size=128, intermediate_size=512)
+    sparsify(directory, tmp_path / "sparse", method="magnitude")
+    watch = Watch(anonymous_bytes)
+    out = CheckpointWriter(tmp_path / "out", open_checkpoint(directory))
+    section = QuantizeSection(group_size=32)
+    quantize_model(out.source, StoredMasks(tmp_path / "sparse"), section, tokens(), out, progress=watch)
+    block_bytes = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 512)
+    assert len(watch.seen) == 12
+    assert max(watch.seen[3:]) - watch.seen[2] < block_bytes  # of the nine blocks in between
+
+
+def test_one_mask_at_a_time_is_in_memory(
+    tiny_model_dir: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_model_dir("llama")
+    sparsify(directory, tmp_path / "sparse", method="magnitude")
+    masks = read_masks(tmp_path / "sparse")
+    quantize(directory, tmp_path / "whole", masks, method="rtn")
+    opened: list[weakref.ref[Any]] = []
+    unpack = writer.unpack_mask
+
+    def note(packed: Any, width: int) -> Any:
+        mask = unpack(packed, width)
+        opened.append(weakref.ref(mask))
+        return mask
+
+    monkeypatch.setattr(writer, "unpack_mask", note)
+    watch = Watch(lambda: sum(mask() is not None for mask in opened))
+    sections = {"sparsify": {"method": "magnitude"}, "quantize": {"method": "rtn", "group_size": 32}}
+    recipe = parse_recipe({"model": str(directory), **sections})
+    inputs = {"model": directory, "sparsify": tmp_path / "sparse"}
+    quantize_stage(StageContext(recipe, "quantize", tmp_path, inputs, "cpu", watch, tmp_path / "streamed"))
+    assert len(opened) >= len(masks)
+    assert len(watch.seen) == 2
+    assert max(watch.seen) <= 1
+    for name in ("model.safetensors", "sqft_masks.safetensors", "sqft_latent.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
