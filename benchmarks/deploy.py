@@ -189,7 +189,7 @@ def measure_decoding(
         single = work / "float16"
         export_model(base, "safetensors", single, allow_requantize=True)
         export_model(single, "gguf", f16, head_type="f16")
-    lora = export_adapter(untrained_adapter(base, work / "adapter-speed"), base, "gguf", work / "lora-gguf")
+    lora = export_adapter(untrained_adapter(base, work / "adapter-speed"), base, "gguf", work / "lora-f16")
     artefacts = [
         open_artefact(f16, "merged F16 (head F16)"),
         open_artefact(q4, "merged Q4_0 (head Q8_0)"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqft.artifacts import digest_files, new_directory, write_json
 from sqft.errors import ExportError
+from sqft.export.destination import check_destination
 from sqft.export.fidelity import (
     CodeComparison,
     LogitComparison,
@@ -72,8 +73,9 @@ def export_model(
     recipe, evaluation: go into the model card. probes: items of token ids to compare logits on; default the
     first few of the model's stored reference.
 
-    Raises: ExportError if the format is unknown or cannot hold the model exactly, or if what was written is
-    not what was trained; MissingExtraError if the runtime that must check it is not installed.
+    Raises: ExportError if the format is unknown or cannot hold the model exactly, if writing would destroy
+    something else, or if what was written is not what was trained; MissingExtraError if the runtime that
+    must check it is not installed.
     """
     if format not in FORMATS:
         raise ExportError(f"format '{format}' is unknown; choose from {', '.join(FORMATS)}")
@@ -81,6 +83,7 @@ def export_model(
     place = output_dir.with_name(output_dir.name.removesuffix(".partial"))
     require_runtime(format)
     trained = open_source(directory)
+    check_destination(output_dir, directory)
     source, damage = _fit(trained, format, allow_requantize)
     with progress.task(f"export {format}", 4) as advance, new_directory(output_dir) as partial:
         kinds = target.write(source, partial, head_type)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sqft.artifacts import new_directory, write_json
 from sqft.errors import AdapterError, ExportError
+from sqft.export.destination import check_destination
 from sqft.export.erasure import LayerErasure, Weight, adapted_layers, layer_erasure, round_update
 from sqft.export.foreign_adapter import ForeignAdapter, open_foreign_adapter
 from sqft.export.foreign_base import convert_base, convert_training_base
@@ -97,6 +98,7 @@ def merge_foreign(
         raise ExportError("the base that the adapter was trained on is there to measure on; give data too")
     if calibration is None and set(rungs) - {"round"}:
         rungs = [rung for rung in rungs if rung == "round"]
+    check_destination(output_dir, base_dir, adapter_dir, trained_on)
     with new_directory(output_dir) as partial:
         work = partial / "work"
         work.mkdir()
