@@ -162,7 +162,8 @@ class SparsifySection(Section):
     swaps: int = Field(0, ge=0, description="Swaps a row, at most, that refine the mask on the Gram matrix.")
     refit: int = Field(0, ge=0, description="Steps of least squares for the kept weights; 0 leaves them.")
     dense_targets: bool = Field(
-        False, description="Aim at what the uncompressed model puts out; keeps two sets of activations."
+        False,
+        description="Aim at what the uncompressed model puts out (ours); keeps two sets of activations.",
     )
     sequential: bool = Field(
         False, description="Inside a block, later layers see the compressed earlier ones; more passes."
@@ -252,7 +253,10 @@ class QuantizeSection(Section):
         if self.method == "rtn":
             names = ("activation_order", "damping", "descent", "refit", "scale_fit", "sequential")
             ignored |= dict.fromkeys(names, "rtn looks at no activations")
-        elif not self.descent:
+            return ignored
+        if self.method == "gptaq":
+            ignored["refit"] = "gptaq does not do it"
+        if not self.descent:
             ignored["scale_fit"] = "only the sweeps of descent use it; set descent"
         return ignored
 

@@ -1,5 +1,6 @@
 """GPTQ that keeps a mask: round column by column, and let the columns to come make up for the error."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,13 +35,14 @@ def gptq(
     *,
     damping: float = 0.01,
     activation_order: bool = False,
+    carry: Callable[[Tensor, Tensor | None], Tensor] | None = None,
 ) -> Rounded:
     """Quantize the dense weight onto the mask (True = kept; None keeps all).
 
     A pruned weight counts as rounded to 0, so that what pruning lost is made up for as well.
     activation_order: columns of large inputs first; groups stay neighbours, and their grid is then taken
     from the weights as they came (static groups). Otherwise a group's grid is taken when its first column
-    is reached, from the compensated weights.
+    is reached, from the compensated weights. carry: from U and the order of columns, the C of `obs_pass`.
 
     Source: Frantar et al., arXiv 2210.17323, algorithm 1; the mask as in SparseGPT, arXiv 2301.00774,
     section 3.5. Differs from the paper: inputs that are always 0 keep their rounded weights.
@@ -57,7 +59,8 @@ def gptq(
         kept = weight.float() if mask is None else torch.where(mask, weight.float(), 0.0)
         static = search_qparams(kept, grouped)
     grid = Grid(lambda values: search_qparams(values, grouped), size, static)
-    result = obs_pass(weight, factor, mask=mask, grid=grid, order=order)
+    carried = None if carry is None else carry(factor, order)
+    result = obs_pass(weight, factor, mask=mask, grid=grid, order=order, carry=carried)
     assert result.qparams is not None
     codes = quantize(result.weight, result.qparams)
     return Rounded(codes, result.qparams, result.weight, mask, damping)

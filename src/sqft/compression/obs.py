@@ -52,12 +52,15 @@ def obs_pass(
     choose_every: int = BLOCK,
     grid: Grid | None = None,
     order: Tensor | None = None,
+    carry: Float[Tensor, "in in"] | None = None,
 ) -> ObsResult:
     """Walk the columns once.
 
     factor: U, in `order`. mask: True = kept, where it is given; else `choose` picks it from the compensated
     weights of `choose_every` columns at a time (a divisor or a multiple of nothing in particular). grid: take
-    it when a group's first column is reached, unless it is static; an `order` needs a static one.
+    it when a group's first column is reached, unless it is static; an `order` needs a static one. carry: C,
+    in `order`, zero up to its diagonal: each column j, as it is before it is rounded or pruned, also adds
+    w_j · C[j, j+1:] to the columns to come.
     """
     columns = weight.shape[1]
     # Columns lie as rows of contiguous memory while they are worked on.
@@ -81,6 +84,8 @@ def obs_pass(
                 if last <= end:
                     return work[first:last]
                 behind = work[end:last] - factor[start:first, end:last].T @ errors[: first - start]
+                if carry is not None:
+                    behind = behind + carry[start:first, end:last].T @ work[start:first]
                 return torch.cat([work[first:end], behind])
 
             for j in range(start, end):
@@ -98,8 +103,12 @@ def obs_pass(
                 error.div_(divisors[j])
                 if j + 1 < end:
                     work[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1)
+                    if carry is not None:
+                        work[j + 1 : end].addr_(carry[j, j + 1 : end], column)
             if end < columns:
                 work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+                if carry is not None:
+                    work[end:].addmm_(carry[start:end, end:].T, work[start:end])
     result = torch.where(keep, work, 0.0).T
     kept = keep.T
     if order is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sqft.compression.descent import descend
 from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import check_not_quantized, choose_layers
+from sqft.compression.gptaq import ALPHA, gptaq
 from sqft.compression.gptq import Rounded, gptq
 from sqft.compression.refine import fit_kept_weights
 from sqft.compression.reports import LayerReport, check_finite, warn_damping
@@ -46,8 +47,6 @@ def _rtn(weight: Tensor, mask: Tensor | None, statistic: Any, section: QuantizeS
 
 def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: QuantizeSection) -> Rounded:
     target = weight.float()
-    if isinstance(statistic, DenseTargetHessian):
-        target = statistic.target(weight, section.damping)
     if mask is not None and section.refit:
         hessian = statistic.damped(section.damping)
         target = fit_kept_weights(target, mask, hessian, iterations=section.refit)
@@ -59,8 +58,26 @@ def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: Quan
         damping=section.damping,
         activation_order=section.activation_order,
     )
+    return _descend(target, rounded, statistic, section) if section.descent else rounded
+
+
+def _gptaq(
+    weight: Tensor, mask: Tensor | None, statistic: DenseTargetHessian, section: QuantizeSection
+) -> Rounded:
+    rounded = gptaq(
+        weight,
+        mask,
+        statistic,
+        _grid_options(section),
+        damping=section.damping,
+        activation_order=section.activation_order,
+    )
     if not section.descent:
         return rounded
+    return _descend(statistic.target(weight, section.damping, share=ALPHA), rounded, statistic, section)
+
+
+def _descend(target: Tensor, rounded: Rounded, statistic: Hessian, section: QuantizeSection) -> Rounded:
     hessian = statistic.damped(section.damping)
     scale_bits = section.scale_bits if section.scale_fit else None
     return descend(target, rounded, hessian, sweeps=section.descent, scale_bits=scale_bits)
@@ -80,7 +97,7 @@ def _joint(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: Qua
 
 
 METHODS: dict[str, Method] = {
-    "gptaq": Method(DenseTargetHessian, _gptq),
+    "gptaq": Method(DenseTargetHessian, _gptaq),
     "gptq": Method(Hessian, _gptq),
     "joint": Method(Hessian, _joint),
     "rtn": Method(None, _rtn),
@@ -100,9 +117,9 @@ def quantize_model(
 ) -> list[LayerReport]:
     """Write codes, grids, latent codes and masks, one block in memory at a time; close the writer yourself.
 
-    checkpoint: the dense model. masks: True = kept, by linear; None keeps all. Of StoredMasks one at a time is
-    in memory. A masked linear that is not quantized is written sparse. spill: keep the calibration's hidden
-    states in memory-mapped files.
+    checkpoint: the dense model. masks: True = kept, by linear; None keeps all. Of StoredMasks one at a time
+    is in memory. A masked linear that is not quantized is written sparse. spill: keep the calibration's
+    hidden states in memory-mapped files.
 
     Raises: CompressionError if the group size does not divide a width, a mask does not fit its layer, weights
     or inputs are not finite, or the method needs calibration and has none; ModelError for an unknown module.

@@ -129,16 +129,21 @@ class DenseTargetHessian(Hessian):
         """Take in what other processes have seen."""
         self.num_tokens = sum_over_processes(self._sum, self._cross, count=self.num_tokens)
 
-    def target(self, weight: Float[Tensor, "out in"], damping: float) -> Float[Tensor, "out in"]:
-        """The weight whose outputs on X come nearest to those of `weight` on D.
+    def shift(self) -> Float[Tensor, "in in"]:
+        """(D - X)ᵀ X / tokens, a new tensor."""
+        return self._cross / max(self.num_tokens, 1) - self.matrix()
 
-        W* = W + W (Dᵀ X - Xᵀ X) (Xᵀ X + d·I)⁻¹, the minimum of ||D Wᵀ - X W*ᵀ||² + d ||W* - W||².
+    def target(
+        self, weight: Float[Tensor, "out in"], damping: float, *, share: float = 1.0
+    ) -> Float[Tensor, "out in"]:
+        """The weight whose outputs on X come nearest to those of `weight` on X + share · (D - X).
+
+        W* = W + share · W (D - X)ᵀ X (Xᵀ X + d·I)⁻¹, with share 1 the minimum of
+        ||D Wᵀ - X W*ᵀ||² + d ||W* - W||². Our own: GPTAQ (`gptaq.py`) aims at the same, column by column.
         """
-        hessian = self.matrix()
-        with exact_float32(hessian.device):
-            wanted = weight.float() @ (self._cross / max(self.num_tokens, 1) - hessian)
+        with exact_float32(weight.device):
             factor, _ = self.inverse_factor(damping)
-            return weight.float() + (wanted @ factor.T) @ factor
+            return weight.float() + share * ((weight.float() @ self.shift()) @ factor.T) @ factor
 
 
 def factor_inverse(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
