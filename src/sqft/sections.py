@@ -150,9 +150,11 @@ class SparsifySection(Section):
         None, description="N:M, at most N kept of every M neighbours, for instance 2:4."
     )
     target_modules: list[str] | None = Field(
-        None, description="Names or name ends of linears; default all in the blocks."
+        None,
+        description="Names or name ends of linears, or patterns such as layers.0.* or *_proj; default all in "
+        "the blocks.",
     )
-    skip_modules: list[str] = Field([], description="Names or name ends of linears to leave dense.")
+    skip_modules: list[str] = Field([], description="Names, ends or patterns of linears to leave dense.")
     budget: Literal["uniform", "arithmetic", "owl"] = Field(
         "uniform", description="How blocks share the zeros; arithmetic: more with depth; owl: by outliers."
     )
@@ -214,8 +216,8 @@ class QuantizeSection(Section):
     )
     sparsity: Fraction = Field(0.5, description="Fraction of zeros, for method joint only.")
     pattern: Pattern | None = Field(None, description="N:M, for method joint only.")
-    target_modules: list[str] | None = None
-    skip_modules: list[str] = []
+    target_modules: list[str] | None = Field(None, description="As in sparsify.")
+    skip_modules: list[str] = Field([], description="Names, ends or patterns of linears to leave in 16 bits.")
     target: QuantizeTarget | None = Field(
         None, description="The format to serve in; fixes the grid such that its codes are exact there."
     )

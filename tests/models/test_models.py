@@ -19,6 +19,7 @@ from sqft.models import (
     load_model,
     load_tokenizer,
     load_trainable,
+    matches_name,
     open_checkpoint,
     read_masks,
     read_quantized,
@@ -83,6 +84,31 @@ def test_targets_match_whole_components(tiny_model_dir: Maker) -> None:
         "model.layers.1.self_attn.o_proj"
     ]
     assert "lm_head" not in target_linears(model, None, [])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "chosen"),
+    [
+        ("layers.0.*", ["0.mlp.up_proj", "0.self_attn.q_proj"]),
+        ("model.layers.*", ["0.mlp.up_proj", "0.self_attn.q_proj", "11.mlp.up_proj"]),
+        ("layers.1*", ["11.mlp.up_proj"]),
+        ("q_*", ["0.self_attn.q_proj"]),
+        ("mlp.*", ["0.mlp.up_proj", "11.mlp.up_proj"]),
+        ("layers.[0-9].mlp.up_proj", ["0.mlp.up_proj"]),
+        ("up_proj", ["0.mlp.up_proj", "11.mlp.up_proj"]),
+        ("p_proj", []),
+        ("layers.1", []),
+    ],
+)
+def test_patterns(pattern: str, chosen: list[str]) -> None:
+    names = ["0.mlp.up_proj", "0.self_attn.q_proj", "11.mlp.up_proj"]
+    assert [name for name in names if matches_name(f"model.layers.{name}", pattern)] == chosen
+
+
+def test_the_name_of_a_whole_block_is_answered_with_its_pattern(tiny_model_dir: Maker) -> None:
+    model = open_checkpoint(tiny_model_dir("llama")).skeleton()
+    with pytest.raises(ModelError, match=r"write 'layers\.1\.\*' for all that is inside it"):
+        target_linears(model, None, ["layers.1"])
 
 
 def test_fused_groups_are_not_split() -> None:

@@ -35,12 +35,14 @@ def outlier_offsets(ratios: Sequence[float], spread: float) -> list[float]:
     return [spread * (1 - 2 * (ratio - low) / (high - low)) for ratio in ratios]
 
 
-def outlier_ratios(walk: BlockWalk, linears: Sequence[str]) -> list[float]:
-    """Of each block of the dense model, the share of Wanda scores beyond 5 times the layer's mean.
+def outlier_ratios(walk: BlockWalk, linears: Sequence[str]) -> dict[str, float]:
+    """The share of Wanda scores beyond 5 times the layer's mean, of each block of the dense model by name.
+
+    Blocks with none of `linears` have no share, and do not stretch the range of the others'.
 
     Source: OWL, arXiv 2310.05175, equation 1 (M = 5).
     """
-    ratios = []
+    ratios = {}
     for name, block in walk.blocks.items():
         walk.load(name)
         inside = {n: block.get_submodule(n[len(name) + 1 :]) for n in linears if n.startswith(name + ".")}
@@ -52,7 +54,8 @@ def outlier_ratios(walk: BlockWalk, linears: Sequence[str]) -> list[float]:
                 scores = wanda_scores(weight, group.statistic.norm)
                 above += int((scores > OUTLIER * scores.mean()).sum())
                 total += scores.numel()
-        ratios.append(above / max(total, 1))
+        if total:
+            ratios[name] = above / total
         walk.advance(name)
         walk.unload(name)
     return ratios

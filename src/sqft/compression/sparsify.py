@@ -198,12 +198,12 @@ def _sparsities(
         return dict.fromkeys(linears, section.sparsity)
     blocks = checkpoint.block_names
     if section.budget == "arithmetic":
-        offsets = arithmetic_offsets(len(blocks), section.budget_spread)
+        of_block = dict(zip(blocks, arithmetic_offsets(len(blocks), section.budget_spread), strict=True))
     else:
         ratios = outlier_ratios(BlockWalk(checkpoint, calibration, device=device), linears)
-        offsets = outlier_offsets(ratios, section.budget_spread)
-    of_block = dict(zip(blocks, offsets, strict=True))
-    of_linear = {n: of_block[next(b for b in blocks if n.startswith(b + "."))] for n in linears}
+        offsets = outlier_offsets(list(ratios.values()), section.budget_spread)
+        of_block = dict(zip(ratios, offsets, strict=True))
+    of_linear = {n: of_block[next(b for b in of_block if n.startswith(b + "."))] for n in linears}
     sizes = {n: checkpoint.linears[n][0] * checkpoint.linears[n][1] for n in linears}
     return share_out(section.sparsity, of_linear, sizes)
 

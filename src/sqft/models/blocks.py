@@ -1,6 +1,7 @@
 """Where the decoder blocks of a model are, and which linears inside them are meant by a name."""
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -39,9 +40,9 @@ def target_linears(
 ) -> dict[str, nn.Module]:
     """The linears inside the decoder blocks that `targets` names and `skip` does not, by full name.
 
-    model: a whole model, or one block together with its name as `prefix`. A name matches whole components
-    at the end: "up_proj" and "mlp.up_proj" match model.layers.0.mlp.up_proj and never mlp.gate_up_proj.
-    targets None means every linear.
+    model: a whole model, or one block together with its name as `prefix`. Names match as `matches_name` says:
+    "up_proj" and "mlp.up_proj" mean model.layers.0.mlp.up_proj and never mlp.gate_up_proj, "layers.0.*" all
+    of block 0. targets None means every linear.
 
     Raises: ModelError if a target or a skipped name matches nothing.
     """
@@ -57,6 +58,7 @@ def target_linears(
             ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
             raise ModelError(
                 f"no linear in the decoder blocks is called '{pattern}'; there are {', '.join(ends)}"
+                f"{_block_hint(pattern, linears)}"
             )
     return {
         name: module
@@ -67,8 +69,17 @@ def target_linears(
 
 
 def matches_name(name: str, pattern: str) -> bool:
-    """Whether `pattern` is `name` or its last components."""
-    return name == pattern or name.endswith("." + pattern)
+    """Whether `pattern` is `name` or its last components; * and ? and [..] stand for others, dots included.
+
+    "layers.0.*" matches model.layers.0.mlp.up_proj, "q_*" self_attn.q_proj, "layers.?.mlp.*" blocks 0 to 9.
+    """
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[start:]), pattern) for start in range(len(parts)))
+
+
+def _block_hint(pattern: str, names: Iterable[str]) -> str:
+    inside = any(f".{pattern}." in f".{name}" for name in names)
+    return f"; write '{pattern}.*' for all that is inside it" if inside else ""
 
 
 def is_linear(module: nn.Module) -> bool:
