@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from sqft.errors import ExportError, ModelError
 from sqft.export import FORMATS, ExportResult, export_model
 from sqft.export.fidelity import compare_codes
-from sqft.export.source import open_source
+from sqft.export.source import ExportSource, open_source
+from sqft.export.verification import check_export
 from sqft.models import load_model
 from sqft.sections import QuantizeSection
 
@@ -117,6 +119,48 @@ def test_the_head_may_be_smaller_and_is_named(merged_dir: MergedDir, tmp_path: P
     assert result.code_comparison.weights_changed > 0
     with pytest.raises(ExportError, match="head type 'q2' is unknown"):
         export(merged_dir(), "gguf", tmp_path, head_type="q2")
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "safetensors", "openvino"])
+def test_a_head_type_switches_no_check_off(merged_dir: MergedDir, tmp_path: Path, format: str) -> None:
+    with pytest.raises(ExportError, match="a head type is for gguf only"):
+        export(merged_dir(), format, tmp_path, head_type="q8_0")
+    with pytest.raises(ExportError, match=r"'q2' is unknown; choose from auto, f16, bf16, f32, q8_0"):
+        export(merged_dir(), format, tmp_path, head_type="q2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("head", ["q8_0", "f16"])
+def test_only_embedding_and_head_may_be_rounded(
+    merged_dir: MergedDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    directory = merged_dir("mistral", quantized=False)
+    export(directory, "gguf", tmp_path, head_type=head)
+    whole, victims = FORMATS["gguf"], []
+
+    def read(source: ExportSource, place: Path) -> Any:
+        for name, value in whole.read(source, place):
+            yield name, value + 1 if name in victims else value
+
+    monkeypatch.setitem(FORMATS, "gguf", replace(whole, read=read))
+    expected = {
+        "model.layers.0.mlp.up_proj.weight": "weights differ",
+        "model.embed_tokens.weight": f"embed_tokens.weight is not the model's, rounded to {head}",
+    }
+    for victim, message in expected.items():
+        victims[:] = [victim]
+        with pytest.raises(ExportError, match=message):
+            export(directory, "gguf", tmp_path, head_type=head)
+        (found,) = [f for f in check_export(tmp_path / "artefact", directory) if not f.passed]
+        assert found.name == "codes"
+
+
+def test_a_rounded_head_is_bounded_in_kl(
+    merged_dir: MergedDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqft.export.exporting.LARGEST_KL", 1e-9)
+    with pytest.raises(ExportError, match=r"KL of .* nats \(allowed 1e-09\); gguf was not written"):
+        export(merged_dir(), "gguf", tmp_path, head_type="q8_0")
 
 
 def test_a_changed_code_in_an_artefact_is_counted(merged_dir: MergedDir, tmp_path: Path) -> None:

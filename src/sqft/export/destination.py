@@ -7,6 +7,7 @@ from sqft.errors import ExportError
 
 __all__ = ["check_destination"]
 
+CONFIGS = ("config.json", "adapter_config.json")
 RECORDS = ("sqft_export.json", "sqft_merge.json")
 ENVIRONMENT = ".environment.json"  # what a recipe's run puts into the empty directory of a stage
 BESIDE = {*RECORDS, "README.md", "manifest.json"}  # ours, whether or not the record names them
@@ -28,7 +29,7 @@ def check_destination(output_dir: Path, *sources: str | Path | None) -> None:
         if place == read or place in read.parents or read == place.with_name(f"{place.name}.partial"):
             what = f"writing {output_dir} would delete {source}, which is read"
             raise ExportError(f"{what}; choose another output")
-        if read in place.parents:
+        if read in place.parents and any((read / name).is_file() for name in CONFIGS):
             raise ExportError(f"{output_dir} lies inside {source}, which is read; choose another output")
     if output_dir.is_symlink() or (output_dir.exists() and not output_dir.is_dir()):
         raise ExportError(f"{output_dir} is no directory; choose another output")

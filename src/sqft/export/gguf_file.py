@@ -22,7 +22,16 @@ from sqft.export.gguf_blocks import BLOCK, Q4_0, Q4_1, Q8_0, choose_block_type, 
 from sqft.export.gguf_tokenizer import write_tokenizer
 from sqft.export.source import ExportSource, IntegerWeight, exact_in
 
-__all__ = ["ARCHITECTURES", "gguf_refusal", "read_gguf", "write_gguf", "write_gguf_adapter"]
+__all__ = [
+    "ARCHITECTURES",
+    "HEAD_TYPES",
+    "gguf_refusal",
+    "head_names",
+    "read_gguf",
+    "round_head",
+    "write_gguf",
+    "write_gguf_adapter",
+]
 
 # transformers' model type → llama.cpp's architecture, and whether it wants rotary rows interleaved.
 ARCHITECTURES: dict[str, tuple[MODEL_ARCH, bool]] = {
@@ -42,6 +51,9 @@ PLAIN_TYPES = {
     torch.bfloat16: GGMLQuantizationType.BF16,
     torch.float32: GGMLQuantizationType.F32,
 }
+
+HEADS = {"token_embd.weight", "output.weight"}
+HEAD_TYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 
 Array = NDArray[Any]
 
@@ -97,17 +109,23 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
             raise ExportError(f"{path} lacks {gguf_name}")
         tensor = stored[gguf_name]
         undo = _rotary_order(source, name, inverse=True)
-        data = tensor.data[undo] if undo is not None else tensor.data
+        data = np.asarray(tensor.data[undo] if undo is not None else tensor.data)
         kind = tensor.tensor_type
         if name.removesuffix(".weight") in source.quantized_names and kind in FILE_TYPES:
-            yield name, unpack_blocks(np.asarray(data), kind)
-        elif kind == GGMLQuantizationType.BF16:
-            yield name, torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
-        elif kind == Q8_0:
-            integers = unpack_blocks(np.asarray(data), kind)
-            yield name, torch.from_numpy(integers.steps * integers.scale.repeat(BLOCK, axis=1))
+            yield name, unpack_blocks(data, kind)
         else:
-            yield name, torch.from_numpy(np.array(data))
+            yield name, _unpack_plain(data, kind)
+
+
+def head_names(source: ExportSource) -> set[str]:
+    """The plain tensors that a head type applies to: embedding and output head, by transformers' names."""
+    tied = _tied_head(source)
+    return {name for name in source.plain_names if name != tied and _gguf_name(source, name) in HEADS}
+
+
+def round_head(tensor: Tensor, head_type: str) -> Tensor:
+    """What a file holds of an embedding or head of a type."""
+    return _unpack_plain(*_plain(tensor, head_type))
 
 
 def write_gguf_adapter(source: ExportSource, factors: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
@@ -156,8 +174,7 @@ def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array,
             data: Array = pack_blocks(weight, kind)
         else:
             tensor = source.weight(name)
-            is_head = gguf_name in {"token_embd.weight", "output.weight"}
-            data, kind = _plain(tensor, head_type if is_head else "auto")
+            data, kind = _plain(tensor, head_type if gguf_name in HEADS else "auto")
         yield gguf_name, data if order is None else np.ascontiguousarray(data[order]), kind
     factors = _rope_factors(source.config)
     if factors is not None:
@@ -178,10 +195,19 @@ def _plain(tensor: Tensor, wanted: str) -> tuple[Array, GGMLQuantizationType]:
     elif wanted == "auto":
         dtype = next(d for d in PLAIN_TYPES if exact_in(tensor, d))
     else:
-        raise ExportError(f"head type '{wanted}' is unknown; choose auto, f16, bf16, f32 or q8_0")
+        raise ExportError(f"head type '{wanted}' is unknown; choose from {', '.join(HEAD_TYPES)}")
     if dtype == torch.bfloat16:
         return tensor.bfloat16().view(torch.int16).numpy().view(np.uint8), GGMLQuantizationType.BF16
     return tensor.to(dtype).numpy(), PLAIN_TYPES[dtype]
+
+
+def _unpack_plain(data: Array, kind: GGMLQuantizationType) -> Tensor:
+    if kind == GGMLQuantizationType.BF16:
+        return torch.from_numpy(np.array(data).view(np.int16)).view(torch.bfloat16)
+    if kind == Q8_0:
+        integers = unpack_blocks(data, kind)
+        return torch.from_numpy(integers.steps * integers.scale.repeat(BLOCK, axis=1))
+    return torch.from_numpy(np.array(data))
 
 
 def _tied_head(source: ExportSource) -> str | None:

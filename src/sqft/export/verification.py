@@ -7,9 +7,7 @@ from pathlib import Path
 
 from sqft.artifacts import digest_files
 from sqft.errors import ExportError, SqftError
-from sqft.export.exporting import EXPORT
-from sqft.export.fidelity import compare_codes
-from sqft.export.formats import FORMATS
+from sqft.export.exporting import EXPORT, check_stored
 from sqft.export.source import open_source
 
 __all__ = ["Finding", "check_export"]
@@ -64,9 +62,7 @@ def _check_codes(directory: Path, merged_dir: Path) -> str:
     if record.get("damage"):
         raise ExportError("the artefact was requantized, so its codes are not those of the merged model")
     source = open_source(merged_dir)
-    compared = compare_codes(source, FORMATS[record["format"]].read(source, directory))
-    if compared.changed:
-        raise ExportError(f"{compared.changed} of {compared.codes} codes differ from the merged model's")
-    if compared.weights_changed and "q8_0" not in str(record.get("head_type", "")).lower():
-        raise ExportError(f"{compared.weights_changed} of {compared.weights} weights differ from the model's")
-    return f"{compared.codes} codes and {compared.weights} other weights equal the merged model's"
+    head = record.get("head_option", "auto")
+    compared = check_stored(source, directory, record["format"], head_type=head)
+    rounded = "" if head == "auto" else f", embedding and head rounded to {head}"
+    return f"{compared.codes} codes and {compared.weights} other weights equal the merged model's{rounded}"
