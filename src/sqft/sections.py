@@ -170,7 +170,7 @@ class SparsifySection(Section):
     sequential: bool = Field(
         False, description="Inside a block, later layers see the compressed earlier ones; more passes."
     )
-    damping: float = Field(0.01, gt=0, description="Share of the Hessian's mean diagonal added to it.")
+    damping: float = Field(0.01, gt=0, le=1, description="Share of the Hessian's mean diagonal added to it.")
 
     @model_validator(mode="after")
     def _budget(self) -> "SparsifySection":
@@ -201,7 +201,7 @@ class QuantizeSection(Section):
     )
     symmetric: bool = Field(True, description="transformers 5.23 opens asymmetric only with dequantize=True.")
     scale_bits: int = Field(8, ge=4, le=11, description="Significant bits of a scale; 7 makes Q4_1 exact.")
-    damping: float = Field(0.01, gt=0, description="Share of the Hessian's mean diagonal added to it.")
+    damping: float = Field(0.01, gt=0, le=1, description="Share of the Hessian's mean diagonal added to it.")
     activation_order: bool = Field(False, description="Most important columns first; groups stay static.")
     descent: int = Field(0, ge=0, description="Sweeps of coordinate descent over the codes after GPTQ.")
     scale_fit: bool = Field(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from sqft.artifacts import digest_json
 from sqft.compression.processes import is_alone
 from sqft.compression.reports import LayerReport, warn_few_tokens
-from sqft.compression.statistics import Hessian
+from sqft.compression.statistics import Hessian, SingularHessianError
 from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
+from sqft.errors import CompressionError
 from sqft.models import CheckpointWriter
 from sqft.progress import Progress
 
@@ -71,7 +72,7 @@ def compress_blocks(
                 continue
             walk.load(name)
             for group in _groups(walk, name, modules, task):
-                reports += [task.compress(group, linear, modules[linear]) for linear in group.names]
+                reports += [_compress(task, group, linear, modules[linear]) for linear in group.names]
             if task.finish_block is not None:
                 task.finish_block(name)
             walk.advance(name)
@@ -83,6 +84,13 @@ def compress_blocks(
             advance(1)
     path.unlink(missing_ok=True)
     return reports
+
+
+def _compress(task: Task, group: InputGroup, name: str, module: nn.Module) -> LayerReport:
+    try:
+        return task.compress(group, name, module)
+    except SingularHessianError as error:
+        raise CompressionError(f"{name}: {error}") from error
 
 
 def weight_of(module: nn.Module) -> Tensor:

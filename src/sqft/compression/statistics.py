@@ -11,11 +11,15 @@ from sqft.compression.processes import sum_over_processes
 from sqft.errors import CompressionError
 from sqft.ops.adapted import exact_float32
 
-__all__ = ["DenseTargetHessian", "Hessian", "InputNorm", "factor_inverse"]
+__all__ = ["DenseTargetHessian", "Hessian", "InputNorm", "SingularHessianError", "factor_inverse"]
 
 TILE = 256  # columns; tiles below the diagonal are not computed
 MAX_DAMPING = 1.0
 LEAF = 128  # columns of a triangle that is solved directly
+
+
+class SingularHessianError(CompressionError):
+    """No damping makes a Hessian one that can be factorised."""
 
 
 class InputNorm:
@@ -149,13 +153,13 @@ class DenseTargetHessian(Hessian):
 def factor_inverse(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Float[Tensor, "in in"], float]:
     """U, upper triangular with (H + d·I)⁻¹ = Uᵀ U, and the damping that was needed.
 
-    d = damping · mean(diag H). If H + d·I is singular in float32, damping grows tenfold until it is not.
-    One Cholesky factorisation: with the order of columns reversed H = R Rᵀ, R upper triangular, U = R⁻¹.
+    d = damping · mean(diag H). If H + d·I is singular in float32, damping grows tenfold until it is not, up
+    to 1. One Cholesky factorisation: with the columns reversed H = R Rᵀ, R upper triangular, U = R⁻¹.
 
-    Raises: CompressionError if even damping 1 does not help (H holds NaN).
+    Raises: SingularHessianError if even damping 1 does not help.
     """
     mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    while damping <= MAX_DAMPING:
+    while True:
         damped = hessian.flip(0, 1)
         damped.diagonal().add_(mean * damping)
         lower, info = torch.linalg.cholesky_ex(damped)
@@ -163,10 +167,11 @@ def factor_inverse(hessian: Float[Tensor, "in in"], damping: float) -> tuple[Flo
             factor = _invert_upper(lower.flip(0, 1))
             if bool(torch.isfinite(factor).all()):
                 return factor, damping
-        damping *= 10
-    raise CompressionError(
-        "the Hessian cannot be factorised even with damping 1; check the calibration inputs"
-    )
+        if damping >= MAX_DAMPING:
+            raise SingularHessianError(
+                f"the Hessian cannot be factorised even with damping {damping:g}; check the calibration texts"
+            )
+        damping = min(10 * damping, MAX_DAMPING)
 
 
 def _invert_upper(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
