@@ -22,7 +22,7 @@ from sqft.compression.processes import share_of_rows
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, decoder_blocks
 
-__all__ = ["BlockWalk", "InputGroup", "Statistic"]
+__all__ = ["BlockWalk", "InputGroup", "Statistic", "digest_tensor"]
 
 logger = logging.getLogger(__name__)
 

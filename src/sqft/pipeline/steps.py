@@ -111,9 +111,9 @@ class StageContext:
         tokenizer = load_tokenizer(self.inputs["model"], trust_remote_code=self.trusts_code)
         return load_splits(self.data, tokenizer, seed=self.recipe.seed)
 
-    def calibration(self) -> "Tensor | None":
-        """The calibration tokens (num_samples, sequence_length), where a method wants them."""
-        if not self.recipe.needs_calibration:
+    def calibration(self, asking: SparsifySection | QuantizeSection) -> "Tensor | None":
+        """The calibration tokens (num_samples, sequence_length), where this section looks at them."""
+        if not asking.calibrates:
             return None
         from sqft.data import calibration_tokens
         from sqft.models import load_tokenizer
@@ -130,12 +130,13 @@ def sparsify(context: StageContext) -> dict[str, Any]:
 
     section = context.recipe.sparsify or SparsifySection()
     checkpoint = context.checkpoint("model")
+    tokens = context.calibration(section)
     writer = CheckpointWriter(context.directory, checkpoint)
     layers = sparsify_model(
-        checkpoint, section, context.calibration(), writer, device=context.device, progress=context.progress
+        checkpoint, section, tokens, writer, device=context.device, progress=context.progress
     )
     writer.close()
-    return _record_layers(context, layers)
+    return _record_layers(context, layers, tokens)
 
 
 def quantize(context: StageContext) -> dict[str, Any]:
@@ -146,27 +147,33 @@ def quantize(context: StageContext) -> dict[str, Any]:
     section = context.recipe.quantize or QuantizeSection()
     masks = StoredMasks(context.inputs["sparsify"]) if context.recipe.sparsify else None
     checkpoint = context.checkpoint("model")
+    tokens = context.calibration(section)
     writer = CheckpointWriter(context.directory, checkpoint)
     layers = quantize_model(
-        checkpoint,
-        masks,
-        section,
-        context.calibration(),
-        writer,
-        device=context.device,
-        progress=context.progress,
+        checkpoint, masks, section, tokens, writer, device=context.device, progress=context.progress
     )
     writer.close()
-    return _record_layers(context, layers)
+    return _record_layers(context, layers, tokens)
 
 
-def _record_layers(context: StageContext, layers: list["LayerReport"]) -> dict[str, Any]:
+def _record_layers(
+    context: StageContext, layers: list["LayerReport"], tokens: "Tensor | None"
+) -> dict[str, Any]:
     """Keep beside the weights what was done to each layer, and with what calibration."""
+    from sqft.compression.walk import digest_tensor
+
     rows = [layer.to_json() for layer in layers]
-    made_with = {"model", "seed", "calibration", "sparsify", "quantize"}
+    made_with = {"model", "seed", "sparsify", "quantize"}
     recipe = context.recipe.model_dump(mode="json", include=made_with, exclude_none=True)
     untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-    write_json(context.directory / LAYERS, {"recipe": recipe, "layers": untimed})
+    record: dict[str, Any] = {"recipe": recipe, "layers": untimed}
+    if tokens is not None:
+        section = context.recipe.calibration or CalibrationSection()
+        recipe["calibration"] = section.model_dump(mode="json")
+        record["calibration"] = {"tokens": tokens.numel(), "sha256": digest_tensor(tokens)}
+        if section.source == "train":
+            record["calibration"]["data"] = context.data.train
+    write_json(context.directory / LAYERS, record)
     return {"layers": rows}
 
 
@@ -322,9 +329,16 @@ def export(context: StageContext) -> dict[str, Any]:
         target,
         context.directory,
         recipe=context.recipe.model_dump(mode="json", exclude={"runtime"}, exclude_none=True),
+        evaluation=_evaluated_rows(context),
         progress=context.progress,
     )
     return {"export": result.as_dict()}
+
+
+def _evaluated_rows(context: StageContext) -> list[dict[str, Any]]:
+    """The figures of every model that the recipe has measured by now."""
+    stages = [f"evaluate-{name}" for name in context.recipe.reported_models()]
+    return [Manifest.read(context.inputs[s]).metrics["row"] for s in stages if s in context.inputs]
 
 
 def _stored_weight(weight: "MergedWeight") -> "Tensor | QuantizedWeight":
