@@ -33,11 +33,15 @@ def export(
     from sqft.cli.messages import RichProgress
     from sqft.cli.tables import print_table
     from sqft.export import export_adapter, export_model
+    from sqft.export.adapter_export import adapter_serving
     from sqft.report.summary import format_bytes
 
     output = output or directory.with_name(f"{directory.resolve().name}-{format}")
     if (directory / "adapter_config.json").is_file():
         print(f"written: {export_adapter(directory, base, format, output)}")
+        print("read back: equal to the adapter; not run")
+        for line in adapter_serving(format, output, base):
+            print(line)
         return
     with RichProgress() as progress:
         result = export_model(

@@ -3,37 +3,67 @@
 import shutil
 from pathlib import Path
 
-from sqft.artifacts import digest_files, new_directory, write_json
+import torch
+
+from sqft.artifacts import digest_file, digest_files, new_directory, write_json
 from sqft.errors import ExportError
 from sqft.export.destination import check_destination
-from sqft.export.foreign_adapter import open_foreign_adapter
-from sqft.export.gguf_file import ARCHITECTURES, write_gguf_adapter
-from sqft.export.source import open_source
+from sqft.export.foreign_adapter import ForeignAdapter, open_foreign_adapter
+from sqft.export.gguf_file import ARCHITECTURES, read_gguf_adapter, write_gguf_adapter
+from sqft.export.model_card import adapter_card
+from sqft.export.serving import serving_commands
+from sqft.export.source import ExportSource, open_source
 
-__all__ = ["export_adapter"]
+__all__ = ["adapter_serving", "export_adapter"]
 
 EXPORT = "sqft_export.json"
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+GGUF = "adapter.gguf"
 
 
 def export_adapter(adapter_dir: Path, base_dir: Path | None, format: str, output_dir: Path) -> Path:
     """Write a plain LoRA adapter as stock PEFT (`peft`) or for llama.cpp (`gguf`), and return what to serve.
 
-    A masked or quantization-aware adapter is refused: a server would add it dense, and so run another model.
+    What was written is read back and compared with the adapter. A masked or quantization-aware adapter is
+    refused: a server would add it dense, and so run another model.
 
     base_dir: the model that it belongs to, which gguf needs.
 
-    Raises: AdapterError if it is no plain LoRA; ExportError if the format takes none.
+    Raises: AdapterError if it is no plain LoRA; ExportError if the format takes none, if writing would
+    destroy something else, or if what was written is not the adapter.
     """
     adapter = open_foreign_adapter(adapter_dir)
-    check_destination(output_dir, adapter_dir, base_dir)
-    if format == "peft":
-        with new_directory(output_dir) as partial:
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                shutil.copyfile(adapter_dir / name, partial / name)
-            _write_record(partial, format)
-        return output_dir
-    if format != "gguf":
+    if format not in {"peft", "gguf"}:
         raise ExportError(f"an unmerged adapter cannot be written as {format}; choose peft or gguf")
+    source = _gguf_source(adapter, base_dir) if format == "gguf" else None
+    check_destination(output_dir, adapter_dir, base_dir)
+    made_of = {name: digest_file(adapter_dir / name) for name in FILES}
+    with new_directory(output_dir) as partial:
+        if source is None:
+            _copy_peft(adapter, partial, made_of)
+        else:
+            _write_gguf(adapter, source, partial / GGUF)
+        serve = adapter_serving(format, output_dir, base_dir)
+        (partial / "README.md").write_text(adapter_card(output_dir, made_of, serve), encoding="utf-8")
+        record = {"format": format, "adapter": True, "serve": serve, "files": digest_files(partial)}
+        write_json(partial / EXPORT, record)
+    return output_dir if source is None else output_dir / GGUF
+
+
+def adapter_serving(format: str, output_dir: Path, base_dir: Path | None) -> list[str]:
+    """How to serve an exported adapter beside its model."""
+    return serving_commands(format, output_dir, GGUF if format == "gguf" else None, base=base_dir)
+
+
+def _copy_peft(adapter: ForeignAdapter, directory: Path, made_of: dict[str, str]) -> None:
+    for name in FILES:
+        shutil.copyfile(adapter.directory / name, directory / name)
+    changed = [name for name, digest in made_of.items() if digest_file(directory / name) != digest]
+    if changed:
+        raise ExportError(f"{changed[0]} changed while it was copied; export again")
+
+
+def _gguf_source(adapter: ForeignAdapter, base_dir: Path | None) -> ExportSource:
     if base_dir is None:
         raise ExportError(
             "an adapter in gguf needs the names and rotary order of its model; give the base too"
@@ -42,17 +72,17 @@ def export_adapter(adapter_dir: Path, base_dir: Path | None, format: str, output
     if source.architecture not in ARCHITECTURES or adapter.config.get("use_dora"):
         what = "DoRA" if adapter.config.get("use_dora") else source.architecture
         raise ExportError(f"llama.cpp takes no adapter of {what}; merge it")
+    return source
+
+
+def _write_gguf(adapter: ForeignAdapter, source: ExportSource, path: Path) -> None:
     factors = {}
     for name in adapter.names:
         lora_A, lora_B = adapter.factors(name)
         # llama.cpp knows one alpha for all modules, whatever their rank; so the scaling goes into B.
         factors[name] = lora_A, lora_B * adapter.scaling(name)
-    with new_directory(output_dir) as partial:
-        write_gguf_adapter(source, factors, partial / "adapter.gguf")
-        _write_record(partial, format)
-    return output_dir / "adapter.gguf"
-
-
-def _write_record(directory: Path, format: str) -> None:
-    """What `sqft verify` compares the files with, and what tells that sqft wrote them."""
-    write_json(directory / EXPORT, {"format": format, "adapter": True, "files": digest_files(directory)})
+    write_gguf_adapter(source, factors, path)
+    written = read_gguf_adapter(source, adapter.names, path)
+    for name, expected in factors.items():
+        if not all(torch.equal(a, b.half()) for a, b in zip(written[name], expected, strict=True)):
+            raise ExportError(f"the update of {name} changed on the way to gguf")

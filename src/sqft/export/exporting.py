@@ -74,8 +74,8 @@ def export_model(
 
     head_type: gguf only: the type of embedding and head, auto (exact), f16, bf16, f32 or q8_0.
     allow_requantize: where the format cannot hold the grid, round to one that it can, and report the damage.
-    recipe, evaluation: go into the model card. probes: items of token ids to compare logits on; default the
-    first few of the model's stored reference.
+    recipe, evaluation: go into the model card; default what the model's records tell. probes: items of token
+    ids to compare logits on; default the first few of the model's stored reference.
 
     Raises: ExportError if the format is unknown or cannot hold the model exactly, if writing would destroy
     something else, or if what was written is not what was trained; MissingExtraError if the runtime that

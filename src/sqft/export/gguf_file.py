@@ -28,6 +28,7 @@ __all__ = [
     "gguf_refusal",
     "head_names",
     "read_gguf",
+    "read_gguf_adapter",
     "round_head",
     "write_gguf",
     "write_gguf_adapter",
@@ -151,6 +152,24 @@ def write_gguf_adapter(source: ExportSource, factors: dict[str, tuple[Tensor, Te
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def read_gguf_adapter(source: ExportSource, names: list[str], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by linear, as `write_gguf_adapter` took them, rounded to float16.
+
+    Raises: ExportError if one is missing.
+    """
+    stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    factors = {}
+    for name in names:
+        gguf_name = _gguf_name(source, f"{name}.weight")
+        rows = _rotary_order(source, f"{name}.weight", inverse=True)
+        low, high = stored.get(f"{gguf_name}.lora_a"), stored.get(f"{gguf_name}.lora_b")
+        if low is None or high is None:
+            raise ExportError(f"{path} lacks the update of {name}")
+        high = high if rows is None else high[rows]
+        factors[name] = torch.from_numpy(np.array(low)), torch.from_numpy(np.array(high))
+    return factors
 
 
 def _half(name: str, factor: Tensor) -> Array:

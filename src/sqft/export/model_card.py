@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sqft.export.exporting import ExportResult
 
-__all__ = ["model_card"]
+__all__ = ["adapter_card", "model_card", "model_records"]
 
 CERTIFICATE = "sqft_certificate.json"
+
+Rows = list[dict[str, Any]]
 
 
 def model_card(
@@ -17,9 +19,14 @@ def model_card(
     source_dir: Path,
     *,
     recipe: dict[str, Any] | None = None,
-    evaluation: list[dict[str, Any]] | None = None,
+    evaluation: Rows | None = None,
 ) -> str:
-    """Markdown with lineage, certificate, fidelity, types, serving, recipe and evaluation."""
+    """Markdown with lineage, certificate, fidelity, types, serving, recipe and evaluation.
+
+    recipe, evaluation: default what the model directory's own records hold, if they do.
+    """
+    own_recipe, own_evaluation = model_records(source_dir)
+    recipe, evaluation = recipe or own_recipe, evaluation or own_evaluation
     parts = [
         "---\nlibrary_name: sqft\ntags: [sqft, sparse, int4]\n---",
         f"# {result.directory.name}",
@@ -36,11 +43,63 @@ def model_card(
     if recipe:
         parts += ["## Recipe", "```json\n" + json.dumps(recipe, indent=1) + "\n```"]
     if evaluation:
-        keys = [key for key in evaluation[0] if not isinstance(evaluation[0][key], (dict, list))]
-        rows = [" | ".join(_cell(row.get(key)) for key in keys) for row in evaluation]
-        parts += ["## Evaluation", "| " + " | ".join(keys) + " |\n|" + "---|" * len(keys)]
-        parts[-1] += "".join(f"\n| {row} |" for row in rows)
+        parts += ["## Evaluation", _table(evaluation)]
     return "\n\n".join(parts) + "\n"
+
+
+def adapter_card(directory: Path, files: dict[str, str], serve: list[str]) -> str:
+    """Markdown of an adapter that stays unmerged: its lineage and how to serve it."""
+    digests = "\n".join(f"- {name} `{digest}`" for name, digest in sorted(files.items()))
+    parts = [
+        "---\nlibrary_name: peft\ntags: [sqft, lora]\n---",
+        f"# {directory.name}",
+        "A plain LoRA adapter, unmerged. Read back and compared with the trained factors; not run.",
+        "## Serving",
+        "```\n" + "\n".join(serve) + "\n```",
+        "## Lineage",
+        f"sha256 of what it was made of:\n{digests}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def model_records(directory: Path) -> tuple[dict[str, Any] | None, Rows | None]:
+    """The recipe and the evaluation that a model directory, or the report of the run beside it, tells of."""
+    report = _read(directory.parent / "report.json")
+    if Path(str(report.get("merged_dir"))).name != directory.resolve().name:
+        report = {}
+    recipe = _read(directory / "sqft.json").get("recipe") or report.get("recipe")
+    rows = list(report.get("models") or [])
+    merge = _read(directory / "sqft_merge.json")
+    for name in ("base", "unmerged", "trained_on"):
+        if merge.get(f"{name}_loss") is not None:
+            rows.append({"name": name, "loss": merge[f"{name}_loss"]})
+    for rung in merge.get("rungs", []):
+        if rung["name"] == merge.get("chosen") and rung["loss"] is not None:
+            rows.append(rung | {"name": f"merged ({rung['name']})"})
+    return recipe, rows or None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _table(rows: Rows) -> str:
+    """Markdown with a column for every figure that some row has, the name first."""
+    flat = [{k: v for key, value in row.items() for k, v in _columns(key, value)} for row in rows]
+    keys = sorted(dict.fromkeys(key for row in flat for key in row), key=lambda key: key != "name")
+    head = "| " + " | ".join(keys) + " |\n|" + "---|" * len(keys)
+    return head + "".join("\n| " + " | ".join(_cell(row.get(k)) for k in keys) + " |" for row in flat)
+
+
+def _columns(key: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    return [] if value is None or isinstance(value, list) else [(key, value)]
 
 
 def _codes(result: "ExportResult") -> str:
@@ -89,4 +148,4 @@ def _lineage(source_dir: Path) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

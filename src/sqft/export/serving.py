@@ -1,5 +1,7 @@
 """How to serve an artefact with its runtime's own server, and what every runtime does with zeros."""
 
+import importlib.util
+import shlex
 from pathlib import Path
 
 __all__ = ["RUNTIME_ZEROS", "serving_commands"]
@@ -12,20 +14,36 @@ RUNTIME_ZEROS = {
 }
 
 
-def serving_commands(format_name: str, directory: Path, file: str | None = None) -> list[str]:
-    """One command a line; a comment says what was not tried by the export."""
-    place = str(directory)
+def serving_commands(
+    format_name: str, directory: Path, file: str | None = None, *, base: Path | None = None
+) -> list[str]:
+    """One command a line, its paths quoted; a comment says that it was not tried here.
+
+    base: of an adapter (peft, or gguf with `file`), the model that it is served with.
+    """
+    place = shlex.quote(str(directory))
     if format_name == "gguf":
-        return [f"llama-server --model {place}/{file or 'model.gguf'} --ctx-size 2048 --port 8080"]
+        model = shlex.quote(str(directory / (file or "model.gguf")))
+        lora = f"BASE.gguf --lora {model}" if file == "adapter.gguf" else model
+        return [f"llama-server --model {lora} --ctx-size 2048 --port 8080  # not tried here"]
     if format_name == "openvino":
-        return [
-            'python -c "import openvino_genai as g; '
-            f"print(g.LLMPipeline('{place}', 'CPU').generate('Hello', max_new_tokens=32))\"",
-        ]
+        code = (
+            f"import openvino_genai as g; p = g.LLMPipeline({str(directory)!r}, 'CPU'); "
+            "print(p.generate('Hello', max_new_tokens=32))"
+        )
+        return [f"python -c {shlex.quote(code)}  # not tried here"]
     if format_name == "gptq":
-        return [f"vllm serve {place} --quantization gptq  # not tried: needs vLLM and a GPU"]
+        return [_vllm(f"{place} --quantization gptq", "needs a GPU")]
     if format_name == "compressed-tensors":
-        return [f"vllm serve {place}  # not tried: INT4 needs a GPU or vLLM's AVX-512 build"]
+        return [_vllm(place, "INT4 needs a GPU, or a CPU with AVX-512")]
     if format_name == "peft":
-        return [f"vllm serve BASE --enable-lora --lora-modules tuned={place}  # not tried"]
-    return [f"vllm serve {place}  # not tried", f"transformers serve {place}  # not tried"]
+        served = "BASE" if base is None else shlex.quote(str(base))
+        modules = shlex.quote(f"tuned={directory}")
+        return [_vllm(f"{served} --enable-lora --lora-modules {modules}")]
+    return [_vllm(place), f"transformers serve {place}  # not tried here"]
+
+
+def _vllm(arguments: str, needs: str = "") -> str:
+    missing = importlib.util.find_spec("vllm") is None
+    notes = ["not tried here", needs, "vLLM is missing: pip install 'sqft[vllm]'" if missing else ""]
+    return f"vllm serve {arguments}  # {'; '.join(note for note in notes if note)}"

@@ -59,6 +59,8 @@ def _check_digests(directory: Path) -> str:
 
 def _check_codes(directory: Path, merged_dir: Path) -> str:
     record = json.loads((directory / EXPORT).read_text(encoding="utf-8"))
+    if record.get("adapter"):
+        raise ExportError("an adapter is no merged model; verify it without --merged")
     if record.get("damage"):
         raise ExportError("the artefact was requantized, so its codes are not those of the merged model")
     source = open_source(merged_dir)
