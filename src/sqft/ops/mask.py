@@ -10,8 +10,15 @@ from torch import Tensor
 from sqft import sections
 from sqft.errors import CompressionError
 
-__all__ = ["keep_nonzero", "mask_pattern", "mask_rows", "pack_mask", "parse_pattern", "unpack_mask"]
-
+__all__ = [
+    "find_pattern",
+    "keep_nonzero",
+    "mask_pattern",
+    "mask_rows",
+    "pack_mask",
+    "parse_pattern",
+    "unpack_mask",
+]
 
 AT_ONCE = 1 << 20  # scores; choosing takes a few bytes for each
 
@@ -71,10 +78,26 @@ def mask_pattern(scores: Float[Tensor, "out in"], pattern: str) -> Bool[Tensor, 
         raise CompressionError(
             f"pattern {pattern} does not fit a width of {scores.shape[1]}: {block} does not divide it"
         )
-    blocks = scores.unflatten(1, (-1, block))
-    order = torch.argsort(blocks, dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(blocks, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., :kept], True).flatten(1)
+    mask = torch.empty_like(scores, dtype=torch.bool)
+    step = max(1, AT_ONCE // max(scores.shape[1], 1))
+    for start in range(0, scores.shape[0], step):
+        blocks = scores[start : start + step].unflatten(1, (-1, block))
+        order = torch.argsort(blocks, dim=-1, descending=True, stable=True)
+        part = torch.zeros_like(blocks, dtype=torch.bool)
+        mask[start : start + step] = part.scatter_(-1, order[..., :kept], True).flatten(1)
+    return mask
+
+
+def find_pattern(mask: Bool[Tensor, "out in"]) -> str | None:
+    """The N:M of least M, up to 32, of which a mask keeps exactly N in every M neighbours; None without one."""
+    for block in (2, 4, 8, 16, 32):
+        if mask.shape[1] % block or not mask.numel():
+            return None
+        counts = mask.unflatten(1, (-1, block)).sum(-1, dtype=torch.uint8)
+        kept = int(counts[0, 0])
+        if 0 < kept < block and bool((counts == kept).all()):
+            return f"{kept}:{block}"
+    return None
 
 
 def pack_mask(mask: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
