@@ -16,12 +16,16 @@ __all__ = ["LayerFacts", "inspect", "inspect_layers"]
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a model directory holds of one linear. mask_sparsity, error: None where nothing is recorded."""
+    """What a model directory holds of one linear.
+
+    mask_sparsity, error: None where nothing is recorded. pattern: N:M of the mask, None where it has none.
+    """
 
     name: str
     shape: tuple[int, int]
     zeros: float
     mask_sparsity: float | None
+    pattern: str | None
     stored_as: str
     size_bytes: int
     error: float | None
@@ -33,7 +37,7 @@ def inspect(
         bool, typer.Option("--layers", help="One row for each layer, not for each kind.")
     ] = False,
 ) -> None:
-    """Show zeros, mask, grid, error and size of the linear layers of a model."""
+    """Show zeros, mask, pattern, grid, error and size of the linear layers of a model."""
     from sqft.cli.messages import RichProgress
     from sqft.cli.tables import print_table
     from sqft.models import open_checkpoint
@@ -62,17 +66,19 @@ def inspect(
             group[0].stored_as,
             _percent([fact.zeros for fact in group]),
             _percent([fact.mask_sparsity for fact in group]),
+            ", ".join(sorted({fact.pattern or "-" for fact in group})),
             _mean([fact.error for fact in group]),
             format_bytes(sum(fact.size_bytes for fact in group)),
         ]
         for title, group in groups.items()
     ]
-    print_table(["linear", "count", "shape", "stored as", "zeros", "mask", "error", "size"], rows)
+    print_table(["linear", "count", "shape", "stored as", "zeros", "mask", "pattern", "error", "size"], rows)
 
 
 def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[LayerFacts]:
     """The facts of the named linears, read one at a time."""
     from sqft.models import StoredMasks
+    from sqft.ops.mask import find_pattern
 
     masks = StoredMasks(checkpoint.directory)
     errors = _recorded_errors(checkpoint.directory)
@@ -89,6 +95,7 @@ def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[L
             (weight.shape[0], weight.shape[1]),
             float((weight == 0).float().mean()),
             None if mask is None else 1 - float(mask.float().mean()),
+            None if mask is None else find_pattern(mask),
             stored_as,
             sum(_tensor_bytes(checkpoint, t) for t in tensors),
             errors.get(name),
