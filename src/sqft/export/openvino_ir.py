@@ -28,6 +28,8 @@ __all__ = ["OpenVinoModel", "openvino_refusal", "read_openvino", "write_openvino
 XML = "openvino_model.xml"
 MARK = "sqft."  # prefix of the constants that hold codes, scales and zero points
 EXAMPLE_PAST, EXAMPLE_NEW = 2, 3
+ONE_WINDOW = {"mistral", "mixtral", "phi3", "starcoder2"}  # in every layer, if there is one
+LAYER_WINDOWS = {"qwen2", "qwen3"}  # in some layers, which take a mask for each kind
 
 Array = NDArray[Any]
 
@@ -35,9 +37,10 @@ Array = NDArray[Any]
 class _Traced(nn.Module):
     """A decoder whose cache goes in and out as tensors, and whose mask is plain arithmetic."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, windows: dict[str, int | None]) -> None:
         super().__init__()
         self.model = model
+        self.windows = windows
 
     def forward(
         self,
@@ -52,13 +55,17 @@ class _Traced(nn.Module):
             layer.dtype, layer.device = keys.dtype, keys.device
             layer.keys, layer.values, layer.is_initialized = keys, values, True
             cache.layers.append(layer)
-        key_positions = torch.arange(attention_mask.shape[1])
-        allowed = key_positions[None, None, None, :] <= position_ids[:, None, :, None]
-        allowed = allowed & (attention_mask[:, None, None, :] > 0)
-        mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+        end = attention_mask.shape[1]
+        keys = torch.arange(end)
+        behind = keys[end - input_ids.shape[1] :, None] - keys  # tokens from a key to a query after it
+        masks = {}
+        for kind, window in self.windows.items():
+            allowed = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            allowed = allowed & (attention_mask[:, None, None, :] > 0)
+            masks[kind] = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
         out = self.model(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=masks.get("", masks),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -72,9 +79,28 @@ def openvino_refusal(source: ExportSource) -> str | None:
     for name in source.quantized_names:
         if not exact_in(source.quantized(name).qparams.scale, torch.float16):
             return f"scales of {name} that are not exact in float16"
-    window, context = source.config.get("sliding_window"), source.config["max_position_embeddings"]
-    if window and window < context and source.architecture.startswith("gemma"):
-        return f"the alternating sliding windows of {source.architecture}"
+    if _windows(source.checkpoint.config) is None:
+        return f"the attention windows of {source.architecture}"
+    if source.config.get("attn_logit_softcapping"):
+        return f"the soft cap on the attention logits of {source.architecture}"
+    return None
+
+
+def _windows(config: Any) -> dict[str, int | None] | None:
+    """The attention window of every kind of layer, None without one; "" stands for all layers.
+
+    None where it is not known how transformers would apply them.
+    """
+    window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
+    if config.model_type in ONE_WINDOW:
+        return {"": window}
+    if kinds <= {"full_attention"} and (window is None or kinds):
+        return {"": None}
+    if kinds <= {"full_attention", "sliding_attention"}:
+        if kinds and config.model_type in LAYER_WINDOWS:
+            return {"full_attention": None, "sliding_attention": window}
+        if window is None or window >= config.max_position_embeddings:
+            return {"": None}
     return None
 
 
@@ -165,6 +191,8 @@ def _convert(source: ExportSource) -> tuple[Any, int]:
     model = load_model(source.directory, dtype=torch.float32)
     model.config._attn_implementation = "sdpa"
     config = model.config
+    windows = _windows(config)
+    assert windows is not None
     layers = int(config.num_hidden_layers)
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -176,7 +204,7 @@ def _convert(source: ExportSource) -> tuple[Any, int]:
         "past": [tuple(torch.randn(1, heads, EXAMPLE_PAST, size) for _ in range(2)) for _ in range(layers)],
     }
     with torch.no_grad():
-        graph = _trace(model, example)
+        graph = _trace(_Traced(model, windows), example)
     names = ["input_ids", "attention_mask", "position_ids"]
     for index, port in enumerate(graph.inputs):
         name = names[index] if index < 3 else _cache_name("past_key_values", index - 3)
@@ -190,11 +218,11 @@ def _convert(source: ExportSource) -> tuple[Any, int]:
     return graph, layers
 
 
-def _trace(model: nn.Module, example: dict[str, Any]) -> Any:
+def _trace(model: _Traced, example: dict[str, Any]) -> Any:
     """What `openvino.convert_model` does, without the usage report that it sends over the network."""
     frontends = require("openvino.frontend", "openvino")
     decoders = require("openvino.frontend.pytorch.ts_decoder", "openvino")
-    decoder = decoders.TorchScriptPythonDecoder(_Traced(model), example_input=example)
+    decoder = decoders.TorchScriptPythonDecoder(model, example_input=example)
     frontend = frontends.FrontEndManager().load_by_framework("pytorch")
     return frontend.convert(frontend.load(decoder))
 
