@@ -1,4 +1,4 @@
-"""OpenVINO: what is written says the same as transformers, at every length and with padding, weight by weight."""
+"""OpenVINO says what transformers says, at every length and with padding, and is compared weight by weight."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sqft.errors import ExportError
 from sqft.export import export_model
-from sqft.export.openvino_ir import OpenVinoModel
+from sqft.export.fidelity import compare_codes
+from sqft.export.openvino_ir import OpenVinoModel, read_openvino
+from sqft.export.source import open_source
 from sqft.models import load_model
 
 np = pytest.importorskip("numpy")
@@ -77,3 +79,36 @@ def test_attention_that_is_not_traced_is_refused(
 ) -> None:
     with pytest.raises(ExportError, match=f"openvino cannot hold the .*{message.removeprefix('the ')}"):
         export_model(tiny_model_dir("gemma2", **changes), "openvino", tmp_path / "ir")
+
+
+@pytest.mark.parametrize("arch", ["mistral", "llama", "phi3"])
+def test_every_weight_is_compared(merged_dir: MergedDir, tmp_path: Path, arch: str) -> None:
+    result = export_model(merged_dir(arch, symmetric=False), "openvino", tmp_path / "ir")
+    compared, state = result.code_comparison, load_model(merged_dir(arch, symmetric=False)).state_dict()
+    assert compared.codes == sum(value.numel() for name, value in state.items() if "_proj.weight" in name)
+    assert compared.codes + compared.weights == sum(value.numel() for value in state.values())
+    assert compared.changed == compared.weights_changed == 0
+    assert result.logit_comparison is not None
+    assert result.logit_comparison.largest_share is not None
+    assert result.logit_comparison.largest_share < 1e-5
+
+
+def test_a_tied_head_is_compared_once(tiny_model_dir: ModelDir, tmp_path: Path) -> None:
+    directory = tiny_model_dir("qwen2", tie_word_embeddings=True)
+    compared = export_model(directory, "openvino", tmp_path / "ir").code_comparison
+    assert compared.weights == sum(value.numel() for value in load_model(directory).parameters())
+    assert compared.weights_changed == 0
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight"])
+def test_a_changed_or_missing_plain_weight_is_told(
+    tiny_model_dir: ModelDir, tmp_path: Path, name: str
+) -> None:
+    directory = tiny_model_dir()
+    export_model(directory, "openvino", tmp_path / "ir")
+    source, whole = open_source(directory), dict(read_openvino(open_source(directory), tmp_path / "ir"))
+    changed = whole | {name: whole[name] + 1}
+    assert compare_codes(source, changed.items()).weights_changed == whole[name].numel()
+    del whole[name]
+    with pytest.raises(ExportError, match=f"1 weights of the model are not in the artefact, first {name}"):
+        compare_codes(source, whole.items())

@@ -9,10 +9,19 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sqft.errors import ExportError
 from sqft.export.source import ExportSource, IntegerWeight
 from sqft.models import load_model
 
-__all__ = ["CodeComparison", "LogitComparison", "compare_codes", "compare_logits", "probe_items", "run_model"]
+__all__ = [
+    "CodeComparison",
+    "LogitComparison",
+    "compare_codes",
+    "compare_logits",
+    "probe_items",
+    "run_model",
+    "tied_names",
+]
 
 REFERENCE = "sqft_reference.safetensors"
 MAX_POSITIONS = 32
@@ -47,9 +56,14 @@ class LogitComparison:
 def compare_codes(
     source: ExportSource, stored: Iterable[tuple[str, IntegerWeight | Tensor]]
 ) -> CodeComparison:
-    """Compare what stands in an artefact with what was trained, weight by weight."""
+    """Compare what stands in an artefact with what was trained, weight by weight.
+
+    Raises: ExportError if a weight of the model is not among them.
+    """
     codes = changed = weights = weights_changed = 0
+    seen = set()
     for name, found in stored:
+        seen |= {name, f"{name}.weight"}
         if isinstance(found, IntegerWeight):
             expected = IntegerWeight.of(source.quantized(name.removesuffix(".weight")))
             codes += expected.steps.size
@@ -58,7 +72,17 @@ def compare_codes(
             plain = source.weight(name).float()
             weights += plain.numel()
             weights_changed += int((plain != found.float()).sum())
+    tied = tied_names(source)
+    needed = (n for n in source.weight_names() if n not in tied and not n.endswith("rotary_emb.inv_freq"))
+    lacking = [name for name in needed if name not in seen]
+    if lacking:
+        raise ExportError(f"{len(lacking)} weights of the model are not in the artefact, first {lacking[0]}")
     return CodeComparison(codes, changed, weights, weights_changed)
+
+
+def tied_names(source: ExportSource) -> dict[str, str]:
+    """Weights that are another weight of the model, as a tied head is the embedding; and which one."""
+    return dict(getattr(source.checkpoint.skeleton(), "all_tied_weights_keys", None) or {})
 
 
 def compare_logits(

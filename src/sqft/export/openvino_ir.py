@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sqft.errors import ExportError, require
+from sqft.export.fidelity import tied_names
 from sqft.export.source import ExportSource, IntegerWeight, exact_in
 from sqft.models import QuantizedWeight, load_model
 
@@ -128,8 +129,8 @@ def write_openvino(source: ExportSource, directory: Path) -> dict[str, str]:
     return kinds
 
 
-def read_openvino(source: ExportSource, directory: Path) -> Iterator[tuple[str, IntegerWeight]]:
-    """The integer weights of an IR on disk, by the name of their linear.
+def read_openvino(source: ExportSource, directory: Path) -> Iterator[tuple[str, IntegerWeight | Tensor]]:
+    """The weights of an IR on disk: integers by the name of their linear, plain ones by their full name.
 
     Raises: ExportError if one is missing.
     """
@@ -149,6 +150,12 @@ def read_openvino(source: ExportSource, directory: Path) -> Iterator[tuple[str, 
         steps = (codes - zero_point).reshape(len(codes), -1).astype(np.int16)
         scale = np.array(parts["scale"].data, dtype=np.float32).reshape(len(codes), -1)
         yield name, IntegerWeight(steps, scale)
+    plain, tied = set(source.plain_names), tied_names(source)
+    for key, node in constants.items():
+        name = key.removeprefix(MARK)
+        name = name if name in plain else tied.get(name, name)
+        if name in plain:
+            yield name, _floats(node)
 
 
 class OpenVinoModel:
@@ -268,10 +275,15 @@ def _make_stateful(graph: Any, layers: int) -> None:
 
 def _replace_weights(graph: Any, source: ExportSource, keep: list[Array]) -> dict[str, str]:
     kinds: dict[str, str] = {}
+    plain = set(source.plain_names)
     for node in list(graph.get_ops()):
-        if node.get_type_name() != "Constant" or len(node.get_output_shape(0)) < 2:
+        if node.get_type_name() != "Constant":
             continue
         name = node.get_friendly_name().removeprefix("self.model.")
+        if len(node.get_output_shape(0)) < 2:  # norms and biases stay as they are
+            if name in plain:
+                node.set_friendly_name(f"{MARK}{name}")
+            continue
         users = list(node.output(0).get_target_inputs())
         if name.removesuffix(".weight") in source.quantized_names:
             linear = name.removesuffix(".weight")
@@ -339,6 +351,14 @@ def _constant(name: str, values: Array, shape: list[int], kind: Any, keep: list[
     constant = ov.op.Constant(ov.Tensor(flat, ov.Shape(shape), kind))
     constant.set_friendly_name(f"{MARK}{name}")
     return constant
+
+
+def _floats(node: Any) -> Tensor:
+    """The values of a constant of 16 or 32 bits, float32, in its shape."""
+    if node.get_element_type().get_type_name() == "bf16":
+        halves = np.array(node.data).view(np.int16)
+        return torch.from_numpy(halves).view(torch.bfloat16).float()
+    return torch.from_numpy(np.array(node.data, dtype=np.float32))
 
 
 def _integers(node: Any) -> NDArray[np.int16]:
