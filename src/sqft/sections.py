@@ -371,6 +371,9 @@ class RuntimeSection(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     threads: Positive | None = None
     log_level: Literal["debug", "info", "warning"] = "warning"
+    spill: bool = Field(
+        False, description="While compressing, keep the calibration's activations in files, not in memory."
+    )
 
     @model_validator(mode="after")
     def _device(self) -> "RuntimeSection":

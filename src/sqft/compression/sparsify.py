@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,13 +104,14 @@ def sparsify_model(
     linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
     if (statistic is not None or section.budget == "owl") and calibration is None:
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
-    sparsities = _sparsities(checkpoint, section, linears, calibration, device)
+    spill_dir = writer.directory / "activations" if spill else None
+    sparsities = _sparsities(checkpoint, section, linears, calibration, device, spill_dir)
     walk = BlockWalk(
         checkpoint,
         calibration if statistic else None,
         device=device,
         dense_stream=section.dense_targets,
-        spill_dir=writer.directory / "activations" if spill else None,
+        spill_dir=spill_dir,
     )
     writer.prepare(masked=linears)
 
@@ -193,6 +195,7 @@ def _sparsities(
     linears: list[str],
     calibration: Tensor | None,
     device: torch.device | str,
+    spill_dir: Path | None,
 ) -> dict[str, float]:
     if section.budget == "uniform" or section.pattern is not None:
         return dict.fromkeys(linears, section.sparsity)
@@ -200,7 +203,9 @@ def _sparsities(
     if section.budget == "arithmetic":
         of_block = dict(zip(blocks, arithmetic_offsets(len(blocks), section.budget_spread), strict=True))
     else:
-        ratios = outlier_ratios(BlockWalk(checkpoint, calibration, device=device), linears)
+        walk = BlockWalk(checkpoint, calibration, device=device, spill_dir=spill_dir)
+        ratios = outlier_ratios(walk, linears)
+        walk.close()
         offsets = outlier_offsets(list(ratios.values()), section.budget_spread)
         of_block = dict(zip(ratios, offsets, strict=True))
     of_linear = {n: of_block[next(b for b in of_block if n.startswith(b + "."))] for n in linears}

@@ -92,6 +92,8 @@ class BlockWalk:
     ) -> None:
         self.checkpoint = checkpoint
         self.spill_dir = spill_dir
+        if spill_dir is not None:  # what a run that was killed has left
+            shutil.rmtree(spill_dir, ignore_errors=True)
         self.device, self.dtype = torch.device(device), dtype
         self.model = checkpoint.skeleton().to(dtype=dtype)
         self.blocks = decoder_blocks(self.model)

@@ -89,7 +89,7 @@ def mask_pattern(scores: Float[Tensor, "out in"], pattern: str) -> Bool[Tensor, 
 
 
 def find_pattern(mask: Bool[Tensor, "out in"]) -> str | None:
-    """The N:M of least M, up to 32, of which a mask keeps exactly N in every M neighbours; None without one."""
+    """The N:M of least M up to 32 of which a mask keeps exactly N in every M neighbours, if there is one."""
     for block in (2, 4, 8, 16, 32):
         if mask.shape[1] % block or not mask.numel():
             return None

@@ -80,6 +80,11 @@ class StageContext:
         """Options of every function that loads a model."""
         return {"device": self.device, "trust_remote_code": self.trusts_code}
 
+    @property
+    def compressing(self) -> dict[str, Any]:
+        """Options of the two functions that compress a model."""
+        return {"device": self.device, "progress": self.progress, "spill": self.recipe.runtime.spill}
+
     def checkpoint(self, name: str) -> "Checkpoint":
         """The model directory of an input, opened without its weights."""
         from sqft.models import open_checkpoint
@@ -129,12 +134,9 @@ def sparsify(context: StageContext) -> dict[str, Any]:
     from sqft.models import CheckpointWriter
 
     section = context.recipe.sparsify or SparsifySection()
-    checkpoint = context.checkpoint("model")
     tokens = context.calibration(section)
-    writer = CheckpointWriter(context.directory, checkpoint)
-    layers = sparsify_model(
-        checkpoint, section, tokens, writer, device=context.device, progress=context.progress
-    )
+    writer = CheckpointWriter(context.directory, context.checkpoint("model"))
+    layers = sparsify_model(writer.source, section, tokens, writer, **context.compressing)
     writer.close()
     return _record_layers(context, layers, tokens)
 
@@ -146,12 +148,9 @@ def quantize(context: StageContext) -> dict[str, Any]:
 
     section = context.recipe.quantize or QuantizeSection()
     masks = StoredMasks(context.inputs["sparsify"]) if context.recipe.sparsify else None
-    checkpoint = context.checkpoint("model")
     tokens = context.calibration(section)
-    writer = CheckpointWriter(context.directory, checkpoint)
-    layers = quantize_model(
-        checkpoint, masks, section, tokens, writer, device=context.device, progress=context.progress
-    )
+    writer = CheckpointWriter(context.directory, context.checkpoint("model"))
+    layers = quantize_model(writer.source, masks, section, tokens, writer, **context.compressing)
     writer.close()
     return _record_layers(context, layers, tokens)
 
@@ -170,9 +169,8 @@ def _record_layers(
     if tokens is not None:
         section = context.recipe.calibration or CalibrationSection()
         recipe["calibration"] = section.model_dump(mode="json")
-        record["calibration"] = {"tokens": tokens.numel(), "sha256": digest_tensor(tokens)}
-        if section.source == "train":
-            record["calibration"]["data"] = context.data.train
+        data = {"data": context.data.train} if section.source == "train" else {}
+        record["calibration"] = {"tokens": tokens.numel(), "sha256": digest_tensor(tokens)} | data
     write_json(context.directory / LAYERS, record)
     return {"layers": rows}
 
