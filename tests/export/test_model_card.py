@@ -101,8 +101,9 @@ def test_an_exported_adapter_says_how_to_serve_it(
     assert serve in shown
     assert serve in (out / "README.md").read_text()
     assert all(finding.passed for finding in check_export(out))
-    (findings,) = [f for f in check_export(out, merged_dir()) if not f.passed]
-    assert "verify it without --merged" in findings.detail
+    findings = [finding for finding in check_export(out, merged_dir()) if not finding.passed]
+    assert all("verify it without --merged" in finding.detail for finding in findings)
+    assert [finding.name for finding in findings] == ["codes", "tokenizer", "masks"]
 
 
 def test_an_adapter_that_changed_on_the_way_is_not_written(

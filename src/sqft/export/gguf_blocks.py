@@ -13,6 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
+from sqft.errors import ExportError
 from sqft.export.source import IntegerWeight
 from sqft.models import QuantizedWeight
 
@@ -62,7 +63,10 @@ def pack_blocks(weight: QuantizedWeight, kind: GGMLQuantizationType) -> Bytes:
 
 
 def unpack_blocks(data: Bytes, kind: GGMLQuantizationType) -> IntegerWeight:
-    """Undo `pack_blocks`; for Q4_1 the zero point is -m / d."""
+    """Undo `pack_blocks`; for Q4_1 the zero point is -m / d.
+
+    Raises: ExportError if a minimum of Q4_1 is no whole number of steps, so that no zero point is behind it.
+    """
     sizes = {Q4_0: 18, Q4_1: 20, Q8_0: 34}
     rows = len(data)
     blocks = np.ascontiguousarray(data).reshape(rows, -1, sizes[kind])
@@ -73,7 +77,12 @@ def unpack_blocks(data: Bytes, kind: GGMLQuantizationType) -> IntegerWeight:
         steps = _from_nibbles(blocks[..., 2:]) - 8
     else:
         minimum = np.ascontiguousarray(blocks[..., 2:4]).view(np.float16)[..., 0].astype(np.float32)
-        steps = _from_nibbles(blocks[..., 4:]) + np.rint(minimum / scale).astype(np.int16)[..., None]
+        with np.errstate(all="ignore"):  # damaged numbers are told below
+            offset = np.rint(minimum / scale)
+            broken = int((~(offset * scale == minimum)).sum())
+        if broken:
+            raise ExportError(f"the minimum of {broken} blocks of Q4_1 is no whole number of steps")
+        steps = _from_nibbles(blocks[..., 4:]) + offset.astype(np.int16)[..., None]
     return IntegerWeight(steps.reshape(rows, -1).astype(np.int16), scale)
 
 

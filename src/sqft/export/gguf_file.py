@@ -25,6 +25,7 @@ from sqft.export.source import ExportSource, IntegerWeight, exact_in
 __all__ = [
     "ARCHITECTURES",
     "HEAD_TYPES",
+    "changed_tokenizer_keys",
     "gguf_refusal",
     "head_names",
     "read_gguf",
@@ -116,6 +117,17 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
             yield name, unpack_blocks(data, kind)
         else:
             yield name, _unpack_plain(data, kind)
+
+
+def changed_tokenizer_keys(source: ExportSource, path: Path) -> list[str]:
+    """The keys of a GGUF file's tokenizer that differ from what the model's tokenizer is written as."""
+    arch, _ = ARCHITECTURES[source.architecture]
+    writer = GGUFWriter(None, MODEL_ARCH_NAMES[arch])
+    write_tokenizer(writer, source.tokenizer, int(source.config["vocab_size"]))
+    expected = {key: value.value for part in writer.kv_data for key, value in part.items()}
+    fields = GGUFReader(path).fields
+    keys = sorted({key for key in (*expected, *fields) if key.startswith("tokenizer.")})
+    return [k for k in keys if k not in fields or fields[k].contents() != expected.get(k)]
 
 
 def head_names(source: ExportSource) -> set[str]:

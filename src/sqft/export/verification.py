@@ -4,13 +4,19 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sqft.artifacts import digest_files
+from sqft.artifacts import digest_file, digest_files
 from sqft.errors import ExportError, SqftError
 from sqft.export.exporting import EXPORT, check_stored
+from sqft.export.formats import gguf_path
+from sqft.export.gguf_file import changed_tokenizer_keys
 from sqft.export.source import open_source
+from sqft.models import load_tokenizer
 
 __all__ = ["Finding", "check_export"]
+
+MASKS = "sqft_masks.safetensors"
 
 
 @dataclass(frozen=True)
@@ -25,18 +31,21 @@ class Finding:
 def check_export(directory: Path, merged_dir: Path | None = None) -> list[Finding]:
     """Check an artefact's files against the digests taken when it was exported.
 
-    merged_dir: the model that was exported; then every code is read back and compared with it too.
+    merged_dir: the model that was exported; then every code is read back and compared with it too, and so
+    are tokenizer and masks.
     """
     steps: list[tuple[str, Callable[[], str]]] = [("digests", lambda: _check_digests(directory))]
     if merged_dir is not None:
         steps.append(("codes", lambda: _check_codes(directory, merged_dir)))
+        steps.append(("tokenizer", lambda: _check_tokenizer(directory, merged_dir)))
+        steps.append(("masks", lambda: _check_masks(directory, merged_dir)))
     findings = []
     for name, step in steps:
         try:
             findings.append(Finding(name, True, step()))
         except SqftError as error:
             findings.append(Finding(name, False, str(error)))
-        except (OSError, ValueError, KeyError, IndexError, RuntimeError) as error:  # damaged files
+        except Exception as error:  # a damaged file makes libraries raise anything, and is no pass
             findings.append(Finding(name, False, f"{type(error).__name__}: {error}".splitlines()[0]))
     return findings
 
@@ -58,9 +67,7 @@ def _check_digests(directory: Path) -> str:
 
 
 def _check_codes(directory: Path, merged_dir: Path) -> str:
-    record = json.loads((directory / EXPORT).read_text(encoding="utf-8"))
-    if record.get("adapter"):
-        raise ExportError("an adapter is no merged model; verify it without --merged")
+    record = _model_record(directory)
     if record.get("damage"):
         raise ExportError("the artefact was requantized, so its codes are not those of the merged model")
     source = open_source(merged_dir)
@@ -68,3 +75,45 @@ def _check_codes(directory: Path, merged_dir: Path) -> str:
     compared = check_stored(source, directory, record["format"], head_type=head)
     rounded = "" if head == "auto" else f", embedding and head rounded to {head}"
     return f"{compared.codes} codes and {compared.weights} other weights equal the merged model's{rounded}"
+
+
+def _check_tokenizer(directory: Path, merged_dir: Path) -> str:
+    source = open_source(merged_dir)
+    if _model_record(directory)["format"] == "gguf":
+        other = changed_tokenizer_keys(source, gguf_path(directory))
+    else:
+        found = _tokenizer_parts(load_tokenizer(directory))
+        expected = _tokenizer_parts(source.tokenizer)
+        other = [key for key, value in expected.items() if found[key] != value]
+    if other:
+        raise ExportError(f"the tokenizer is not the merged model's: {', '.join(other)}")
+    return "the merged model's"
+
+
+def _tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {
+        "tokens": sorted(tokenizer.get_vocab().items()),
+        "rules": None if backend is None else backend.to_str(),
+        "special tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
+        "chat template": tokenizer.chat_template,
+    }
+
+
+def _check_masks(directory: Path, merged_dir: Path) -> str:
+    ours, theirs = directory / MASKS, merged_dir / MASKS
+    if _model_record(directory)["format"] != "compressed-tensors" or not theirs.is_file():
+        return "none in this artefact"
+    if not ours.is_file():
+        raise ExportError(f"{MASKS} is missing")
+    if digest_file(ours) != digest_file(theirs):
+        raise ExportError(f"{MASKS} is not the merged model's")
+    return "the merged model's"
+
+
+def _model_record(directory: Path) -> dict[str, Any]:
+    """What an export wrote of itself. Raises: ExportError if it is an adapter's."""
+    record: dict[str, Any] = json.loads((directory / EXPORT).read_text(encoding="utf-8"))
+    if record.get("adapter"):
+        raise ExportError("an adapter is no merged model; verify it without --merged")
+    return record
