@@ -14,7 +14,8 @@ def bench(
         typer.Argument(metavar="DIR...", help="Model directories, GGUF files or OpenVINO models."),
     ],
     adapter: Annotated[
-        Path | None, typer.Option(help="Also run the first one with this plain LoRA, unmerged.")
+        Path | None,
+        typer.Option(help="Also run the first one with this plain LoRA, unmerged (for GGUF one in GGUF)."),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
@@ -31,7 +32,8 @@ def bench(
     artefacts = [open_artefact(path) for path in directories]
     if adapter is not None:
         first = directories[0]
-        artefacts.append(open_artefact(first, f"{first.name} + {adapter.name}", adapter))
+        both = f"{first.resolve().name} + {adapter.resolve().name} (unmerged)"
+        artefacts.append(open_artefact(first, both, adapter))
     with RichProgress() as progress:
         results = measure_speed(
             artefacts,
@@ -54,4 +56,4 @@ def bench(
     ]
     print_table(["artefact", "runtime", "size", "first token", "tokens/s", "peak memory"], rows, left=2)
     for runtime in sorted({row.runtime for row in results}):
-        print(f"{runtime}: {RUNTIME_ZEROS[runtime]}")
+        print(f"zeros in {runtime}: {RUNTIME_ZEROS[runtime]}")

@@ -60,21 +60,32 @@ class _Runner(Protocol):
 
 
 def open_artefact(path: Path, name: str | None = None, adapter: Path | None = None) -> Artefact:
-    """Say what a path is.
+    """Say what a path is. adapter: in PEFT's files for transformers, in GGUF (or its directory) for GGUF.
 
-    Raises: ExportError if no runtime here opens it.
+    Raises: ExportError if no runtime here opens it, or the adapter is of another runtime.
     """
-    name = name or path.name
+    name = name or path.resolve().name
     if path.suffix == ".gguf" or list(path.glob("*.gguf")):
         file = path if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))[0]
-        return Artefact(name, file, "llama.cpp", adapter)
+        return Artefact(name, file, "llama.cpp", None if adapter is None else _gguf_adapter(adapter))
     if (path / XML).is_file():
         if adapter is not None:
             raise ExportError("an adapter beside an OpenVINO model is not measured; use its merged form")
         return Artefact(name, path, "openvino")
     if (path / "config.json").is_file():
+        if adapter is not None and not (adapter / "adapter_config.json").is_file():
+            raise ExportError(f"{adapter} is no PEFT adapter, as {path} needs; give the one that was trained")
         return Artefact(name, path, "transformers", adapter)
     raise ExportError(f"{path} is neither a model directory, nor a GGUF file, nor an OpenVINO model")
+
+
+def _gguf_adapter(path: Path) -> Path:
+    found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    if not found or not found[0].is_file():
+        raise ExportError(
+            f"llama.cpp needs an adapter in GGUF, not {path}; write it: sqft export {path} --to gguf --base DIR"
+        )
+    return found[0]
 
 
 def measure_speed(
