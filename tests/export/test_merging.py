@@ -178,6 +178,11 @@ def test_what_cannot_be_merged_is_told(merged_dir: MergedDir, tmp_path: Path) ->
         ({"modules_to_save": ["lm_head"]}, "sets modules_to_save"),
         ({"bias": "all"}, "trains biases"),
         ({"use_dora": True}, "lacks lora_magnitude_vector"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "sets layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "by pissa_niter_4.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "started by olora, .*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "corda"}, "started by corda, .*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "loftq"}, "started by loftq, .*save that base when training"),
     ):
         path.write_text(json.dumps(config | change))
         with pytest.raises(AdapterError, match=message):

@@ -1,4 +1,4 @@
-"""OpenVINO says what transformers says, at every length and with padding, and is compared weight by weight."""
+"""OpenVINO says what transformers says, at every length and padded, and is compared weight by weight."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -93,6 +93,12 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
         "lora_bias",
         "target_parameters",
         "alora_invocation_tokens",
+        "use_qalora",
+        "use_bdlora",
+        "layer_replication",
+        "arrow_config",
+        "kasa_config",
+        "monteclora_config",
     ):
         if config.get(key):
             raise AdapterError(f"{directory} sets {key}, which no linear can hold; train without it")
@@ -100,6 +106,7 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
         raise AdapterError(
             f"{directory} trains biases, which the merge does not hold; train with bias='none'"
         )
+    _check_start(directory, config.get("init_lora_weights", True))
     keys: dict[str, dict[str, str]] = {}
     try:
         with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
@@ -115,6 +122,19 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
         if not needed <= set(parts):
             raise AdapterError(f"{directory}: {name} lacks lora_{sorted(needed - set(parts))[0]}")
     return ForeignAdapter(directory, config, keys)
+
+
+def _check_start(directory: Path, start: Any) -> None:
+    """Raises: AdapterError for a start that changed the base, so that the adapter belongs on another one."""
+    name = str(start).lower()
+    if not name.startswith(("pissa", "corda")) and name not in {"olora", "loftq", "lora_ga"}:
+        return
+    way = "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=FIRST_ADAPTER)"
+    if name == "loftq":
+        way = "save that base when training, set init_lora_weights to true, and merge onto it"
+    raise AdapterError(
+        f"{directory} was started by {start}, which changed the base that it was trained on; {way}"
+    )
 
 
 def _of_module(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
