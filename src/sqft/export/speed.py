@@ -83,7 +83,7 @@ def _gguf_adapter(path: Path) -> Path:
     found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if not found or not found[0].is_file():
         raise ExportError(
-            f"llama.cpp needs an adapter in GGUF, not {path}; write it: sqft export {path} --to gguf --base DIR"
+            f"llama.cpp needs an adapter in GGUF, not {path}: sqft export {path} --to gguf --base DIR"
         )
     return found[0]
 
