@@ -31,12 +31,12 @@ def exact_float32(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        allowed = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
+        matmul = torch.backends.cuda.matmul  # the older allow_tf32 cannot be read once this one was set
+        precision, matmul.fp32_precision = matmul.fp32_precision, "ieee"
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+            matmul.fp32_precision = precision
 
 
 def low_rank_delta(
