@@ -279,14 +279,16 @@ class AdapterSection(Section):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the update only, never of the base.")
     dropout_kind: Literal["column", "token"] = Field(
         "column",
-        description="column: columns of A, once a step; token: as published, costs a second product.",
+        description="column: columns of A, once a step; token: as published, costs a second product and "
+        "memory of a weight's size in every layer.",
     )
     gradient: Literal["exact", "lowrank", "hybrid"] = Field(
         "exact", description="lowrank: mask in the forward only; hybrid: exact every hybrid_steps-th step."
     )
     hybrid_steps: Positive = Field(4, description="Every how many steps hybrid is exact.")
     kernels: Literal["torch", "triton"] = Field(
-        "torch", description="triton: on an NVIDIA GPU (extra: triton); checked in its interpreter only."
+        "torch",
+        description="triton: on an NVIDIA GPU (extra: triton), elsewhere torch; tested in its interpreter.",
     )
     target_modules: list[str] | None = Field(
         None, description="Name ends; default q, k, v, up, down and fused forms."
@@ -310,6 +312,11 @@ class AdapterSection(Section):
     def _gradient(self) -> "AdapterSection":
         if self.method == "lora" and self.gradient != "exact":
             raise ValueError("gradient lowrank and hybrid are for sparse_peft and qa_sparse_peft")
+        if self.method == "lora" and self.kernels != "torch":
+            raise ValueError("kernels triton is for sparse_peft and qa_sparse_peft")
+        plain = self.gradient == "exact" and self.kernels == "torch"
+        if self.method != "lora" and self.dropout and self.dropout_kind == "token" and not plain:
+            raise ValueError("dropout_kind token goes with gradient exact and kernels torch only")
         return self
 
 

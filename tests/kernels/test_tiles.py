@@ -1,12 +1,12 @@
 """The kernels against their torch operations, in Triton's interpreter where there is no GPU."""
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from sqft.errors import AdapterError
 from sqft.ops import (
     QParams,
     adapted_weight,
@@ -17,6 +17,7 @@ from sqft.ops import (
     quantize,
     weight_blocks,
 )
+from sqft.ops import adapted_linear as op
 from sqft.ops.adapted_linear import adapted_linear
 
 pytest.importorskip("triton")
@@ -134,8 +135,33 @@ def test_the_layer_with_kernels(
         torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
 
 
-def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_layer_with_kernels_in_16_bits(dtype: torch.dtype, quantized: bool) -> None:
+    case = make(70, 96, 8, 33)
+    latent, grid, _ = grid_of(case, True)
+    base, qparams = (latent, grid) if quantized else (case["base"].to(dtype), None)
+    results = []
+    for kernels, compute in (("torch", torch.float32), ("triton", dtype)):
+        # The same numbers: those of the 16-bit type are float32 ones as well.
+        x = case["x"].to(dtype).to(compute).requires_grad_()
+        A, B = (case[name].clone().requires_grad_() for name in ("A", "B"))
+        y = adapted_linear(x, base, A, B, scaling=0.5, qparams=qparams, kernels=kernels)
+        results.append([y, *torch.autograd.grad(y, (x, A, B), case["dy"].to(dtype).to(compute))])
+    for found, wanted in zip(results[1], results[0], strict=True):
+        error = (found.float() - wanted.float()).norm() / wanted.float().norm()
+        assert error < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+def test_where_kernels_cannot_run_torch_does_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    case = make(16, 32, 2, 4)
-    with pytest.raises(AdapterError, match="GPU"):
-        adapted_linear(case["x"].cpu(), case["base"], case["A"], case["B"], scaling=1.0, kernels="triton")
+    op._no_triton.cache_clear()
+    case = {name: tensor.cpu() for name, tensor in make(16, 32, 2, 4).items()}
+    arguments = case["x"], case["base"], case["A"], case["B"]
+    with caplog.at_level(logging.WARNING):
+        results = [adapted_linear(*arguments, scaling=1.0, kernels=k) for k in ("triton", "triton", "torch")]
+    op._no_triton.cache_clear()
+    assert torch.equal(results[0], results[2])
+    assert sum("NVIDIA GPU" in record.getMessage() for record in caplog.records) == 1

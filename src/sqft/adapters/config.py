@@ -7,12 +7,14 @@ import torch
 from peft import PeftConfig
 
 from sqft.errors import AdapterError
+from sqft.ops.adapted_linear import GRADIENTS, KERNELS, check_choice
 
 __all__ = ["DEFAULT_TARGETS", "METHODS", "PEFT_TYPE", "SqftConfig"]
 
 PEFT_TYPE = "SQFT"
 METHODS = ("lora", "sparse_peft", "qa_sparse_peft")
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_up_proj", "down_proj")
+STORAGE_DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_RANK_GROUPS = (("q_proj", "k_proj", "v_proj"),)
 
 
@@ -25,11 +27,12 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     rank_pattern: the rank of every module of an extracted sub-adapter; empty for a super-adapter.
     alpha: the update is scaled by alpha / max(ranks), whatever rank is active.
     dropout, dropout_kind: column = whole columns of lora_A, drawn once a step from (seed, step);
-        token = the published dropout of the input, which costs a second product.
+        token = the published dropout of the input, which costs a second product and keeps the update
+        for backward.
     target_modules: name ends that match whole components; full names once the adapter is attached.
     rank_groups: name ends that share a rank inside a block; None: q, k, v together, others alone.
     gradient: exact, lowrank, or hybrid (exact every `hybrid_steps`-th step).
-    kernels: torch, or triton on an NVIDIA GPU.
+    kernels: torch, or triton on an NVIDIA GPU (elsewhere it is torch, with a warning).
     storage_dtype: the dtype merged weights are stored in; set when the adapter is attached.
     identity: sha256 of the base, mask and grid that the adapter belongs to; set when it is attached.
     init_seed: lora_A is a function of this seed and of the module's name.
@@ -58,13 +61,37 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
         self.peft_type = PEFT_TYPE
         if self.method not in METHODS:
             raise AdapterError(f"adapter method '{self.method}' is unknown; choose from {', '.join(METHODS)}")
-        if not self.ranks or min(self.ranks) < 1:
-            raise AdapterError(f"ranks {self.ranks} must be one or more positive numbers")
+        if not self.ranks or any(not isinstance(rank, int) or rank < 1 for rank in self.ranks):
+            raise AdapterError(f"ranks {self.ranks} must be one or more positive whole numbers")
+        check_choice("gradient", self.gradient, (*GRADIENTS, "hybrid"))
+        check_choice("kernels", self.kernels, KERNELS)
+        check_choice("dropout_kind", self.dropout_kind, ("column", "token"))
+        if self.storage_dtype is not None:
+            check_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
+        for name, ok, wanted in (
+            ("alpha", self.alpha > 0, "above 0"),
+            ("dropout", 0 <= self.dropout < 1, "from 0 to below 1"),
+            ("hybrid_steps", self.hybrid_steps >= 1, "at least 1"),
+        ):
+            if not ok:
+                raise AdapterError(f"{name} {getattr(self, name)} must be {wanted}")
         if self.method == "lora" and self.gradient != "exact":
             raise AdapterError(f"gradient '{self.gradient}' has no meaning for lora; leave it at exact")
+        if self.method == "lora" and self.kernels != "torch":
+            raise AdapterError(f"kernels '{self.kernels}' has no meaning for lora; leave it at torch")
+        if self.token_dropout and (self.gradient != "exact" or self.kernels != "torch"):
+            raise AdapterError(
+                "token dropout takes two products, whose gradient is exact and by torch; "
+                "set dropout_kind: column, or leave gradient and kernels alone"
+            )
         self.ranks = sorted(set(self.ranks), reverse=True)
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
+
+    @property
+    def token_dropout(self) -> bool:
+        """Whether a masked adapter trains with the published dropout."""
+        return self.method != "lora" and self.dropout > 0 and self.dropout_kind == "token"
 
     @property
     def max_rank(self) -> int:

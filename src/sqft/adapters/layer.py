@@ -29,7 +29,7 @@ from sqft.ops import (
     encode_latent,
     fake_quantize,
 )
-from sqft.ops.adapted_linear import adapted_linear, frozen_linear
+from sqft.ops.adapted_linear import adapted_linear, frozen_linear, triton_usable
 from sqft.ops.weight_blocks import WeightBlocks
 
 __all__ = ["AdapterLinear", "MergedWeight", "check_method", "seeded_generator"]
@@ -145,7 +145,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
                 config.scaling,
                 qparams,
                 storage,
-                config.kernels == "triton",
+                config.kernels == "triton" and triton_usable(lora_A.device),
             )
             return blocks.build(slice(0, self.out_features), torch.float32)
 
@@ -245,10 +245,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         )
 
     def _token_dropout_forward(self, x: Tensor, name: str) -> Tensor:
-        """The published dropout of the update's input: the base and the update need a product each."""
-        config, qparams, base = self.settings[name], base_qparams(self), base_weight(self).float()
-        base = base if qparams is None else fake_quantize(base, qparams)
-        update = (self.adapted(name) - base).to(x.dtype)
+        """The published dropout of the update's input: the base and the update need a product each.
+
+        Autograd keeps the update for backward, and of a quantized base its rounded weight as well.
+        """
+        config, qparams, base = self.settings[name], base_qparams(self), base_weight(self)
+        base = base if qparams is None else fake_quantize(base.float(), qparams)
+        update = (self.adapted(name) - base.float()).to(x.dtype)
         result = frozen_linear(x, base, self._bias())
         return result + F.linear(F.dropout(x, config.dropout), update)
 

@@ -5,7 +5,8 @@ with IEEE products, true division and no fused multiply-add, as `ops.adapted` de
 forms a tile of dY^T X, masks it, and multiplies it with the factors at once: the dense gradient is never
 written. Partial sums are added in a fixed order, so results do not change from run to run.
 
-State: checked in Triton's interpreter; not yet run on a GPU.
+State: checked in Triton's interpreter; not yet run on a GPU. The interpreter multiplies the bits of bfloat16
+as whole numbers, so there (WIDEN) operands are widened to float32 first, which changes no product.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -85,7 +86,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
     da_ptr, db_ptr, dy_ptr, x_ptr, base_ptr, scale_ptr, zero_ptr, a_ptr, b_ptr,
     tokens, out, columns, groups, rank, dy_stride, b_stride, scaling,
     GROUP: tl.constexpr, MAX_CODE: tl.constexpr, QUANT: tl.constexpr, LATENT: tl.constexpr,
-    STORE: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    STORE: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * TILE + tl.arange(0, TILE)
     n = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -96,6 +97,8 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
         x_mask = (t[:, None] < tokens) & (n[None, :] < columns)
         dy = tl.load(dy_ptr + t[None, :] * dy_stride + m[:, None], mask=dy_mask, other=0.0)
         x = tl.load(x_ptr + t[:, None] * columns + n[None, :], mask=x_mask, other=0.0)
+        if WIDEN:
+            dy, x = dy.to(tl.float32), x.to(tl.float32)
         gradient += tl.dot(dy, x, input_precision="ieee")
     a, b = _factors(a_ptr, b_ptr, m, n, out, columns, rank, b_stride, R)
     _, keep = _tile(base_ptr, scale_ptr, zero_ptr, a, b, m, n, out, columns, groups, scaling,
@@ -184,6 +187,7 @@ def contract_gradient(
     settings = _settings(base, scale, rank, max_code, None)
     _gradient_kernel[grid](
         da, db, dy, x.contiguous(), base.contiguous(), s, z, a, b,
-        x.shape[0], out, columns, groups, rank, dy.stride(0), b.stride(0), scaling, **settings
+        x.shape[0], out, columns, groups, rank, dy.stride(0), b.stride(0), scaling,
+        WIDEN=base.device.type == "cpu", **settings,
     )  # fmt: skip
     return da.sum(0), db.sum(0)

@@ -15,8 +15,11 @@ Source: SQFT, arXiv 2410.03750, equations 1 to 4; the lowrank gradient is that o
 Differs from the paper: the published layer multiplies twice and keeps the update and the mask for backward.
 """
 
+import logging
 import os
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -25,12 +28,16 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sqft.errors import AdapterError, require
+from sqft.errors import AdapterError
 from sqft.ops.adapted import exact_float32
 from sqft.ops.grid import QParams
 from sqft.ops.weight_blocks import WeightBlocks
 
-__all__ = ["adapted_linear", "frozen_linear"]
+__all__ = ["GRADIENTS", "KERNELS", "adapted_linear", "check_choice", "frozen_linear", "triton_usable"]
+
+GRADIENTS, KERNELS = ("exact", "lowrank"), ("torch", "triton")
+
+logger = logging.getLogger(__name__)
 
 
 def adapted_linear(
@@ -51,13 +58,17 @@ def adapted_linear(
     base: a float weight, or the integer latent of `ops.latent`, for which qparams is its grid. The product
     runs in the dtype of x, or in the autocast dtype; the weight is computed in float32 whatever that is.
     gradient: exact, or lowrank, which leaves the mask and the clamp out of the gradients of A and B.
-    kernels: triton builds the weight and contracts its gradient by the kernels of `sqft.kernels`.
+    kernels: triton builds the weight and contracts its gradient by the kernels of `sqft.kernels`; where they
+        cannot run (no NVIDIA GPU, no Triton) it is torch, and a warning says so once.
 
-    Raises: AdapterError for the gradient of a scale with gradient="lowrank" or kernels="triton", and for
-    triton on a CPU; MissingExtraError if Triton is not installed.
+    Raises: AdapterError for an unknown choice, and for the gradient of a scale with gradient="lowrank" or
+    kernels="triton".
     """
-    if kernels == "triton":
-        _check_triton(x, qparams)
+    check_choice("gradient", gradient, GRADIENTS)
+    check_choice("kernels", kernels, KERNELS)
+    triton = kernels == "triton" and triton_usable(x.device)
+    if triton and qparams is not None and qparams.scale.requires_grad:
+        raise AdapterError("trainable scales need the torch operation; set kernels: torch")
     if gradient == "lowrank" and qparams is not None and qparams.scale.requires_grad:
         raise AdapterError("trainable scales need the exact gradient; set gradient: exact")
     device = x.device.type
@@ -69,19 +80,36 @@ def adapted_linear(
         storage_dtype,
         gradient == "exact",
         dtype,
-        kernels == "triton",
+        triton,
     )
     scale, zero_point = (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
     out: Tensor = _AdaptedLinear.apply(x, base, lora_A, lora_B, bias, scale, zero_point, plan)
     return out
 
 
-def _check_triton(x: Tensor, qparams: QParams | None) -> None:
-    require("triton", "triton")
-    if qparams is not None and qparams.scale.requires_grad:
-        raise AdapterError("trainable scales need the torch operation; set kernels: torch")
-    if x.device.type != "cuda" and not os.environ.get("TRITON_INTERPRET"):
-        raise AdapterError("the Triton kernels need an NVIDIA GPU; set kernels: torch")
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises: AdapterError if a setting is none of its choices."""
+    if value not in choices:
+        raise AdapterError(f"{name} '{value}' is unknown; choose from {', '.join(choices)}")
+
+
+def triton_usable(device: torch.device) -> bool:
+    """Whether the Triton kernels run on tensors of a device: on an NVIDIA GPU, or in Triton's interpreter."""
+    reason = _no_triton(device.type, os.environ.get("TRITON_INTERPRET", ""))
+    return reason is None
+
+
+@lru_cache
+def _no_triton(device: str, interpreter: str) -> str | None:
+    """Why the kernels do not run, told once; None if they do."""
+    reason = None
+    if find_spec("triton") is None:
+        reason = "Triton is not installed (pip install 'sqft[triton]')"
+    elif device != "cuda" and interpreter in ("", "0"):
+        reason = f"they need an NVIDIA GPU, and tensors are on {device}"
+    if reason is not None:
+        logger.warning("kernels: triton is left out, torch computes the same: %s", reason)
+    return reason
 
 
 def frozen_linear(
