@@ -35,7 +35,7 @@ $(DEMO): pyproject.toml constraints.txt
 
 $(ALL): $(DEMO)
 	@echo "installing tools, lm-evaluation-harness and the runtimes of exports into $(VENV) ..."
-	$(PIP) -e '.[dev,eval,gguf,openvino,triton]'
+	$(PIP) -e '.[dev,eval,gguf,openvino,triton,liger]'
 	@touch $(ALL)
 
 demo: $(DEMO)

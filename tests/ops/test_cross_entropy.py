@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sqft.ops import cross_entropy as module
-from sqft.ops.cross_entropy import chunked_cross_entropy
+from sqft.ops.cross_entropy import chunked_cross_entropy, liger_cross_entropy
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -46,3 +46,42 @@ def test_logits_of_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     chunked_cross_entropy(torch.randn(50, 4), torch.randn(40, 4), torch.zeros(50, dtype=torch.long))
     assert max(sizes) <= 200
     assert len(sizes) == 10
+
+
+@pytest.mark.parametrize(("inputs", "head"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_head_in_another_dtype(inputs: str, head: str) -> None:
+    hidden = torch.randn(6, 8).to(getattr(torch, inputs)).requires_grad_()
+    weight, bias = (torch.randn(*shape).to(getattr(torch, head)) for shape in ((11, 8), (11,)))
+    targets = torch.arange(6)
+    loss = chunked_cross_entropy(hidden, weight, targets, bias)
+    plain = F.cross_entropy(F.linear(hidden.float(), weight.float(), bias.float()), targets, reduction="sum")
+    torch.testing.assert_close(loss, plain, rtol=2e-2, atol=0.0)
+    assert torch.autograd.grad(loss, hidden)[0].dtype == hidden.dtype
+
+
+def test_autocast_computes_logits_as_the_output_layer_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    plain = module.F.linear
+
+    def linear(x: Tensor, *rest: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return plain(x, *rest)
+
+    monkeypatch.setattr(module.F, "linear", linear)
+    hidden = torch.randn(6, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = chunked_cross_entropy(hidden, torch.randn(11, 8), torch.arange(6))
+    loss.backward()
+    assert seen == [torch.bfloat16]
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in Triton's interpreter, where there is no GPU")
+def test_liger_gives_the_same() -> None:
+    pytest.importorskip("liger_kernel")
+    hidden, weight = torch.randn(7, 16, requires_grad=True), torch.randn(50, 16)
+    targets = torch.randint(0, 50, (7,))
+    losses = [f(hidden, weight, targets) for f in (chunked_cross_entropy, liger_cross_entropy)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in losses))

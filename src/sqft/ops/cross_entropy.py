@@ -8,6 +8,7 @@ so that backward only has to scale it. The output layer is frozen, as it is whil
 Source: the chunked linear cross entropy of Liger Kernel (arXiv 2410.10989, section 3.2).
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["chunked_cross_entropy"]
+__all__ = ["chunked_cross_entropy", "liger_cross_entropy"]
 
 CHUNK_ELEMENTS = 1 << 22  # logits that exist at a time: 16 MiB in float32
 
@@ -32,10 +33,35 @@ def chunked_cross_entropy(
     """The summed negative log-likelihood, float32, differentiable in hidden.
 
     weight, bias: the frozen output layer. Tokens whose target is ignore_index count nothing and cost nothing.
+    Logits are computed in the autocast dtype, else in that of hidden, and summed up in float32. On a GPU
+    Liger Kernel's fused form runs if it is installed (extra: liger); that path has not been run on a GPU.
     """
     counted = (targets != ignore_index).nonzero().squeeze(1)
-    out: Tensor = _ChunkedCrossEntropy.apply(hidden[counted], weight, targets[counted], bias)
+    hidden, targets = hidden[counted], targets[counted]
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if device == "cuda" and len(hidden) and find_spec("liger_kernel") is not None:
+            return liger_cross_entropy(hidden, weight, targets, bias)
+        out: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, bias)
     return out
+
+
+def liger_cross_entropy(
+    hidden: Float[Tensor, "tokens features"],
+    weight: Float[Tensor, "vocabulary features"],
+    targets: Int64[Tensor, " tokens"],
+    bias: Float[Tensor, " vocabulary"] | None = None,
+) -> Float[Tensor, ""]:
+    """The same by Liger Kernel, whose Triton kernels fuse softmax and gradient."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    outputs = LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, weight, targets, bias, None, -100, 0.0, 0.0, "sum"
+    )
+    loss: Tensor = outputs[0]
+    return loss.float()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -44,15 +70,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = max(1, CHUNK_ELEMENTS // weight.shape[0])
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], size):
-                part = slice(start, start + size)
-                logits = F.linear(hidden[part], weight.to(hidden.dtype), bias).float()
-                total += F.cross_entropy(logits, targets[part], reduction="sum")
-                if gradient is not None:
-                    slope = torch.softmax(logits, -1, out=logits)
-                    slope[torch.arange(slope.shape[0], device=slope.device), targets[part]] -= 1
-                    gradient[part] = slope.to(hidden.dtype) @ weight.to(hidden.dtype)
+        for start in range(0, hidden.shape[0], size):
+            part = slice(start, start + size)
+            logits = F.linear(hidden[part], weight, bias).float()
+            total += F.cross_entropy(logits, targets[part], reduction="sum")
+            if gradient is not None:
+                slope = torch.softmax(logits, -1, out=logits)
+                slope[torch.arange(slope.shape[0], device=slope.device), targets[part]] -= 1
+                gradient[part] = slope.to(hidden.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
