@@ -1,6 +1,6 @@
 """Does the cheap gradient train as well? exact, lowrank and hybrid on mawps, paired by seed.
 
-    python -m benchmarks.gradients --data DIR [--quick] [--json FILE] [--steps N] [--seeds N] [--threads N]
+    python -m benchmarks.gradients --data DIR [--quick] [--json FILE] [--steps N] [--seeds N ...] [--threads N]
 
 SmolLM2-135M-Instruct (its "dense" is itself a dequantized 4-bit model), Wanda at 50 % and 70 %, sparse_peft
 of rank 16, batches of 8 items; the measure is the loss on held-out answers in nats a token. For one seed all
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
         writer = CheckpointWriter(directory, checkpoint)
         sparsify_model(checkpoint, SparsifySection(sparsity=sparsity), calibration, writer)
         writer.close()
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         splits = load_splits(data, tokenizer, seed=seed)
         test = load_splits(data, tokenizer, seed=0).test[: arguments.items]
         for sparsity in SPARSITIES:
@@ -162,14 +162,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also resumes from it: runs that stand there are kept")
     parser.add_argument("--cache", type=Path, help="where models are kept between runs")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.quick:
-        arguments.steps, arguments.seeds, arguments.items = 8, 1, 32
+        arguments.steps, arguments.seeds, arguments.items = 8, [0], 32
     with tempfile.TemporaryDirectory() as temporary:
         result = run(arguments, arguments.cache or Path(temporary))
     print(markdown(result))
