@@ -58,7 +58,7 @@ def leaves(*tensors: Tensor) -> list[Tensor]:
 @pytest.fixture(params=["one block", "many blocks"])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many blocks":
-        monkeypatch.setattr(module, "CACHE_ELEMENTS", 1)
+        monkeypatch.setattr(module, "CACHE_ELEMENTS", {"cpu": 1})
         monkeypatch.setattr(module, "BLOCK_ELEMENTS", {"cpu": 1})
         monkeypatch.setattr(module, "MIN_ROWS", 16)
 

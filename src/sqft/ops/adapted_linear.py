@@ -9,7 +9,8 @@ base, builds W again block by block of rows, and forms the gradient of W in the 
     exact:    G = mask * unclamped * (dY^T x),   dA = scaling B^T G,   dB = scaling G A^T
     lowrank:  dA = scaling (dY B)^T x,   dB = scaling dY^T (x A^T)
 
-so that its transients are two blocks of max(BLOCK_ELEMENTS, MIN_ROWS * in) elements (`weight_blocks`).
+so that its transients are two blocks of max(BLOCK_ELEMENTS, MIN_ROWS * in) elements in the compute dtype, and
+in both directions four float32 blocks of CACHE_ELEMENTS (at least 16 rows; `weight_blocks`).
 
 Source: SQFT, arXiv 2410.03750, equations 1 to 4; the lowrank gradient is that of LoRS, arXiv 2501.08582.
 Differs from the paper: the published layer multiplies twice and keeps the update and the mask for backward.

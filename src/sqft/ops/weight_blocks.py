@@ -14,8 +14,9 @@ from sqft.ops.grid import QParams
 
 __all__ = ["WeightBlocks", "row_blocks"]
 
-# Elements of a float32 block that the elementwise passes walk over while it lies in a core's cache.
-CACHE_ELEMENTS = 1 << 17
+# Elements of a float32 block that the elementwise passes walk over: on a CPU it lies in a core's cache, on a
+# GPU it bounds their four temporaries (64 MiB), so that no frozen base is ever widened as a whole.
+CACHE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
 # Elements of the two transients of a backward block (weight and gradient); at least MIN_ROWS rows.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 MIN_ROWS = 256
@@ -48,11 +49,9 @@ class WeightBlocks:
         return row_blocks(rows, columns, BLOCK_ELEMENTS.get(self.base.device.type, 1 << 24), MIN_ROWS)
 
     def cache_blocks(self, rows: slice) -> list[slice]:
-        """The pieces of a row block that are worked on at a time; on a GPU the whole block."""
-        count = rows.stop - rows.start
-        if self.base.device.type != "cpu":
-            return [slice(0, count)]
-        return row_blocks(count, self.base.shape[1], CACHE_ELEMENTS)
+        """The pieces of a row block that are worked on at a time."""
+        elements = CACHE_ELEMENTS.get(self.base.device.type, 1 << 22)
+        return row_blocks(rows.stop - rows.start, self.base.shape[1], elements)
 
     def build(self, rows: slice, dtype: torch.dtype, gradient: Tensor | None = None) -> Tensor:
         """Rows of the adapted weight in a compute dtype.
