@@ -1,6 +1,6 @@
 """Does the cheap gradient train as well? exact, lowrank and hybrid on mawps, paired by seed.
 
-    python -m benchmarks.gradients --data DIR [--quick] [--json FILE] [--steps N] [--seeds N ...] [--threads N]
+    python -m benchmarks.gradients --data DIR [--quick] [--json FILE] [--steps N] [--seeds N ...]
 
 SmolLM2-135M-Instruct (its "dense" is itself a dequantized 4-bit model), Wanda at 50 % and 70 %, sparse_peft
 of rank 16, batches of 8 items; the measure is the loss on held-out answers in nats a token. For one seed all
