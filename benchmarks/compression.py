@@ -44,7 +44,13 @@ GRID = {"bits": 4, "group_size": 64}
 WINDOW, HELD_OUT = 512, 256  # tokens
 ROWS = ["best", "gptq", "sparsegpt", "joint", "others", "dense"]
 BEST_SPARSE: dict[str, Any] = {"method": "wanda", "refit": 10}
-BEST_INT4: dict[str, Any] = GRID | {"method": "gptq", "refit": 10, "scale_search": True, "descent": 2}
+BEST_INT4: dict[str, Any] = GRID | {
+    "method": "gptq",
+    "refit": 10,
+    "scale_search": True,
+    "descent": 2,
+    "scale_fit": True,
+}
 OTHERS: dict[str, dict[str, Any]] = {
     "ria": {"method": "ria"},
     "wanda, 30 swaps": {"method": "wanda", "swaps": 30},
