@@ -16,7 +16,6 @@ EXTRAS = {
     "hub": ("datasets", "calibration texts from the Hugging Face hub"),
     "gguf": ("xllamacpp", "export to GGUF, checked in llama.cpp"),
     "openvino": ("openvino", "export to OpenVINO, and running it there"),
-    "vllm": ("vllm", "serving with vLLM (sqft itself does not use it)"),
     "triton": ("triton", "the fused kernels on an NVIDIA GPU"),
 }
 

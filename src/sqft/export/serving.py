@@ -45,5 +45,7 @@ def serving_commands(
 
 def _vllm(arguments: str, needs: str = "") -> str:
     missing = importlib.util.find_spec("vllm") is None
-    notes = ["not tried here", needs, "vLLM is missing: pip install 'sqft[vllm]'" if missing else ""]
+    # vLLM 0.33 pins compressed-tensors 0.17, and sqft needs 0.19: an extra of sqft could not be installed.
+    install = "vLLM is missing: pip install vllm, in an environment of its own" if missing else ""
+    notes = ["not tried here", needs, install]
     return f"vllm serve {arguments}  # {'; '.join(note for note in notes if note)}"
