@@ -86,9 +86,10 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
     for name in recipe.reported_models():
         stages.append(_evaluate_stage(recipe, name))
     if recipe.export:
-        final = recipe.final_stage
+        # The model card shows what was measured, so an export is made anew when a measurement is.
+        inputs = (recipe.final_stage, *(f"evaluate-{name}" for name in recipe.reported_models()))
         for target in recipe.export.formats:
-            stages.append(Stage(f"export-{target}", (final,), {"format": target}, steps.export, ("export",)))
+            stages.append(Stage(f"export-{target}", inputs, {"format": target}, steps.export, ("export",)))
     return stages
 
 
