@@ -9,7 +9,7 @@ import torch
 from sqft.errors import TrainingError
 from sqft.sections import TrainSection
 from sqft.training import check_arguments
-from sqft.training.arguments import training_arguments
+from sqft.training.arguments import computes_in_bfloat16, training_arguments
 
 
 def build(tmp_path: Path, **fields: Any) -> Any:
@@ -24,6 +24,14 @@ def test_the_section_and_its_arguments(tmp_path: Path) -> None:
     assert arguments.gradient_accumulation_steps == 4
     assert (arguments.weight_decay, arguments.adam_beta2, arguments.seed) == (0.1, 0.95, 3)
     assert arguments.report_to == []
+
+
+def test_a_gpu_computes_in_bfloat16_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for able in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able: able)
+        assert computes_in_bfloat16(torch.device("cuda")) is able
+        assert not computes_in_bfloat16(torch.device("cpu"))
+    assert build(tmp_path).bf16 is False
 
 
 @pytest.mark.parametrize(
