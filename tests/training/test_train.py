@@ -80,6 +80,22 @@ def test_the_loss_falls_and_every_step_is_recorded(make_model: Callable[..., Any
     assert not model.training
 
 
+@pytest.mark.parametrize("method", ["lora", "sparse_peft"])
+def test_training_in_bfloat16_stays_near_float32(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    losses = []
+    for bf16 in (False, True):
+        section = AdapterSection(method=method, ranks=[8])  # type: ignore[arg-type]
+        model = attach_adapters(load_model(tiny_model_dir("llama")), section, seed=0)
+        changed = SECTION.model_copy(update={"arguments": {"bf16": bf16}, "learning_rate": 1e-3})
+        record = train_adapters(model, examples(), changed, seed=0, output_dir=tmp_path / str(bf16))
+        losses.append(torch.tensor(record.losses))
+        assert all(parameter.dtype == torch.float32 for parameter in trained(model).values())
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0.0)
+    assert not torch.equal(losses[1], losses[0])
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing in the library catches it."""
 
