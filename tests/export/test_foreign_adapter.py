@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
-from sqft.errors import AdapterError
+from sqft.errors import AdapterError, ExportError
 from sqft.export.foreign_adapter import open_foreign_adapter
+from sqft.export.merging import merge_foreign
 from sqft.models import load_model
 
 ModelDir = Callable[..., Path]
@@ -48,3 +50,43 @@ def test_a_converted_start_is_taken(tiny_model_dir: ModelDir, tmp_path: Path) ->
     found = open_foreign_adapter(tmp_path / "right").adapted("model.layers.0.self_attn.q_proj", base)
     expected = layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_magnitude_vector"])
+def test_an_adapter_that_is_not_finite_is_told(merged_dir: MergedDir, tmp_path: Path, part: str) -> None:
+    adapter_dir = write_adapter(merged_dir(), tmp_path / "adapter", ["q_proj"], use_dora=True)
+    path = adapter_dir / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if part in key and "layers.1" in key)
+    tensors[key].view(-1)[3] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match=f"{part} of model.layers.1.self_attn.q_proj is not finite"):
+        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_is_never_best(merged_dir: MergedDir, tmp_path: Path) -> None:
+    adapter_dir = write_adapter(merged_dir(), tmp_path / "adapter", ["q_proj"])
+    calibration = torch.randint(4, 288, (4, 16))
+    losses = iter([3.0, 1.0, float("nan"), 1.5])
+    result = merge_foreign(
+        merged_dir(), adapter_dir, tmp_path / "out", calibration=calibration, measure=lambda _: next(losses),
+        rungs=["round", "feedback"],
+    )  # fmt: skip
+    assert result.chosen == "feedback"
+    assert result.rungs[0].retention is None
+    report = (tmp_path / "out" / "sqft_merge.json").read_text()
+    assert "NaN" not in report
+    assert "Infinity" not in report
+    losses = iter([3.0, 1.0, float("nan"), float("inf")])
+    with pytest.raises(ExportError, match=r"no rung .*finite loss"):
+        merge_foreign(
+            merged_dir(), adapter_dir, tmp_path / "bad", calibration=calibration,
+            measure=lambda _: next(losses), rungs=["round", "feedback"],
+        )  # fmt: skip
+    values = iter([3.0, float("nan")])
+    with pytest.raises(ExportError, match="the loss of the unmerged model is not finite"):
+        merge_foreign(
+            merged_dir(), adapter_dir, tmp_path / "bad",
+            measure=lambda _: next(values),
+        )  # fmt: skip
+    assert not (tmp_path / "bad").exists()

@@ -115,6 +115,10 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
                 if match is None:
                     raise AdapterError(f"{directory}: the tensor {key} is not understood")
                 keys.setdefault(match["name"], {})[match["part"]] = key
+                if not bool(file.get_tensor(key).isfinite().all()):
+                    raise AdapterError(
+                        f"{directory}: lora_{match['part']} of {match['name']} is not finite; train it again"
+                    )
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{directory}/adapter_model.safetensors cannot be read ({error})") from None
     needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())

@@ -1,5 +1,6 @@
 """Merging an adapter that was trained elsewhere, rung by rung, and telling what each rung keeps."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -58,7 +59,11 @@ class MergeResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self) | {"directory": self.directory.name}
+        values = asdict(self) | {"directory": self.directory.name}
+        for rung in values["rungs"]:
+            if rung["loss"] is not None and not math.isfinite(rung["loss"]):
+                rung["loss"] = None  # JSON has no infinity
+        return values
 
 
 def merge_foreign(
@@ -116,15 +121,17 @@ def merge_foreign(
                 advance(1)
         _write_adapted(checkpoint, adapter, work / "adapted")
         climb = _Climb(checkpoint, adapter, masks, work, calibration, polish_steps, seed, progress)
-        base_loss = None if measure is None else measure(load_model(source))
-        unmerged_loss = None if measure is None else measure(load_model(work / "adapted"))
+        base_loss = _finite_loss(measure, source, "the base")
+        unmerged_loss = _finite_loss(measure, work / "adapted", "the unmerged model")
         trained_on_loss = None
         if trained_on is not None and measure is not None:
             home = _write_trained_on(trained_on, adapter, work, progress)
-            trained_on_loss = measure(load_model(home))
+            trained_on_loss = _finite_loss(measure, home, "the base that the adapter was trained on")
         aim = unmerged_loss if trained_on is None else trained_on_loss
         results = _climb(climb, rungs, measure, base_loss, aim, enough)
         best = _best(results)
+        if best.loss is not None and not math.isfinite(best.loss):
+            raise ExportError("no rung gives a finite loss; serve the adapter unmerged")
         if best.retention is not None and best.retention < least:
             raise ExportError(
                 f"merging would lose the adapter: the best rung, {best.name}, retains "
@@ -207,8 +214,16 @@ def _climb(
             continue  # a 16-bit base has no grid to round to
         climb.write(rung, _best(results).name if results else _first(climb, rung))
         loss = None if measure is None else measure(load_model(climb.work / rung))
+        if loss is not None and not math.isfinite(loss):
+            loss = math.inf
         retention = None
-        if loss is not None and base_loss is not None and aim is not None and base_loss > aim:
+        if (
+            loss is not None
+            and loss < math.inf
+            and base_loss is not None
+            and aim is not None
+            and base_loss > aim
+        ):
             retention = (base_loss - loss) / (base_loss - aim)
         results.append(RungResult(rung, loss, retention))
         if measure is None or (retention is not None and retention >= enough):
@@ -227,7 +242,17 @@ def _first(climb: _Climb, rung: str) -> str | None:
 
 
 def _best(results: list[RungResult]) -> RungResult:
-    return min(results, key=lambda result: float("inf") if result.loss is None else result.loss)
+    return min(results, key=lambda result: math.inf if result.loss is None else result.loss)
+
+
+def _finite_loss(measure: Measure | None, directory: Path, what: str) -> float | None:
+    """Raises: ExportError if the loss of a model that is compared with is not finite."""
+    if measure is None:
+        return None
+    loss = measure(load_model(directory))
+    if not math.isfinite(loss):
+        raise ExportError(f"the loss of {what} is not finite; look at the model and the data")
+    return loss
 
 
 def _check_fit(checkpoint: Checkpoint, adapter: ForeignAdapter) -> None:
