@@ -179,7 +179,7 @@ def test_what_cannot_be_merged_is_told(merged_dir: MergedDir, tmp_path: Path) ->
         ({"bias": "all"}, "trains biases"),
         ({"use_dora": True}, "lacks lora_magnitude_vector"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "sets layer_replication"),
-        ({"init_lora_weights": "pissa_niter_4"}, "by pissa_niter_4.*path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "started by olora, .*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "corda"}, "started by corda, .*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "loftq"}, "started by loftq, .*save that base when training"),
