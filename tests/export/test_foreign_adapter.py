@@ -1,5 +1,6 @@
 """Adapters of PEFT: what is taken is what PEFT merges, and what would merge wrongly is told."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sqft.errors import AdapterError, ExportError
 from sqft.export.foreign_adapter import open_foreign_adapter
 from sqft.export.merging import merge_foreign
-from sqft.models import load_model
+from sqft.models import CheckpointWriter, load_model, open_checkpoint
 
 ModelDir = Callable[..., Path]
 MergedDir = Callable[..., Path]
@@ -25,7 +26,9 @@ def write_adapter(base_dir: Path, directory: Path, targets: list[str], **options
     for name, parameter in model.named_parameters():
         if "lora_B" in name and not options.get("init_lora_weights"):
             torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of embedding layers that are saved too
+        model.save_pretrained(directory)
     return directory
 
 
@@ -90,3 +93,53 @@ def test_a_loss_that_is_not_finite_is_never_best(merged_dir: MergedDir, tmp_path
             measure=lambda _: next(values),
         )  # fmt: skip
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("rung", ["round", "feedback", "refit", "polish"])
+def test_every_rung_keeps_the_update_of_a_head_without_a_grid(
+    merged_dir: MergedDir, tmp_path: Path, rung: str
+) -> None:
+    adapter_dir = write_adapter(merged_dir(), tmp_path / "adapter", ["lm_head", "q_proj"])
+    calibration = torch.randint(4, 288, (4, 16))
+    merge_foreign(
+        merged_dir(), adapter_dir, tmp_path / "out", calibration=calibration, rungs=[rung], polish_steps=2
+    )
+    base = open_checkpoint(merged_dir()).tensor("lm_head.weight").float()
+    wanted = open_foreign_adapter(adapter_dir).adapted("lm_head", base) - base
+    found = open_checkpoint(tmp_path / "out").tensor("lm_head.weight").float() - base
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_a_plain_linear_inside_a_block_is_no_part_of_the_feedback(
+    merged_dir: MergedDir, tmp_path: Path
+) -> None:
+    name, base_dir = "model.layers.0.self_attn.q_proj", tmp_path / "base"
+    source = open_checkpoint(merged_dir())
+    writer = CheckpointWriter(base_dir, source)
+    kept = [other for other in source.quantized_names if other != name]
+    writer.prepare(quantized=kept, grid=source.grid)
+    for other in kept:
+        writer.write_linear(other, source.quantized(other))
+    writer.close()
+    adapter_dir = write_adapter(base_dir, tmp_path / "adapter", ["q_proj"])
+    calibration = torch.randint(4, 288, (4, 16))
+    merge_foreign(base_dir, adapter_dir, tmp_path / "out", calibration=calibration, rungs=["feedback"])
+    before, after = open_checkpoint(base_dir).weight(name), open_checkpoint(tmp_path / "out").weight(name)
+    wanted = open_foreign_adapter(adapter_dir).adapted(name, before)
+    assert torch.equal(after, torch.where(before != 0, wanted, 0).to(after.dtype))  # its zeros are a mask
+
+
+def test_a_head_that_is_tied_or_brought_along_is_told(
+    tiny_model_dir: ModelDir, merged_dir: MergedDir, tmp_path: Path
+) -> None:
+    tied = tiny_model_dir(tie_word_embeddings=True)
+    adapter_dir = write_adapter(merged_dir(), tmp_path / "adapter", ["lm_head"])
+    with pytest.raises(AdapterError, match="lm_head, which the base ties to its embedding"):
+        merge_foreign(tied, adapter_dir, tmp_path / "out")
+    path = adapter_dir / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.lm_head.base_layer.weight"
+    tensors[key] = tensors[key] + 1
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match=r"brings its own lm_head\.weight, another one than the base's"):
+        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")

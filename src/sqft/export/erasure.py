@@ -1,6 +1,6 @@
 """How much of an adapter's update a base's grid or mask would erase, layer by layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +33,17 @@ class LayerErasure:
 
 
 def adapted_layers(
-    checkpoint: Checkpoint, adapter: ForeignAdapter, masks: Mapping[str, Tensor]
+    checkpoint: Checkpoint,
+    adapter: ForeignAdapter,
+    masks: Mapping[str, Tensor],
+    names: Iterable[str] | None = None,
 ) -> Iterator[tuple[str, Weight, Float[Tensor, "out in"], Bool[Tensor, "out in"] | None]]:
-    """One layer at a time: name, base, the unmerged model's float32 weight, and mask (True = kept)."""
+    """One layer at a time: name, base, the unmerged model's float32 weight, and mask (True = kept).
+
+    names: of the adapted layers, default all.
+    """
     quantized = set(checkpoint.quantized_names)
-    for name in adapter.names:
+    for name in adapter.names if names is None else names:
         base: Weight = checkpoint.quantized(name) if name in quantized else checkpoint.weight(name)
         plain = base.dequantize() if isinstance(base, QuantizedWeight) else base.float()
         yield name, base, adapter.adapted(name, plain), masks.get(name)

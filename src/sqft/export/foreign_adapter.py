@@ -10,7 +10,8 @@ Differs from the papers: a row of DoRA that is all 0 stays 0 (PEFT divides 0 by 
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,19 @@ __all__ = ["ForeignAdapter", "open_foreign_adapter"]
 KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<name>.+?)\.lora_(?P<part>A|B|magnitude_vector)(?:\.default)?(?:\.weight)?$"
 )
+COPY = re.compile(  # PEFT's default saving adds embedding and head where one of them is adapted
+    r"^(?:base_model\.model\.)?(?P<name>(?:.+\.)?(?:embed_tokens|wte|lm_head))(?:\.base_layer)?\.weight$"
+)
 
 
 @dataclass(frozen=True)
 class ForeignAdapter:
-    """An opened adapter. keys: the file's key of every part of every linear."""
+    """An opened adapter. keys: the file's key of every part of every linear; copied: of base weights."""
 
     directory: Path
     config: dict[str, Any]
     keys: dict[str, dict[str, str]]
+    copied: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -53,6 +58,12 @@ class ForeignAdapter:
         with safe_open(self.directory / "adapter_model.safetensors", framework="pt") as file:
             parts = {part: file.get_tensor(self.keys[name][part]).float() for part in ("A", "B")}
         return parts["A"], parts["B"]
+
+    def copies(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights of the base that stand in the file too, by their name in the base."""
+        with safe_open(self.directory / "adapter_model.safetensors", framework="pt") as file:
+            for name, key in self.copied.items():
+                yield name, file.get_tensor(key)
 
     def adapted(self, name: str, base: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The float32 weight that the unmerged model multiplies with."""
@@ -108,10 +119,14 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
         )
     _check_start(directory, config.get("init_lora_weights", True))
     keys: dict[str, dict[str, str]] = {}
+    copied: dict[str, str] = {}
     try:
         with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                match = KEY.match(key)
+                match, copy = KEY.match(key), COPY.match(key)
+                if copy is not None:
+                    copied[f"{copy['name']}.weight"] = key
+                    continue
                 if match is None:
                     raise AdapterError(f"{directory}: the tensor {key} is not understood")
                 keys.setdefault(match["name"], {})[match["part"]] = key
@@ -125,7 +140,7 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
     for name, parts in keys.items():
         if not needed <= set(parts):
             raise AdapterError(f"{directory}: {name} lacks lora_{sorted(needed - set(parts))[0]}")
-    return ForeignAdapter(directory, config, keys)
+    return ForeignAdapter(directory, config, keys, copied)
 
 
 def _check_start(directory: Path, start: Any) -> None:

@@ -69,11 +69,11 @@ def walk_rung(
     """The rungs feedback and refit: one block in memory, each seeing the outputs of the blocks before it.
 
     adapted: the unmerged model's weights, dense. refit makes every quantized linear anew, so that all share
-    one kind of grid; feedback those in `names`.
+    one kind of grid; feedback those of them in `names`.
     """
     assert base.grid is not None
     grid, quantized = base.grid, list(base.quantized_names)
-    wanted = quantized if rung == "refit" else names
+    wanted = quantized if rung == "refit" else [name for name in names if name in set(quantized)]
     section = QuantizeSection(bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric)
     walk = BlockWalk(adapted, calibration)
     with progress.task(rung, len(walk.blocks)) as advance:

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -164,17 +165,15 @@ class _Climb:
         """Write the model of a rung to its directory."""
         directory = self.work / rung
         base = self.checkpoint
+        plain = [name for name in self.adapter.names if name not in base.quantized_names]
         if rung == "round":
-            layers = adapted_layers(base, self.adapter, self.masks)
-            weights: Iterable[tuple[str, Weight]] = (
-                (name, round_update(old, adapted, mask)) for name, old, adapted, mask in layers
-            )
+            weights: Iterable[tuple[str, Weight]] = self._rounded(self.adapter.names)
         elif rung == "polish":
             assert self.calibration is not None
             assert start is not None
             before = open_checkpoint(self.work / start)
-            names = base.quantized_names or tuple(self.adapter.names)
-            first = {n: before.quantized(n) if base.grid else before.weight(n) for n in names}
+            first: dict[str, Weight] = {name: before.quantized(name) for name in base.quantized_names}
+            first |= {name: before.weight(name) for name in plain}
             weights = polish_weights(
                 self.work / start,
                 load_model(self.work / "adapted"),
@@ -187,7 +186,7 @@ class _Climb:
             ).items()
         else:
             assert self.calibration is not None
-            weights = walk_rung(
+            walked = walk_rung(
                 rung,
                 base,
                 open_checkpoint(self.work / "adapted"),
@@ -196,7 +195,13 @@ class _Climb:
                 self.calibration,
                 self.progress,
             )
+            weights = chain(walked, self._rounded(plain))  # what has no grid is rounded to its dtype
         _write_rung(directory, base, weights, self.masks)
+
+    def _rounded(self, names: list[str]) -> Iterator[tuple[str, Weight]]:
+        """Linears with the update rounded to what the base stores."""
+        for name, old, adapted, mask in adapted_layers(self.checkpoint, self.adapter, self.masks, names):
+            yield name, round_update(old, adapted, mask)
 
 
 def _climb(
@@ -259,6 +264,24 @@ def _check_fit(checkpoint: Checkpoint, adapter: ForeignAdapter) -> None:
     for name in adapter.names:
         if name not in checkpoint.linears:
             raise AdapterError(f"the adapter is for {name}, which the base does not have")
+        if f"{name}.weight" not in checkpoint.names and name not in checkpoint.quantized_names:
+            raise AdapterError(
+                f"the adapter is for {name}, which the base ties to its embedding; one weight cannot serve "
+                "both: train without it, or merge onto a copy with tie_word_embeddings false and its own head"
+            )
+    for name, stored in adapter.copies():
+        if name not in checkpoint.names or not _same(checkpoint.tensor(name), stored):
+            raise AdapterError(
+                f"the adapter brings its own {name}, another one than the base's; save it with "
+                "save_embedding_layers=False if it was not trained"
+            )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, or become so when one is rounded to the dtype of the other."""
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one)
 
 
 class _VisibleMasks(Mapping[str, Tensor]):
