@@ -1,5 +1,6 @@
 """Adapters of PEFT: what is taken is what PEFT merges, and what would merge wrongly is told."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,12 @@ def test_a_head_that_is_tied_or_brought_along_is_told(
     adapter_dir = write_adapter(merged_dir(), tmp_path / "adapter", ["lm_head"])
     with pytest.raises(AdapterError, match="lm_head, which the base ties to its embedding"):
         merge_foreign(tied, adapter_dir, tmp_path / "out")
+    stored = shutil.copytree(tied, tmp_path / "stored")  # some tools write a tied head too
+    weights = load_file(stored / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, stored / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match="lm_head, which the base ties to its embedding"):
+        merge_foreign(stored, adapter_dir, tmp_path / "out")
     path = adapter_dir / "adapter_model.safetensors"
     tensors = load_file(path)
     key = "base_model.model.lm_head.base_layer.weight"
