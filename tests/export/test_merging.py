@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -196,3 +197,55 @@ def test_what_cannot_be_merged_is_told(merged_dir: MergedDir, tmp_path: Path) ->
         merge_foreign(tmp_path, adapter_dir, tmp_path / "out")
     with pytest.raises(AdapterError, match="not a PEFT adapter"):
         merge_foreign(merged_dir(), tmp_path, tmp_path / "out")
+
+
+def test_what_was_found_is_told_before_a_refusal(merged_dir: MergedDir, tmp_path: Path) -> None:
+    adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
+    told: list[Any] = []
+    with pytest.raises(ExportError, match="would lose the adapter"):
+        merge_foreign(
+            merged_dir(), adapter_dir, tmp_path / "out", measure=answer_loss, rungs=["round"], least=0.9,
+            on_erasure=told.append, on_rung=told.append,
+        )  # fmt: skip
+    layers, rung = told
+    assert len(layers) == 14
+    assert rung.name == "round"
+    assert rung.retention < 0.9
+
+
+def test_rungs_without_what_they_need_are_named(merged_dir: MergedDir, tmp_path: Path) -> None:
+    adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
+    with pytest.raises(ExportError, match=r"feedback, polish: calibration data is needed \(--data\)"):
+        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", rungs=["feedback", "polish"])
+    result = merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", rungs=["round", "polish"])
+    assert result.skipped == {"polish": "needs calibration data"}
+    dense = merge_foreign(
+        merged_dir(quantized=False),
+        adapter_dir,
+        tmp_path / "out",
+        calibration=TOKENS,
+        rungs=["refit", "round"],
+    )
+    assert dense.skipped == {"refit": "the base has no grid"}
+    assert dense.chosen == "round"
+
+
+def test_the_record_names_base_and_adapter(merged_dir: MergedDir, tmp_path: Path) -> None:
+    adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
+    merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+    sources = json.loads((tmp_path / "out" / "sqft_merge.json").read_text())["sources"]
+    for directory, part, name in (
+        (merged_dir(), "base", "model.safetensors"),
+        (adapter_dir, "adapter", "adapter_model.safetensors"),
+    ):
+        assert sources[part][name] == hashlib.sha256((directory / name).read_bytes()).hexdigest()
+
+
+def test_retention_is_undefined_where_there_was_no_gain(merged_dir: MergedDir, tmp_path: Path) -> None:
+    adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
+    losses = iter([1.0, 1.0, 1.5])
+    result = merge_foreign(
+        merged_dir(), adapter_dir, tmp_path / "out", measure=lambda _: next(losses), rungs=["round"]
+    )
+    assert result.rungs[0].loss == 1.5
+    assert result.rungs[0].retention is None

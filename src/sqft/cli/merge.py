@@ -8,10 +8,10 @@ import typer
 
 if TYPE_CHECKING:
     from sqft.export import MergeResult
+    from sqft.export.erasure import LayerErasure
+    from sqft.export.merging import RungResult
 
 __all__ = ["merge"]
-
-WORST = 8  # layers shown
 
 
 def merge(
@@ -43,11 +43,24 @@ def merge(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the polish.")] = 60,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option("--allow-requantize", help="With --into: change the grid where the format needs it."),
+    ] = False,
 ) -> None:
     """Merge an adapter trained elsewhere into a quantized or sparse base, and say how much of it survives."""
     from sqft.cli.messages import RichProgress
-    from sqft.export import export_model, merge_foreign
+    from sqft.errors import ExportError
+    from sqft.export import FORMATS, export_model, merge_foreign
+    from sqft.export.destination import check_destination
+    from sqft.export.formats import require_runtime
 
+    exported_dir = output.with_name(f"{output.resolve().name}-{into}")
+    if into is not None:
+        if into not in FORMATS:
+            raise ExportError(f"format '{into}' is unknown; choose from {', '.join(FORMATS)}")
+        require_runtime(into)
+        check_destination(exported_dir, base, adapter, trained_on)
     calibration, measure = _measurement(base, data, prompt, answer, samples, length)
     with RichProgress() as progress:
         result = merge_foreign(
@@ -62,14 +75,19 @@ def merge(
             enough=enough,
             least=least,
             polish_steps=steps,
+            on_erasure=_print_erasure,
+            on_rung=_print_rung,
             progress=progress,
         )
         _print_result(result)
         if into is not None:
             exported = export_model(
-                output, into, output.with_name(f"{output.resolve().name}-{into}"), progress=progress
+                output, into, exported_dir, allow_requantize=allow_requantize, progress=progress
             )
             print(f"exported: {exported.directory}, {exported.code_comparison.changed} codes changed")
+            if exported.damage is not None:
+                damage = exported.damage
+                print(f"requantized to {damage.grid}: {damage.changed} of {damage.weights} weights changed")
             for line in exported.serve:
                 print(line)
 
@@ -92,10 +110,10 @@ def _measurement(
     return tokens, lambda model: evaluate_loss(model, items).loss
 
 
-def _print_result(result: "MergeResult") -> None:
+def _print_erasure(layers: "list[LayerErasure]") -> None:
+    """What plain rounding would erase, layer by layer, before the first rung is climbed."""
     from sqft.cli.tables import print_table
 
-    worst = sorted(result.erasure, key=lambda layer: -layer.erased)
     rows = [
         [
             layer.name,
@@ -104,13 +122,26 @@ def _print_result(result: "MergeResult") -> None:
             f"{layer.changed:.2%}",
             "-" if layer.update_in_steps is None else f"{layer.update_in_steps:.3f}",
         ]
-        for layer in worst[:WORST]
+        for layer in layers
     ]
-    mean = sum(layer.erased for layer in worst) / max(len(worst), 1)
-    rows.append([f"mean of {len(worst)} layers", f"{mean:.1%}", "", "", ""])
+    mean = sum(layer.erased for layer in layers) / max(len(layers), 1)
+    rows.append([f"mean of {len(layers)} layers", f"{mean:.1%}", "", "", ""])
     print_table(
         ["plain rounding erases", "of the update", "on zeros", "weights changed", "rms steps"], rows, left=1
     )
+
+
+def _print_rung(rung: "RungResult") -> None:
+    loss = "not measured" if rung.loss is None else f"{rung.loss:.4f}"
+    kept = "undefined" if rung.retention is None else f"{rung.retention:.1%}"
+    print(f"rung {rung.name}: loss {loss}, retention {kept}", flush=True)
+
+
+def _print_result(result: "MergeResult") -> None:
+    from sqft.cli.tables import print_table
+
+    for rung, reason in result.skipped.items():
+        print(f"rung {rung} was skipped: {reason}")
     if result.base_loss is None or result.unmerged_loss is None:
         print("no data was given (--data): nothing was measured, and only the first rung was climbed")
         return
@@ -126,3 +157,4 @@ def _print_result(result: "MergeResult") -> None:
         for rung in result.rungs
     ]
     print_table(["rung", "loss", "retention"], rows, left=1)
+    print("the rung was chosen by these losses: on the same items, so the best is told slightly too well")

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from sqft.artifacts import new_directory, write_json
+from sqft.artifacts import digest_file, new_directory, write_json
 from sqft.errors import AdapterError, ExportError
 from sqft.export.destination import check_destination
 from sqft.export.erasure import LayerErasure, Weight, adapted_layers, layer_erasure, round_update
@@ -47,7 +47,8 @@ class MergeResult:
     """What a merge found. erasure: of plain rounding; losses: None where nothing was given to measure on.
 
     unmerged_loss: of the adapter on the dequantized base; trained_on_loss: of the adapter on the base that it
-    was trained on, where another one was named.
+    was trained on, where another one was named. skipped: rungs that were asked for and not tried, and why.
+    sources: the sha256 of the files of base and adapter. The rung is chosen by the loss that is told.
     """
 
     directory: Path
@@ -57,6 +58,8 @@ class MergeResult:
     trained_on_loss: float | None = None
     rungs: list[RungResult] = field(default_factory=list)
     chosen: str = ""
+    skipped: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -81,6 +84,8 @@ def merge_foreign(
     least: float = 0.5,
     polish_steps: int = 60,
     seed: int = 0,
+    on_erasure: Callable[[list[LayerErasure]], None] = lambda layers: None,
+    on_rung: Callable[[RungResult], None] = lambda rung: None,
     progress: Progress = SILENT,
 ) -> MergeResult:
     """Merge a LoRA, rsLoRA or DoRA adapter into a GPTQ, AWQ, compressed-tensors or 16-bit (sparse) base.
@@ -89,7 +94,8 @@ def merge_foreign(
     without it only the first rung is climbed. trained_on: the base that the adapter was trained on, if it is
     another one, as `convert_training_base` takes it: the adapter's gain is measured there. dequantize: take a
     GPTQ, AWQ or NF4 base as 16-bit weights. The ladder ends at the first rung that retains `enough` of the
-    adapter's gain; the best rung is written, unless it retains less than `least`.
+    adapter's gain; the best rung is written, unless it retains less than `least`. on_erasure is called before
+    the first rung, on_rung after each, so that both are known where the merge is then refused.
     Converting, round and writing hold one linear in memory, feedback and refit one block; polish and
     measuring hold whole models.
 
@@ -102,8 +108,10 @@ def merge_foreign(
         raise ExportError(f"rung {', '.join(unknown) or '(none)'} is unknown; choose from {', '.join(RUNGS)}")
     if trained_on is not None and measure is None:
         raise ExportError("the base that the adapter was trained on is there to measure on; give data too")
-    if calibration is None and set(rungs) - {"round"}:
-        rungs = [rung for rung in rungs if rung == "round"]
+    skipped = {rung: "needs calibration data" for rung in rungs if calibration is None and rung != "round"}
+    rungs = [rung for rung in rungs if rung not in skipped]
+    if not rungs:
+        raise ExportError(f"{', '.join(skipped)}: calibration data is needed (--data); without it only round")
     check_destination(output_dir, base_dir, adapter_dir, trained_on)
     with new_directory(output_dir) as partial:
         work = partial / "work"
@@ -112,6 +120,8 @@ def merge_foreign(
         source = convert_base(base_dir, work / "base", dequantize=dequantize, progress=progress)
         checkpoint = open_checkpoint(source)
         _check_fit(checkpoint, adapter)
+        if checkpoint.grid is None:
+            skipped |= {rung: "the base has no grid" for rung in rungs if rung in {"feedback", "refit"}}
         masks: Mapping[str, Tensor] = StoredMasks(source)
         if source == base_dir and not masks:  # the zeros of a converted base may come from rounding
             masks = _VisibleMasks(checkpoint, adapter.names)
@@ -120,6 +130,7 @@ def merge_foreign(
             for layer in adapted_layers(checkpoint, adapter, masks):
                 erasure.append(layer_erasure(*layer))
                 advance(1)
+        on_erasure(erasure)
         _write_adapted(checkpoint, adapter, work / "adapted")
         climb = _Climb(checkpoint, adapter, masks, work, calibration, polish_steps, seed, progress)
         base_loss = _finite_loss(measure, source, "the base")
@@ -129,7 +140,7 @@ def merge_foreign(
             home = _write_trained_on(trained_on, adapter, work, progress)
             trained_on_loss = _finite_loss(measure, home, "the base that the adapter was trained on")
         aim = unmerged_loss if trained_on is None else trained_on_loss
-        results = _climb(climb, rungs, measure, base_loss, aim, enough)
+        results = _climb(climb, rungs, measure, base_loss, aim, enough, on_rung)
         best = _best(results)
         if best.loss is not None and not math.isfinite(best.loss):
             raise ExportError("no rung gives a finite loss; serve the adapter unmerged")
@@ -142,7 +153,15 @@ def merge_foreign(
         _move(work / best.name, partial)
         shutil.rmtree(work)
         result = MergeResult(
-            output_dir, erasure, base_loss, unmerged_loss, trained_on_loss, results, best.name
+            output_dir,
+            erasure,
+            base_loss,
+            unmerged_loss,
+            trained_on_loss,
+            results,
+            best.name,
+            skipped,
+            {"base": _digests(base_dir), "adapter": _digests(adapter_dir)},
         )
         write_json(partial / MERGE, result.as_dict())
     return result
@@ -211,6 +230,7 @@ def _climb(
     base_loss: float | None,
     aim: float | None,
     enough: float,
+    on_rung: Callable[[RungResult], None],
 ) -> list[RungResult]:
     """The rungs that were climbed. aim: the unmerged loss; what it is below that of the base is the gain."""
     results: list[RungResult] = []
@@ -231,6 +251,7 @@ def _climb(
         ):
             retention = (base_loss - loss) / (base_loss - aim)
         results.append(RungResult(rung, loss, retention))
+        on_rung(results[-1])
         if measure is None or (retention is not None and retention >= enough):
             break
     if not results:
@@ -248,6 +269,12 @@ def _first(climb: _Climb, rung: str) -> str | None:
 
 def _best(results: list[RungResult]) -> RungResult:
     return min(results, key=lambda result: math.inf if result.loss is None else result.loss)
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """The sha256 of the weights and configurations in a directory."""
+    files = (path for path in sorted(directory.iterdir()) if path.suffix in {".safetensors", ".json"})
+    return {path.name: digest_file(path) for path in files}
 
 
 def _finite_loss(measure: Measure | None, directory: Path, what: str) -> float | None:
