@@ -1,6 +1,7 @@
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,38 @@ def test_retention_is_undefined_where_there_was_no_gain(merged_dir: MergedDir, t
     )
     assert result.rungs[0].loss == 1.5
     assert result.rungs[0].retention is None
+
+
+class MemoryWatch:
+    """A Progress that notes the anonymous memory of the process after every linear that is looked at."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    @contextmanager
+    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda done: self.bytes.append(anonymous_bytes())
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_memory_does_not_grow_with_the_number_of_layers(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    base_dir = tiny_model_dir("llama", num_hidden_layers=12, hidden_size=256, intermediate_size=1024)
+    model = get_peft_model(load_model(base_dir), LoraConfig(r=2, target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    del model
+    watch, done = MemoryWatch(), []
+    merge_foreign(
+        base_dir, tmp_path / "adapter", tmp_path / "out",
+        progress=watch, on_rung=lambda rung: done.append(anonymous_bytes()),
+    )  # fmt: skip
+    assert len(watch.bytes) == 12 * 7
+    nine_blocks = 9 * 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)  # in float32
+    assert watch.bytes[-1] - watch.bytes[3 * 7] < nine_blocks / 4
+    assert done[0] - watch.bytes[3 * 7] < nine_blocks / 4  # the merged model is written by now
