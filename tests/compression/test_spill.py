@@ -35,8 +35,8 @@ def test_a_spilled_run_that_was_cut_ends_with_the_same_bytes(
     compress(directory, tmp_path / "whole", **settings)
     save = BlockWalk.save_state
 
-    def save_and_fail(walk: BlockWalk, *arguments: Any) -> None:
-        save(walk, *arguments)
+    def save_and_fail(walk: BlockWalk, *arguments: Any, **options: Any) -> None:
+        save(walk, *arguments, **options)
         assert (tmp_path / "cut" / "activations").is_dir()
         raise Interrupted
 

@@ -1,6 +1,7 @@
 """The loop over blocks of sparsify_model and quantize_model; an interrupted run goes on where it was."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from sqft.progress import Progress
 
 __all__ = ["Task", "compress_blocks", "weight_of"]
 
-STATE = "resume.safetensors"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,41 +49,29 @@ def compress_blocks(
     """Compress block after block.
 
     After each block the hidden states are kept beside the weights, so that a run on the same directory with
-    the same settings, calibration and library version goes on after it, with the same bits.
+    the same settings, calibration, threads and library version goes on after it, with the same bits.
     """
-    path = writer.directory / STATE
-    sources = sorted(writer.source.directory.glob("*.safetensors"))
-    key = digest_json(
-        task.key
-        | {
-            "source": [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources],
-            "calibration": None if calibration is None else digest_tensor(calibration),
-            "versions": [torch.__version__, torch.get_num_threads(), str(walk.device), str(walk.dtype)],
-        }
-    )
-    reports = _resume(walk, path, key)
-    done = {report.name for report in reports}
-    writer.mark_written(done)
+    about = _about(walk, task, writer, calibration)
+    reports, finished = _resume(walk, writer.state_path, about)
+    writer.mark_written({report.name for report in reports})
     last = next(reversed(walk.blocks))
     with progress.task(task.description, len(walk.blocks)) as advance:
         for name in walk.blocks:
-            modules = {n: walk.model.get_submodule(n) for n in task.linears if n.startswith(name + ".")}
-            if name in _finished_blocks(path, key):
-                advance(1)
-                continue
-            walk.load(name)
-            for group in _groups(walk, name, modules, task):
-                reports += [_compress(task, group, linear, modules[linear]) for linear in group.names]
-            if task.finish_block is not None:
-                task.finish_block(name)
-            walk.advance(name)
-            walk.unload(name)
-            if is_alone() and name != last:
-                blocks = [*_finished_blocks(path, key), name]
-                facts = {"key": key, "blocks": json.dumps(blocks)}
-                walk.save_state(path, facts | {"reports": json.dumps([r.to_json() for r in reports])})
+            if name not in finished:
+                modules = {n: walk.model.get_submodule(n) for n in task.linears if n.startswith(name + ".")}
+                walk.load(name)
+                for group in _groups(walk, name, modules, task):
+                    reports += [_compress(task, group, linear, modules[linear]) for linear in group.names]
+                if task.finish_block is not None:
+                    task.finish_block(name)
+                walk.advance(name)
+                walk.unload(name)
+                finished.append(name)
+                if is_alone():
+                    done = {"blocks": finished, "reports": [report.to_json() for report in reports]}
+                    facts = {"about": json.dumps(about), "done": json.dumps(done)}
+                    walk.save_state(writer.state_path, facts, hidden=name != last)
             advance(1)
-    path.unlink(missing_ok=True)
     return reports
 
 
@@ -114,24 +103,38 @@ def _groups(walk: BlockWalk, name: str, modules: dict[str, nn.Module], task: Tas
             yield found
 
 
-def _facts(path: Path, key: str) -> dict[str, str]:
-    if not path.is_file():
-        return {}
+def _about(
+    walk: BlockWalk, task: Task, writer: CheckpointWriter, calibration: Tensor | None
+) -> dict[str, str]:
+    """What the bits of a result depend on; a state of another run is of no use."""
+    sources = sorted(writer.source.directory.glob("*.safetensors"))
+    return {
+        "settings": digest_json(task.key),
+        "model": digest_json([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sources]),
+        "calibration": "none" if calibration is None else digest_tensor(calibration),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "device": str(walk.device),
+        "dtype": str(walk.dtype),
+    }
+
+
+def _resume(walk: BlockWalk, path: Path, about: dict[str, str]) -> tuple[list[LayerReport], list[str]]:
+    """(reports, finished blocks) of an interrupted run, whose hidden states the walk takes over."""
+    if not (path.is_file() and is_alone()):
+        return [], []
     try:
         with safe_open(path, framework="pt") as file:
             facts = dict(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return {}
-    return facts if facts.get("key") == key else {}
-
-
-def _finished_blocks(path: Path, key: str) -> list[str]:
-    return list(json.loads(_facts(path, key).get("blocks", "[]")))
-
-
-def _resume(walk: BlockWalk, path: Path, key: str) -> list[LayerReport]:
-    facts = _facts(path, key)
-    if not facts:
-        return []
-    walk.load_state(path)
-    return [LayerReport(**report) for report in json.loads(facts["reports"])]
+        before, done = json.loads(facts["about"]), json.loads(facts["done"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        logger.warning("%s cannot be read; the interrupted run it is of starts over", path)
+        return [], []
+    changed = [name for name, value in about.items() if before.get(name) != value]
+    if changed:
+        what = ", ".join(changed)
+        logger.warning("%s is of a run with other %s; it cannot go on, and starts over", path, what)
+        return [], []
+    if len(done["blocks"]) < len(walk.blocks):
+        walk.load_state(path)
+    return [LayerReport.from_json(report) for report in done["reports"]], done["blocks"]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
+from sqft.artifacts import digest_json
 from sqft.compression.descent import descend
 from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import check_not_quantized, choose_layers
@@ -151,7 +152,7 @@ def quantize_model(
 
     key = {
         "quantize": section.model_dump(mode="json"),
-        "masks": {name: digest_tensor(mask) for name, mask in masks.items()},
+        "masks": digest_json({name: digest_tensor(mask) for name, mask in masks.items()}),
     }
     task = Task(
         f"quantize ({section.method})",

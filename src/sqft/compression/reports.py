@@ -60,6 +60,11 @@ class LayerReport:
         """The report as plain values."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "LayerReport":
+        """The report that `to_json` was read from."""
+        return cls(**values | {"shape": tuple(values["shape"])})
+
 
 def check_finite(name: str, weight: Tensor) -> None:
     """Raises: CompressionError if a weight is NaN or infinite."""

@@ -251,10 +251,14 @@ class BlockWalk:
         if self.spill_dir is not None:
             shutil.rmtree(self.spill_dir, ignore_errors=True)
 
-    def save_state(self, path: Path, facts: dict[str, str]) -> None:
-        """Write the hidden states and `facts`, such that the file is the old one or the whole new one."""
+    def save_state(self, path: Path, facts: dict[str, str], *, hidden: bool = True) -> None:
+        """Write the hidden states and `facts`, such that the file is the old one or the whole new one.
+
+        hidden False: without hidden states, where no block is left that reads them.
+        """
         temporary = path.with_name(path.name + ".tmp")
-        states = [*self.hidden, *self.dense_hidden] or [torch.zeros(1)]
+        states = [*self.hidden, *self.dense_hidden] if hidden else []
+        states = states or [torch.zeros(1)]
         tensors = {str(index): state.contiguous().cpu() for index, state in enumerate(states)}
         save_file(tensors, temporary, metadata=facts)
         os.replace(temporary, path)

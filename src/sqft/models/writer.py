@@ -25,6 +25,7 @@ __all__ = ["CheckpointWriter", "StoredMasks", "read_latents", "read_masks", "wri
 MASKS = "sqft_masks.safetensors"
 LATENT = "sqft_latent.safetensors"
 FACTS = "sqft.json"
+STATE = "resume.safetensors"
 KEPT_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -45,7 +46,8 @@ class CheckpointWriter:
 
     `prepare` declares what will be replaced, then `write_linear` takes each, and `close` copies the rest
     from the source and adds config and tokenizer. Until `close` the directory has no config.json, so it
-    cannot be taken for a model. A writer on a directory that an interrupted run left goes on in its files.
+    cannot be taken for a model. A writer on a directory that an interrupted run left goes on in its files;
+    what else such a run needs lies in `state_path`, until `close` is through.
     """
 
     def __init__(self, directory: Path, source: Checkpoint) -> None:
@@ -57,6 +59,11 @@ class CheckpointWriter:
         self._masks: TensorFile | None = None
         self._latents: TensorFile | None = None
         self._written: set[str] = set()
+
+    @property
+    def state_path(self) -> Path:
+        """A file for what an interrupted run goes on from."""
+        return self.directory / STATE
 
     def prepare(
         self, *, quantized: Iterable[str] = (), grid: GridSpec | None = None,
@@ -150,6 +157,7 @@ class CheckpointWriter:
             ignore = sorted(set(self.source.linears) - self._quantized)
             config["quantization_config"] = quantization_config(self._grid, ignore)
         write_json(self.directory / "config.json", config)
+        self.state_path.unlink(missing_ok=True)
 
 
 def write_model(
