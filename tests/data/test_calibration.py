@@ -1,5 +1,6 @@
 """Packing texts into calibration rows."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,23 @@ def test_too_few_tokens_says_how_many(tiny_tokenizer: Any, tmp_path: Path) -> No
 def test_bad_sources(source: str, message: str, tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=message):
         calibration_tokens(section(source=source), None, tiny_tokenizer, seed=0)
+
+
+def test_a_tokenizer_without_an_end_joins_texts(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {n} " * 3}) + "\n" for n in range(4)))
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.eos_token = None
+    tokens = calibration_tokens(section(source=str(path)), None, tokenizer, seed=0)
+    assert tokens.shape == (3, 8)
+    assert "</s>" not in tokenizer.decode(tokens.flatten().tolist())
+
+
+@pytest.mark.parametrize("end", ["txt", "jsonl"])
+def test_a_directory_is_no_text(end: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / f"x.{end}").mkdir()
+    with pytest.raises(DataError, match=rf"x.{end} cannot be read: Is a directory"):
+        calibration_tokens(section(source=str(tmp_path / f"x.{end}")), None, tiny_tokenizer, seed=0)
 
 
 def test_wrong_field(tiny_tokenizer: Any, tmp_path: Path) -> None:

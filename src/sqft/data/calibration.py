@@ -28,7 +28,7 @@ def calibration_tokens(
     *,
     seed: int,
 ) -> Int64[Tensor, "num_samples sequence_length"]:
-    """Texts in an order drawn by the seed, packed with an end-of-text token after each, cut into rows.
+    """Texts in an order drawn by the seed, packed with the end-of-text token, if any, after each, cut into rows.
 
     Source 'train' is the data section's training split (prompt and answer), so that neither search nor test
     items are looked at.
@@ -54,7 +54,7 @@ def calibration_tokens(
 def _texts(
     section: CalibrationSection, data: DataSection | None, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Iterator[Sequence[int]]:
-    """Token ids of each text, the end-of-text token included."""
+    """Token ids of each text, the end-of-text token included if the tokenizer has one."""
     shuffle = random.Random(f"calibration:{seed}").shuffle
     if section.source == "train":
         if data is None:
@@ -67,8 +67,8 @@ def _texts(
     texts = _read_texts(section)
     shuffle(texts)
     for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        yield ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        ids, end = tokenizer(text)["input_ids"], tokenizer.eos_token_id
+        yield ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
 def _read_texts(section: CalibrationSection) -> list[str]:
@@ -90,6 +90,8 @@ def _paragraphs(path: Path) -> Iterator[str]:
         raise DataError(f"{path} does not exist; check calibration.source") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}; check calibration.source") from error
     block: list[str] = []
     for line in lines:
         block.append(line)
