@@ -28,7 +28,7 @@ def calibration_tokens(
     *,
     seed: int,
 ) -> Int64[Tensor, "num_samples sequence_length"]:
-    """Texts in an order drawn by the seed, packed with the end-of-text token, if any, after each, cut into rows.
+    """Texts in an order drawn by the seed, each with the end-of-text token, if any; cut into rows.
 
     Source 'train' is the data section's training split (prompt and answer), so that neither search nor test
     items are looked at.
