@@ -276,12 +276,14 @@ def test_memory_does_not_grow_with_the_number_of_layers(
     model = get_peft_model(load_model(base_dir), LoraConfig(r=2, target_modules="all-linear"))
     model.save_pretrained(tmp_path / "adapter")
     del model
-    watch, done = MemoryWatch(), []
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    get_peft_model(load_model(tiny_model_dir()), LoraConfig(**options)).save_pretrained(tmp_path / "small")
+    merge_foreign(tiny_model_dir(), tmp_path / "small", tmp_path / "warm")  # what is loaded only once
+    watch, done, before = MemoryWatch(), [], anonymous_bytes()
     merge_foreign(
         base_dir, tmp_path / "adapter", tmp_path / "out",
         progress=watch, on_rung=lambda rung: done.append(anonymous_bytes()),
     )  # fmt: skip
     assert len(watch.bytes) == 12 * 7
-    nine_blocks = 9 * 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)  # in float32
-    assert watch.bytes[-1] - watch.bytes[3 * 7] < nine_blocks / 4
-    assert done[0] - watch.bytes[3 * 7] < nine_blocks / 4  # the merged model is written by now
+    all_blocks = 12 * 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)  # in float32
+    assert max(*watch.bytes, *done) - before < all_blocks / 2  # done: the merged model is written
