@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["merge"]
 
+WORST = 8  # layers shown
+
 
 def merge(
     base: Annotated[
@@ -43,6 +45,9 @@ def merge(
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the polish.")] = 60,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show what is erased of every layer, not only of the worst.")
+    ] = False,
     allow_requantize: Annotated[
         bool,
         typer.Option("--allow-requantize", help="With --into: change the grid where the format needs it."),
@@ -71,12 +76,14 @@ def merge(
             measure=measure,
             trained_on=trained_on,
             dequantize=dequantize,
-            rungs=rungs.split(","),
+            rungs=[rung.strip() for rung in rungs.split(",")],
             enough=enough,
             least=least,
             polish_steps=steps,
-            on_erasure=_print_erasure,
+            on_erasure=lambda found: _print_erasure(found, len(found) if layers else WORST),
+            on_losses=_print_losses,
             on_rung=_print_rung,
+            on_skipped=lambda rung, reason: print(f"rung {rung} is skipped: {reason}", flush=True),
             progress=progress,
         )
         _print_result(result)
@@ -110,10 +117,11 @@ def _measurement(
     return tokens, lambda model: evaluate_loss(model, items).loss
 
 
-def _print_erasure(layers: "list[LayerErasure]") -> None:
-    """What plain rounding would erase, layer by layer, before the first rung is climbed."""
+def _print_erasure(layers: "list[LayerErasure]", shown: int) -> None:
+    """What plain rounding would erase, layer by layer: all in their order, or the worst."""
     from sqft.cli.tables import print_table
 
+    worst = layers if shown >= len(layers) else sorted(layers, key=lambda layer: -layer.erased)[:shown]
     rows = [
         [
             layer.name,
@@ -122,13 +130,20 @@ def _print_erasure(layers: "list[LayerErasure]") -> None:
             f"{layer.changed:.2%}",
             "-" if layer.update_in_steps is None else f"{layer.update_in_steps:.3f}",
         ]
-        for layer in layers
+        for layer in worst
     ]
     mean = sum(layer.erased for layer in layers) / max(len(layers), 1)
-    rows.append([f"mean of {len(layers)} layers", f"{mean:.1%}", "", "", ""])
+    part = "" if len(worst) == len(layers) else f" ({len(worst)} worst shown, all with --layers)"
+    rows.append([f"mean of {len(layers)} layers{part}", f"{mean:.1%}", "", "", ""])
     print_table(
         ["plain rounding erases", "of the update", "on zeros", "weights changed", "rms steps"], rows, left=1
     )
+
+
+def _print_losses(base: float, unmerged: float, trained_on: float | None) -> None:
+    print(f"\nloss of the base {base:.4f}, with the unmerged adapter {unmerged:.4f}", flush=True)
+    if trained_on is not None:
+        print(f"loss of the adapter on the base that it was trained on {trained_on:.4f}", flush=True)
 
 
 def _print_rung(rung: "RungResult") -> None:
@@ -139,15 +154,11 @@ def _print_rung(rung: "RungResult") -> None:
 
 def _print_result(result: "MergeResult") -> None:
     from sqft.cli.tables import print_table
+    from sqft.export.merging import SAME_ITEMS
 
-    for rung, reason in result.skipped.items():
-        print(f"rung {rung} was skipped: {reason}")
     if result.base_loss is None or result.unmerged_loss is None:
         print("no data was given (--data): nothing was measured, and only the first rung was climbed")
         return
-    print(f"\nloss of the base {result.base_loss:.4f}, with the unmerged adapter {result.unmerged_loss:.4f}")
-    if result.trained_on_loss is not None:
-        print(f"loss of the adapter on the base that it was trained on {result.trained_on_loss:.4f}")
     rows = [
         [
             rung.name + (" (written)" if rung.name == result.chosen else ""),
@@ -157,4 +168,4 @@ def _print_result(result: "MergeResult") -> None:
         for rung in result.rungs
     ]
     print_table(["rung", "loss", "retention"], rows, left=1)
-    print("the rung was chosen by these losses: on the same items, so the best is told slightly too well")
+    print(SAME_ITEMS)

@@ -11,8 +11,9 @@ from sqft.export.foreign_adapter import ForeignAdapter
 from sqft.models import Checkpoint, QuantizedWeight
 from sqft.ops import dequantize, quantize
 
-__all__ = ["LayerErasure", "adapted_layers", "layer_erasure", "round_update"]
+__all__ = ["LayerErasure", "VisibleMasks", "adapted_layers", "layer_erasure", "round_update"]
 
+SPARSE_FROM = 0.01  # share of exact zeros from which a base without stored masks counts as sparse
 Weight = Tensor | QuantizedWeight
 
 
@@ -78,3 +79,24 @@ def layer_erasure(name: str, base: Weight, adapted: Tensor, mask: Tensor | None)
     masked = 0.0 if mask is None else float(update[~mask].square().sum()) / energy
     erased = 1 - float((kept * update).sum()) / energy
     return LayerErasure(name, erased, masked, float((kept != 0).float().mean()), steps)
+
+
+class VisibleMasks(Mapping[str, Tensor]):
+    """The zeros of a sparse 16-bit base whose masks were not stored; codes may be 0 by rounding only."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str]) -> None:
+        self.checkpoint = checkpoint
+        plain = [name for name in names if name not in checkpoint.quantized_names]
+        zeros = {name: float((checkpoint.weight(name) == 0).float().mean()) for name in plain}
+        self.names = [name for name in plain if zeros[name] > SPARSE_FROM]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.checkpoint.weight(name) != 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

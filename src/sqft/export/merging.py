@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from sqft.artifacts import digest_file, new_directory, write_json
 from sqft.errors import AdapterError, ExportError
 from sqft.export.destination import check_destination
-from sqft.export.erasure import LayerErasure, Weight, adapted_layers, layer_erasure, round_update
+from sqft.export.erasure import (
+    LayerErasure,
+    VisibleMasks,
+    Weight,
+    adapted_layers,
+    layer_erasure,
+    round_update,
+)
 from sqft.export.foreign_adapter import ForeignAdapter, open_foreign_adapter
 from sqft.export.foreign_base import convert_base, convert_training_base
 from sqft.export.foreign_files import write_directory
@@ -25,11 +32,13 @@ from sqft.models.tensorfile import TensorSpec
 from sqft.models.writer import StoredMasks
 from sqft.progress import SILENT, Progress
 
-__all__ = ["RUNGS", "MergeResult", "RungResult", "merge_foreign"]
+__all__ = ["RUNGS", "SAME_ITEMS", "MergeResult", "RungResult", "merge_foreign"]
 
 RUNGS = ("round", "feedback", "refit", "polish")
-SPARSE_FROM = 0.01  # share of exact zeros from which a base without stored masks counts as sparse
 MERGE = "sqft_merge.json"
+SAME_ITEMS = (
+    "the rung was chosen on the items that its retention was measured on, so it is told slightly too well"
+)
 Measure = Callable[[nn.Module], float]
 
 
@@ -67,7 +76,7 @@ class MergeResult:
         for rung in values["rungs"]:
             if rung["loss"] is not None and not math.isfinite(rung["loss"]):
                 rung["loss"] = None  # JSON has no infinity
-        return values
+        return values | {"note": None if self.base_loss is None else SAME_ITEMS}
 
 
 def merge_foreign(
@@ -85,7 +94,9 @@ def merge_foreign(
     polish_steps: int = 60,
     seed: int = 0,
     on_erasure: Callable[[list[LayerErasure]], None] = lambda layers: None,
+    on_losses: Callable[[float, float, float | None], None] = lambda base, unmerged, trained_on: None,
     on_rung: Callable[[RungResult], None] = lambda rung: None,
+    on_skipped: Callable[[str, str], None] = lambda rung, reason: None,
     progress: Progress = SILENT,
 ) -> MergeResult:
     """Merge a LoRA, rsLoRA or DoRA adapter into a GPTQ, AWQ, compressed-tensors or 16-bit (sparse) base.
@@ -94,8 +105,9 @@ def merge_foreign(
     without it only the first rung is climbed. trained_on: the base that the adapter was trained on, if it is
     another one, as `convert_training_base` takes it: the adapter's gain is measured there. dequantize: take a
     GPTQ, AWQ or NF4 base as 16-bit weights. The ladder ends at the first rung that retains `enough` of the
-    adapter's gain; the best rung is written, unless it retains less than `least`. on_erasure is called before
-    the first rung, on_rung after each, so that both are known where the merge is then refused.
+    adapter's gain; the best rung is written, unless it retains less than `least`. on_erasure and
+    on_losses (base, unmerged, trained_on) are called before the first rung, on_rung after each and on_skipped
+    (rung, reason) for those left out, so that all is known where the merge is then refused.
     Converting, round and writing hold one linear in memory, feedback and refit one block; polish and
     measuring hold whole models.
 
@@ -122,9 +134,12 @@ def merge_foreign(
         _check_fit(checkpoint, adapter)
         if checkpoint.grid is None:
             skipped |= {rung: "the base has no grid" for rung in rungs if rung in {"feedback", "refit"}}
+            rungs = [rung for rung in rungs if rung not in skipped]
+            if not rungs:
+                raise ExportError("no rung fits a base without a grid; ask for round or polish")
         masks: Mapping[str, Tensor] = StoredMasks(source)
         if source == base_dir and not masks:  # the zeros of a converted base may come from rounding
-            masks = _VisibleMasks(checkpoint, adapter.names)
+            masks = VisibleMasks(checkpoint, adapter.names)
         erasure = []
         with progress.task("update", len(adapter.names)) as advance:
             for layer in adapted_layers(checkpoint, adapter, masks):
@@ -139,8 +154,16 @@ def merge_foreign(
         if trained_on is not None and measure is not None:
             home = _write_trained_on(trained_on, adapter, work, progress)
             trained_on_loss = _finite_loss(measure, home, "the base that the adapter was trained on")
+        if base_loss is not None and unmerged_loss is not None:
+            on_losses(base_loss, unmerged_loss, trained_on_loss)
+        for rung, reason in skipped.items():
+            on_skipped(rung, reason)
         aim = unmerged_loss if trained_on is None else trained_on_loss
         results = _climb(climb, rungs, measure, base_loss, aim, enough, on_rung)
+        why = "nothing to measure on" if measure is None else f"{results[-1].name} retains enough"
+        for rung in rungs[len(results) :]:
+            skipped[rung] = why
+            on_skipped(rung, why)
         best = _best(results)
         if best.loss is not None and not math.isfinite(best.loss):
             raise ExportError("no rung gives a finite loss; serve the adapter unmerged")
@@ -235,8 +258,6 @@ def _climb(
     """The rungs that were climbed. aim: the unmerged loss; what it is below that of the base is the gain."""
     results: list[RungResult] = []
     for rung in rungs:
-        if rung in {"feedback", "refit"} and climb.checkpoint.grid is None:
-            continue  # a 16-bit base has no grid to round to
         climb.write(rung, _best(results).name if results else _first(climb, rung))
         loss = None if measure is None else measure(load_model(climb.work / rung))
         if loss is not None and not math.isfinite(loss):
@@ -254,8 +275,6 @@ def _climb(
         on_rung(results[-1])
         if measure is None or (retention is not None and retention >= enough):
             break
-    if not results:
-        raise ExportError("no rung fits a base without a grid; ask for round or polish")
     return results
 
 
@@ -311,27 +330,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     return torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one)
-
-
-class _VisibleMasks(Mapping[str, Tensor]):
-    """The zeros of a sparse 16-bit base whose masks were not stored; codes may be 0 by rounding only."""
-
-    def __init__(self, checkpoint: Checkpoint, names: list[str]) -> None:
-        self.checkpoint = checkpoint
-        plain = [name for name in names if name not in checkpoint.quantized_names]
-        zeros = {name: float((checkpoint.weight(name) == 0).float().mean()) for name in plain}
-        self.names = [name for name in plain if zeros[name] > SPARSE_FROM]
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
-        return self.checkpoint.weight(name) != 0
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def _write_adapted(checkpoint: Checkpoint, adapter: ForeignAdapter, directory: Path) -> None:
