@@ -21,4 +21,6 @@ def test_tied_embeddings_stay_tied_and_untouched(tiny_model_dir: Callable[..., P
         assert ours.lm_head.weight is ours.model.embed_tokens.weight
         assert torch.equal(ours.lm_head.weight, embedding)
         theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+        assert torch.equal(theirs.lm_head.weight, embedding)
         assert torch.equal(theirs(tokens(2)).logits, ours(tokens(2)).logits)
