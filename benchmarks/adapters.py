@@ -1,6 +1,7 @@
 """Time and memory of training adapters: PEFT LoRA, the published formulas, and sqft's fused layer.
 
     python -m benchmarks.adapters [--quick] [--json FILE] [--device cpu|cuda] [--threads N] [--clock wall|cpu]
+                                  [--parts layers,steps,memory]
 
 One layer at the shapes of SmolLM2-135M and Llama-3-8B (random weights), then a training step of SmolLM2-135M
 with 1024 tokens, rank 32 on q, k, v, up, down. float32 on a CPU, bfloat16 on a GPU; 50 % of weights pruned.
@@ -159,14 +160,14 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, int]:
 def collect_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The aims, each beside its floor."""
 
-    def layer(key: str, model: str) -> float:
+    def layer(key: str, model: str) -> float | None:
         """The ratio over a block's measured layers, each weighted by its time."""
         first, second = key.split(" / ")
         rows = [
             (row, 2 if row["layer"] == "k, v" else 1) for row in result["layers"] if row["model"] == model
         ]
         total = [sum(n * row["times"][v]["median_ms"] for row, n in rows) for v in (first, second)]
-        return total[0] / total[1]
+        return total[0] / total[1] if rows else None
 
     steps, memory = result.get("steps"), result.get("memory")
 
@@ -274,15 +275,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--skip-steps", action="store_true", help="layers only")
+    parser.add_argument("--parts", default="layers,steps,memory", help="which of these to measure")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"environment": environment(arguments.clock), "seed": 0, "tokens": TOKENS}
-    result["rank"], result["layers"] = RANK, measure_layers(arguments)
+    parts = arguments.parts.split(",")
+    result["rank"], result["layers"] = RANK, measure_layers(arguments) if "layers" in parts else []
     result["saved_bytes_per_weight"] = saved_bytes_per_weight(arguments.device)
     result["not_measured"] = not_measured(arguments)
     finish(result, arguments.json)
-    if not arguments.skip_steps:
+    if "steps" in parts:
         result["steps"] = measure_steps(
             arguments.device,
             rounds=4 if arguments.quick else 9,
@@ -290,6 +292,7 @@ def main() -> None:
             variants=QUICK_VARIANTS if arguments.quick else STEP_VARIANTS,
         )
         finish(result, arguments.json)
+    if "memory" in parts:
         result["memory"] = measure_memory(arguments)
         finish(result, arguments.json)
     print(markdown(result))
@@ -303,8 +306,7 @@ def not_measured(arguments: argparse.Namespace) -> list[str]:
     if arguments.quick:
         found.append("hybrid steps (each is an exact or a lowrank one)")
         found += ["Llama-3-8B's up and down projections"] if arguments.device != "cuda" else []
-    if arguments.skip_steps:
-        found.append("training steps and peak memory")
+    found += [part for part in ("layers", "steps", "memory") if part not in arguments.parts.split(",")]
     return found
 
 
