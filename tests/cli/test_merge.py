@@ -94,3 +94,13 @@ def test_the_report_comes_as_the_ladder_is_climbed(
     assert "merging would lose the adapter" in refused.err
     assert run_command_line([*arguments, "--rungs", "feedback"]) != 0
     assert "no rung fits a base without a grid" in capsys.readouterr().err
+
+
+def test_the_report_goes_to_standard_output_beside_the_bars_of_a_terminal(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    assert run_command_line(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "plain rounding erases" in shown
+    assert "rung round: loss not measured" in shown

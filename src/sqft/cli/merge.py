@@ -1,6 +1,8 @@
 """`sqft merge`."""
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +69,8 @@ def merge(
         require_runtime(into)
         check_destination(exported_dir, base, adapter, trained_on)
     calibration, measure = _measurement(base, data, prompt, answer, samples, length)
-    with RichProgress() as progress:
+    stdout = sys.stdout  # the bars take it over, which is right only where both are one terminal
+    with RichProgress() as progress, redirect_stdout(sys.stdout if stdout.isatty() else stdout):
         result = merge_foreign(
             base,
             adapter,
