@@ -175,16 +175,17 @@ def test_nothing_the_size_of_a_weight_is_saved(gradient: Any) -> None:
     assert {t.data_ptr() for t in saved} == resident
 
 
-def test_autocast_computes_the_weight_in_float32() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_the_weight_in_float32(dtype: torch.dtype) -> None:
     case = Case(32, 64, 4)
     base = keep_nonzero(case.weight, case.mask)
     x, A, B = leaves(case.x, case.A, case.B)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         y = adapted_linear(x, base, A, B, scaling=2.0)
     W = adapted_weight(base, A, B, scaling=2.0, mask=case.mask)
-    assert y.dtype == torch.bfloat16
-    assert torch.equal(y, F.linear(x.bfloat16(), W.bfloat16()))
-    found = gradients(y, case.dy.bfloat16(), x, A, B)
+    assert y.dtype == dtype
+    assert torch.equal(y, F.linear(x.to(dtype), W.to(dtype)))
+    found = gradients(y, case.dy.to(dtype), x, A, B)
     wanted = gradients(F.linear(x, W), case.dy, x, A, B)
     for f, w in zip(found, wanted, strict=True):
         assert f.dtype == torch.float32

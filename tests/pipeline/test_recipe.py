@@ -61,6 +61,19 @@ def test_every_error_is_reported_with_its_path() -> None:
         ({"sparsify": {}, "export": {"formats": ["banana"]}}, "export.formats.0"),
         ({"data": DATA, "sparsify": {}, "quantize": {"method": "joint"}}, "remove the sparsify section"),
         ({"name": "stages"}, "folder of the workspace's own"),
+        (
+            {
+                "data": DATA,
+                "adapters": {
+                    "method": "sparse_peft",
+                    "dropout": 0.1,
+                    "dropout_kind": "token",
+                    "gradient": "lowrank",
+                },
+                "sparsify": {},
+            },
+            "dropout_kind token goes with gradient exact",
+        ),
     ],
 )
 def test_rules_between_sections(values: dict[str, object], part: str) -> None:
