@@ -159,6 +159,8 @@ def test_another_training_does_not_resume_here(make_model: Callable[..., Any], t
     train(make_model(), tmp_path)
     with pytest.raises(TrainingError, match="checkpoints of another training"):
         train(make_model(), tmp_path, seed=1)
+    with pytest.raises(TrainingError, match="checkpoints of another training"):
+        train(make_model(alpha=64), tmp_path)
 
 
 def test_a_changed_environment_is_told(

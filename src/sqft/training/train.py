@@ -121,7 +121,10 @@ def _identity(
     trained = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     items = [[example.prompt_ids, example.answer_ids] for example in examples]
     settings = section.model_dump(exclude={"checkpoint_steps"})
-    adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    adapters = {
+        name: {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "revision")}
+        for name, config in getattr(model, "peft_config", {}).items()
+    }
     return digest_json([trained, items, settings, loss_on, seed, adapters])
 
 
