@@ -1,14 +1,14 @@
 """SparseGPT, joint pruning and rounding, mask and weight refinement, budgets, resuming, spilling."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.memory import Watch
 from torch import Tensor
 
 from sqft.compression import quantize_model, sparsify_model
@@ -394,31 +394,15 @@ def test_spilled_activations_change_nothing(tiny_model_dir: Maker, tmp_path: Pat
     assert not (tmp_path / "b" / "activations").exists()
 
 
-class MemoryWatch:
-    """A Progress that notes the anonymous memory of the process after every block."""
-
-    def __init__(self) -> None:
-        self.bytes: list[int] = []
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda done: self.bytes.append(anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_number_of_blocks(tiny_model_dir: Maker, tmp_path: Path) -> None:
     directory = tiny_model_dir("llama", num_hidden_layers=12, hidden_size=256, intermediate_size=1024)
     writer = CheckpointWriter(tmp_path / "out", open_checkpoint(directory))
-    watch = MemoryWatch()
+    watch = Watch()
     sparsify_model(writer.source, SparsifySection(), tokens(), writer, progress=watch)
     block_bytes = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)
-    assert len(watch.bytes) == 12
-    assert watch.bytes[-1] - watch.bytes[2] < 4 * block_bytes  # of the nine blocks in between
+    assert len(watch.seen) == 12
+    assert watch.seen[-1] - watch.seen[2] < 4 * block_bytes  # of the nine blocks in between
 
 
 def _one_of_two(rank: int, directory: Path, out: Path) -> None:

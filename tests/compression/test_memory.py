@@ -2,14 +2,14 @@
 
 import multiprocessing
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.compression.tiny_runs import quantize, sparsify, tokens
+from tests.memory import Watch
 
 from sqft.compression import quantize_model
 from sqft.models import CheckpointWriter, StoredMasks, open_checkpoint, read_masks, writer
@@ -21,24 +21,8 @@ from sqft.sections import QuantizeSection
 Maker = Callable[..., Path]
 
 
-class Watch:
-    """A Progress that notes a figure after every block."""
-
-    def __init__(self, figure: Callable[[], int]) -> None:
-        self.figure, self.seen = figure, list[int]()
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda done: self.seen.append(self.figure())
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
-
-
 def _quantize_watched(directory: Path, sparse: Path, out: Path) -> list[int]:
-    watch = Watch(anonymous_bytes)
+    watch = Watch()
     writer = CheckpointWriter(out, open_checkpoint(directory))
     section = QuantizeSection(group_size=32)
     quantize_model(writer.source, StoredMasks(sparse), section, tokens(), writer, progress=watch)

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sqft.export import export_model
 from sqft.export.foreign_base import convert_base, convert_training_base
 from sqft.export.nf4 import round_to_nf4
 from sqft.models import load_model, open_checkpoint, read_quantized
+from tests.memory import Watch
 
 MergedDir = Callable[..., Path]
 ModelDir = Callable[..., Path]
@@ -196,33 +196,17 @@ def test_several_files_and_needless_biases_are_read(tiny_model_dir: ModelDir, tm
         assert torch.equal(value, wanted), name
 
 
-class MemoryWatch:
-    """A Progress that notes the anonymous memory of the process after every linear."""
-
-    def __init__(self) -> None:
-        self.bytes: list[int] = []
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda done: self.bytes.append(anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_memory_does_not_grow_with_the_number_of_linears(
     tiny_model_dir: ModelDir, tmp_path: Path, dequantize: bool
 ) -> None:
     dense_dir = tiny_model_dir("llama", num_hidden_layers=12, hidden_size=256, intermediate_size=1024)
-    directory, watch = write_gptq(dense_dir, tmp_path / "gptq"), MemoryWatch()
+    directory, watch = write_gptq(dense_dir, tmp_path / "gptq"), Watch()
     convert_base(directory, tmp_path / "out", dequantize=dequantize, progress=watch)
-    assert len(watch.bytes) == 12 * len(BLOCK_LINEARS)
+    assert len(watch.seen) == 12 * len(BLOCK_LINEARS)
     all_codes = 9 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)  # of nine blocks, a byte each
-    assert watch.bytes[-1] - watch.bytes[3 * len(BLOCK_LINEARS)] < all_codes / 3
+    assert watch.seen[-1] - watch.seen[3 * len(BLOCK_LINEARS)] < all_codes / 3
 
 
 def write_nf4(dense_dir: Path, directory: Path, case: str) -> tuple[Path, str, Tensor]:

@@ -1,7 +1,6 @@
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from sqft.export import export_model
 from sqft.export.foreign_adapter import open_foreign_adapter
 from sqft.export.merging import merge_foreign
 from sqft.models import load_model, read_masks, read_quantized
+from tests.memory import Watch, anonymous_bytes
 
 MergedDir = Callable[..., Path]
 TOKENS = torch.randint(4, 288, (12, 24), generator=torch.Generator().manual_seed(5))
@@ -252,22 +252,6 @@ def test_retention_is_undefined_where_there_was_no_gain(merged_dir: MergedDir, t
     assert result.rungs[0].retention is None
 
 
-class MemoryWatch:
-    """A Progress that notes the anonymous memory of the process after every linear that is looked at."""
-
-    def __init__(self) -> None:
-        self.bytes: list[int] = []
-
-    @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda done: self.bytes.append(anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_number_of_layers(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
@@ -279,11 +263,11 @@ def test_memory_does_not_grow_with_the_number_of_layers(
     options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
     get_peft_model(load_model(tiny_model_dir()), LoraConfig(**options)).save_pretrained(tmp_path / "small")
     merge_foreign(tiny_model_dir(), tmp_path / "small", tmp_path / "warm")  # what is loaded only once
-    watch, done, before = MemoryWatch(), [], anonymous_bytes()
+    watch, done, before = Watch(), [], anonymous_bytes()
     merge_foreign(
         base_dir, tmp_path / "adapter", tmp_path / "out",
         progress=watch, on_rung=lambda rung: done.append(anonymous_bytes()),
     )  # fmt: skip
-    assert len(watch.bytes) == 12 * 7
+    assert len(watch.seen) == 12 * 7
     all_blocks = 12 * 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)  # in float32
-    assert max(*watch.bytes, *done) - before < all_blocks / 2  # done: the merged model is written
+    assert max(*watch.seen, *done) - before < all_blocks / 2  # done: the merged model is written
