@@ -57,15 +57,13 @@ def merge(
 ) -> None:
     """Merge an adapter trained elsewhere into a quantized or sparse base, and say how much of it survives."""
     from sqft.cli.messages import RichProgress
-    from sqft.errors import ExportError
-    from sqft.export import FORMATS, export_model, merge_foreign
+    from sqft.export import export_model, merge_foreign
     from sqft.export.destination import check_destination
-    from sqft.export.formats import require_runtime
+    from sqft.export.formats import find_format, require_runtime
 
     exported_dir = output.with_name(f"{output.resolve().name}-{into}")
     if into is not None:
-        if into not in FORMATS:
-            raise ExportError(f"format '{into}' is unknown; choose from {', '.join(FORMATS)}")
+        find_format(into)
         require_runtime(into)
         check_destination(exported_dir, base, adapter, trained_on)
     calibration, measure = _measurement(base, data, prompt, answer, samples, length)

@@ -20,7 +20,7 @@ from sqft.export.fidelity import (
     probe_items,
     reference_logits,
 )
-from sqft.export.formats import FORMATS, Format, require_runtime
+from sqft.export.formats import FORMATS, Format, find_format, require_runtime
 from sqft.export.gguf_file import HEAD_TYPES, head_names, round_head
 from sqft.export.model_card import model_card
 from sqft.export.requantization import Damage, requantize_source, rounding_damage
@@ -81,13 +81,11 @@ def export_model(
     something else, or if what was written is not what was trained; MissingExtraError if the runtime that
     must check it is not installed.
     """
-    if format not in FORMATS:
-        raise ExportError(f"format '{format}' is unknown; choose from {', '.join(FORMATS)}")
+    target = find_format(format)
     if head_type not in HEAD_TYPES:
         raise ExportError(f"head type '{head_type}' is unknown; choose from {', '.join(HEAD_TYPES)}")
     if head_type != "auto" and format != "gguf":
         raise ExportError(f"a head type is for gguf only; {format} keeps the head as it is, leave it at auto")
-    target = FORMATS[format]
     place = output_dir.with_name(output_dir.name.removesuffix(".partial"))
     require_runtime(format)
     trained = open_source(directory)

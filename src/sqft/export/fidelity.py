@@ -20,7 +20,6 @@ __all__ = [
     "compare_logits",
     "probe_items",
     "run_model",
-    "tied_names",
 ]
 
 REFERENCE = "sqft_reference.safetensors"
@@ -72,17 +71,12 @@ def compare_codes(
             plain = source.weight(name).float()
             weights += plain.numel()
             weights_changed += int((plain != found.float()).sum())
-    tied = tied_names(source)
+    tied = source.checkpoint.tied_weights
     needed = (n for n in source.weight_names() if n not in tied and not n.endswith("rotary_emb.inv_freq"))
     lacking = [name for name in needed if name not in seen]
     if lacking:
         raise ExportError(f"{len(lacking)} weights of the model are not in the artefact, first {lacking[0]}")
     return CodeComparison(codes, changed, weights, weights_changed)
-
-
-def tied_names(source: ExportSource) -> dict[str, str]:
-    """Weights that are another weight of the model, as a tied head is the embedding; and which one."""
-    return dict(getattr(source.checkpoint.skeleton(), "all_tied_weights_keys", None) or {})
 
 
 def compare_logits(

@@ -196,6 +196,13 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def find_format(name: str) -> Format:
+    """Raises: ExportError if there is no format of this name."""
+    if name not in FORMATS:
+        raise ExportError(f"format '{name}' is unknown; choose from {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
 def require_runtime(name: str) -> None:
     """Raises: MissingExtraError if the runtime that checks a format is not installed."""
     extra = FORMATS[name].extra

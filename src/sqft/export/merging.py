@@ -307,12 +307,13 @@ def _finite_loss(measure: Measure | None, directory: Path, what: str) -> float |
 
 
 def _check_fit(checkpoint: Checkpoint, adapter: ForeignAdapter) -> None:
-    tied = set(getattr(checkpoint.skeleton(), "all_tied_weights_keys", None) or {})
     for name in adapter.names:
         if name not in checkpoint.linears:
             raise AdapterError(f"the adapter is for {name}, which the base does not have")
         key = f"{name}.weight"
-        if name not in checkpoint.quantized_names and (key in tied or key not in checkpoint.names):
+        if name not in checkpoint.quantized_names and (
+            key in checkpoint.tied_weights or key not in checkpoint.names
+        ):
             raise AdapterError(
                 f"the adapter is for {name}, which the base ties to its embedding; one weight cannot serve "
                 "both: train without it, or merge onto a copy with tie_word_embeddings false and its own head"

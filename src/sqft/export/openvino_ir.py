@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sqft.errors import ExportError, require
-from sqft.export.fidelity import tied_names
 from sqft.export.source import ExportSource, IntegerWeight, exact_in
 from sqft.models import QuantizedWeight, load_model
 
@@ -150,7 +149,7 @@ def read_openvino(source: ExportSource, directory: Path) -> Iterator[tuple[str, 
         steps = (codes - zero_point).reshape(len(codes), -1).astype(np.int16)
         scale = np.array(parts["scale"].data, dtype=np.float32).reshape(len(codes), -1)
         yield name, IntegerWeight(steps, scale)
-    plain, tied = set(source.plain_names), tied_names(source)
+    plain, tied = set(source.plain_names), source.checkpoint.tied_weights
     for key, node in constants.items():
         name = key.removeprefix(MARK)
         name = name if name in plain else tied.get(name, name)

@@ -95,6 +95,16 @@ class Checkpoint:
             if isinstance(module, nn.Linear)
         }
 
+    @cached_property
+    def tied_weights(self) -> dict[str, str]:
+        """Weights that are another weight of the model, as a tied head is the embedding; and which one."""
+        return tied_weights(self.skeleton())
+
+
+def tied_weights(skeleton: PreTrainedModel) -> dict[str, str]:
+    """The weights of a model that are others of its weights, and which."""
+    return dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
+
 
 def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Open a model directory and check that its files hold exactly the tensors its architecture needs.
@@ -237,7 +247,7 @@ def _check_tensors(
     grid: GridSpec | None,
 ) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    tied = set(getattr(skeleton, "all_tied_weights_keys", {}) or {})
+    tied = tied_weights(skeleton)
     modules = dict(skeleton.named_modules())
     for name in {n.removesuffix(".weight_packed") for n in files if n.endswith(".weight_packed")}:
         if grid is None:
