@@ -61,7 +61,7 @@ def environment(clock: str) -> dict[str, str]:
     """What the figures rest on."""
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
