@@ -7,7 +7,8 @@ that a busy machine slows all of them alike. Figures are medians over rounds.
 import multiprocessing
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -94,44 +95,34 @@ def measure_speed(
     prompt_tokens: int = 64,
     new_tokens: int = 64,
     rounds: int = 3,
+    launches: int = 1,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> list[SpeedRow]:
     """Generate `new_tokens` greedily after a prompt, `rounds` times in turn after one round to warm up.
 
+    launches: how often the processes are started anew, with that many rounds each; one and the same process
+    can be a fifth faster or slower all its life, by where its memory happens to lie.
+
     Raises: ExportError if an artefact cannot be opened or run.
     """
-    context = multiprocessing.get_context("spawn")
     count = threads or torch.get_num_threads()
     prompt = [100 + 7 * index % 150 for index in range(prompt_tokens)]
-    pipes: list[Connection] = []
-    processes = []
     timings: list[list[tuple[float, float]]] = [[] for _ in artefacts]
-    try:
-        for artefact in artefacts:
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(artefact, theirs, count), daemon=True)
-            process.start()
-            pipes.append(ours)
-            processes.append(process)
-        for artefact, pipe in zip(artefacts, pipes, strict=True):
-            _receive(artefact, pipe)  # opened
-        with progress.task("bench", (rounds + 1) * len(artefacts)) as advance:
-            for turn in range(rounds + 1):
+    peaks = [0] * len(artefacts)
+    with progress.task("bench", launches * (rounds + 1) * len(artefacts)) as advance:
+        for _ in range(launches):
+            with _processes(artefacts, count) as pipes:
+                for turn in range(rounds + 1):
+                    for index, (artefact, pipe) in enumerate(zip(artefacts, pipes, strict=True)):
+                        pipe.send((prompt, new_tokens))
+                        result = _receive(artefact, pipe)
+                        if turn:
+                            timings[index].append(result)
+                        advance(1)
                 for index, (artefact, pipe) in enumerate(zip(artefacts, pipes, strict=True)):
-                    pipe.send((prompt, new_tokens))
-                    result = _receive(artefact, pipe)
-                    if turn:
-                        timings[index].append(result)
-                    advance(1)
-        peaks = []
-        for artefact, pipe in zip(artefacts, pipes, strict=True):
-            pipe.send(None)
-            peaks.append(_receive(artefact, pipe))
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+                    pipe.send(None)
+                    peaks[index] = max(peaks[index], _receive(artefact, pipe))
     return [
         SpeedRow(
             artefact.name,
@@ -144,6 +135,28 @@ def measure_speed(
         )
         for artefact, timing, peak in zip(artefacts, timings, peaks, strict=True)
     ]
+
+
+@contextmanager
+def _processes(artefacts: Sequence[Artefact], threads: int) -> Iterator[list[Connection]]:
+    """One process for each artefact, opened and waiting; all of them end with the context."""
+    context = multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    processes = []
+    try:
+        for artefact in artefacts:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(artefact, theirs, threads), daemon=True)
+            process.start()
+            pipes.append(ours)
+            processes.append(process)
+        for artefact, pipe in zip(artefacts, pipes, strict=True):
+            _receive(artefact, pipe)  # opened
+        yield pipes
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
 
 
 def _receive(artefact: Artefact, pipe: Connection) -> Any:
