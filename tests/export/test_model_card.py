@@ -74,13 +74,13 @@ def test_a_model_without_records_has_none_and_damaged_ones_are_no_error(
 
 
 @pytest.mark.parametrize("format", ["gguf", "openvino", "gptq", "compressed-tensors", "safetensors", "peft"])
-def test_commands_can_be_pasted_and_say_that_nobody_tried_them(format: str) -> None:
+def test_commands_can_be_pasted_and_say_whether_they_were_tried(format: str) -> None:
     place = Path("/home/Ann Lee's models/out; rm -rf x")
     for line in serving_commands(format, place, base=Path("my base")):
         words = shlex.split(line.split("  # ")[0])
         assert any(str(place) in word.replace("\\'", "'") for word in words)
         assert {"rm", "Lee's"}.isdisjoint(words)
-        assert "not tried here" in line.split("  # ")[1]
+        assert ("not tried here" if words[0] == "vllm" else "tried with SmolLM2") in line.split("  # ")[1]
         if words[0] == "python":
             compile(words[2], "command", "exec")
         if words[0] == "vllm":

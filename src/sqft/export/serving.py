@@ -13,11 +13,13 @@ RUNTIME_ZEROS = {
     "vllm": "stores and multiplies zeros like any other weight (not run here)",
 }
 
+TRIED = "tried with SmolLM2-135M"  # docs/results/deploy.md
+
 
 def serving_commands(
     format_name: str, directory: Path, file: str | None = None, *, base: Path | None = None
 ) -> list[str]:
-    """One command a line, its paths quoted; a comment says that it was not tried here.
+    """One command a line, its paths quoted; a comment says what it needs, and whether it was ever tried.
 
     base: of an adapter (peft, or gguf with `file`), the model that it is served with.
     """
@@ -25,13 +27,14 @@ def serving_commands(
     if format_name == "gguf":
         model = shlex.quote(str(directory / (file or "model.gguf")))
         lora = f"BASE.gguf --lora {model}" if file == "adapter.gguf" else model
-        return [f"llama-server --model {lora} --ctx-size 2048 --port 8080  # not tried here"]
+        note = f"{TRIED}; fastest if llama.cpp is built on the machine that serves"
+        return [f"llama-server --model {lora} --ctx-size 2048 --port 8080  # {note}"]
     if format_name == "openvino":
         code = (
             f"import openvino_genai as g; p = g.LLMPipeline({str(directory)!r}, 'CPU'); "
             "print(p.generate('Hello', max_new_tokens=32))"
         )
-        return [f"python -c {shlex.quote(code)}  # not tried here"]
+        return [f"python -c {shlex.quote(code)}  # {TRIED}; needs pip install openvino-genai"]
     if format_name == "gptq":
         return [_vllm(f"{place} --quantization gptq", "needs a GPU")]
     if format_name == "compressed-tensors":
@@ -40,7 +43,7 @@ def serving_commands(
         served = "BASE" if base is None else shlex.quote(str(base))
         modules = shlex.quote(f"tuned={directory}")
         return [_vllm(f"{served} --enable-lora --lora-modules {modules}")]
-    return [_vllm(place), f"transformers serve {place}  # not tried here"]
+    return [_vllm(place), f"transformers serve {place}  # {TRIED}; needs pip install 'transformers[serving]'"]
 
 
 def _vllm(arguments: str, needs: str = "") -> str:
