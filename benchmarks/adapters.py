@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from sqft.artifacts import write_json
-from sqft.ops import compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
+from sqft.ops import QParams, compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
 from sqft.ops.adapted_linear import adapted_linear
 
 TOKENS, RANK, ALPHA, GROUP = 1024, 32, 64.0, 64
@@ -42,6 +42,15 @@ LAYER_VARIANTS = (
 )
 
 
+def pruned_layer(out_features: int, in_features: int, device: str) -> tuple[Tensor, QParams, Tensor]:
+    """A random weight with half of it pruned, its symmetric 4-bit grid, and its latent."""
+    weight = torch.randn(out_features, in_features, device=device) * in_features**-0.5
+    mask = mask_rows(torch.rand(weight.shape, device=device), 0.5)
+    base = keep_nonzero(weight, mask)
+    grid = compute_qparams(base, bits=4, group_size=GROUP, symmetric=True)
+    return base, grid, encode_latent(base, quantize(base, grid), mask, grid)
+
+
 def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Callable[[], None]]:
     """One forward and backward of a layer in every variant.
 
@@ -49,11 +58,7 @@ def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Ca
     """
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    weight = torch.randn(out_features, in_features, device=device) * in_features**-0.5
-    mask = mask_rows(torch.rand(weight.shape, device=device), 0.5)
-    base = keep_nonzero(weight, mask)
-    grid = compute_qparams(base, bits=4, group_size=GROUP, symmetric=True)
-    latent = encode_latent(base, quantize(base, grid), mask, grid)
+    base, grid, latent = pruned_layer(out_features, in_features, device)
     x = torch.randn(TOKENS, in_features, device=device, dtype=dtype, requires_grad=True)
     dy = torch.randn(TOKENS, out_features, device=device, dtype=dtype)
     lora_A = torch.randn(RANK, in_features, device=device).mul_(in_features**-0.5).requires_grad_()

@@ -8,17 +8,16 @@ number for number, and what a layer would take with it is its measured time less
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.adapters import ALPHA, GROUP, RANK, SMOLLM2, layer_jobs
+from benchmarks.adapters import ALPHA, GROUP, RANK, SMOLLM2, layer_jobs, pruned_layer
 from benchmarks.timing import environment, interleave
 from torch import Tensor
 
-from sqft.ops import compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
+from sqft.artifacts import write_json
 from sqft.ops.weight_blocks import WeightBlocks
 
 ZERO, TOP = 8, 7  # symmetric, 4 bits
@@ -39,15 +38,11 @@ def passes(block: Tensor, latent: Tensor, scale: Tensor, gradient: Tensor | None
 
 def measure(name: str, out_features: int, in_features: int) -> dict[str, Any]:
     """One shape: times in ms, whether all numbers are equal, and the ratio to the published layer."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
-    mask = mask_rows(torch.rand(weight.shape, generator=generator), 0.5)
-    base = keep_nonzero(weight, mask)
-    grid = compute_qparams(base, bits=4, group_size=GROUP, symmetric=True)
-    latent = encode_latent(base, quantize(base, grid), mask, grid)
-    lora_A = torch.randn(RANK, in_features, generator=generator) * in_features**-0.5
-    lora_B = torch.randn(out_features, RANK, generator=generator) * 0.01
-    gradient = torch.randn(out_features, in_features, generator=generator)
+    torch.manual_seed(0)
+    _, grid, latent = pruned_layer(out_features, in_features, "cpu")
+    lora_A = torch.randn(RANK, in_features) * in_features**-0.5
+    lora_B = torch.randn(out_features, RANK) * 0.01
+    gradient = torch.randn(out_features, in_features)
     blocks, rows = WeightBlocks(latent, lora_A, lora_B, SCALING, grid, None), slice(0, out_features)
     torch._dynamo.reset()
     loop = torch.compile(passes, dynamic=False)
@@ -104,8 +99,7 @@ def main() -> None:
         cells = " | ".join(f"{row['ms'][name]:.2f}" for name in names)
         print(f"| {row['layer']} | {cells} | {row['equal']} | {row['now']:.2f} | {row['would be']:.2f} |")
     if arguments.json is not None:
-        result = {"environment": environment("wall"), "layers": rows}
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_json(arguments.json, {"environment": environment("wall"), "layers": rows})
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def main() -> None:
         result = run(arguments, arguments.cache or Path(temporary))
     print(markdown(result))
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

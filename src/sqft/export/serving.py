@@ -34,7 +34,7 @@ def serving_commands(
             f"import openvino_genai as g; p = g.LLMPipeline({str(directory)!r}, 'CPU'); "
             "print(p.generate('Hello', max_new_tokens=32))"
         )
-        return [f"python -c {shlex.quote(code)}  # {TRIED}; needs pip install openvino-genai"]
+        return [f"python -c {shlex.quote(code)}  # {TRIED}; needs pip install 'sqft[openvino]'"]
     if format_name == "gptq":
         return [_vllm(f"{place} --quantization gptq", "needs a GPU")]
     if format_name == "compressed-tensors":

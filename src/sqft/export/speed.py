@@ -7,7 +7,7 @@ that a busy machine slows all of them alike. Figures are medians over rounds.
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -101,40 +101,48 @@ def measure_speed(
 ) -> list[SpeedRow]:
     """Generate `new_tokens` greedily after a prompt, `rounds` times in turn after one round to warm up.
 
-    launches: how often the processes are started anew, with that many rounds each; one and the same process
-    can be a fifth faster or slower all its life, by where its memory happens to lie.
+    launches: how often the processes are started anew, with that many rounds each; spreads the measurement
+    over minutes, since a shared machine can be a fifth slower for as long.
 
     Raises: ExportError if an artefact cannot be opened or run.
     """
     count = threads or torch.get_num_threads()
     prompt = [100 + 7 * index % 150 for index in range(prompt_tokens)]
-    timings: list[list[tuple[float, float]]] = [[] for _ in artefacts]
-    peaks = [0] * len(artefacts)
     with progress.task("bench", launches * (rounds + 1) * len(artefacts)) as advance:
-        for _ in range(launches):
-            with _processes(artefacts, count) as pipes:
-                for turn in range(rounds + 1):
-                    for index, (artefact, pipe) in enumerate(zip(artefacts, pipes, strict=True)):
-                        pipe.send((prompt, new_tokens))
-                        result = _receive(artefact, pipe)
-                        if turn:
-                            timings[index].append(result)
-                        advance(1)
-                for index, (artefact, pipe) in enumerate(zip(artefacts, pipes, strict=True)):
-                    pipe.send(None)
-                    peaks[index] = max(peaks[index], _receive(artefact, pipe))
-    return [
-        SpeedRow(
-            artefact.name,
-            artefact.runtime,
-            artefact.size_bytes,
-            statistics.median(first for first, _ in timing),
-            statistics.median(speed for _, speed in timing),
-            peak,
-            [speed for _, speed in timing],
-        )
-        for artefact, timing, peak in zip(artefacts, timings, peaks, strict=True)
-    ]
+        found = [_launch(artefacts, (prompt, new_tokens), rounds, count, advance) for _ in range(launches)]
+    rows = []
+    for artefact, runs in zip(artefacts, zip(*found, strict=True), strict=True):
+        timings = [timing for each, _ in runs for timing in each]
+        speeds = [speed for _, speed in timings]
+        first = statistics.median(seconds for seconds, _ in timings)
+        peak = max(peak for _, peak in runs)
+        size, speed = artefact.size_bytes, statistics.median(speeds)
+        rows.append(SpeedRow(artefact.name, artefact.runtime, size, first, speed, peak, speeds))
+    return rows
+
+
+def _launch(
+    artefacts: Sequence[Artefact],
+    request: tuple[list[int], int],
+    rounds: int,
+    threads: int,
+    advance: Callable[[int], None],
+) -> list[tuple[list[tuple[float, float]], int]]:
+    """The timings of every artefact, one process each and without the first round, and its peak memory."""
+    with _processes(artefacts, threads) as pipes:
+        pairs = list(zip(artefacts, pipes, strict=True))
+        turns: list[list[tuple[float, float]]] = []
+        for _ in range(rounds + 1):
+            turns.append([])
+            for artefact, pipe in pairs:
+                pipe.send(request)
+                turns[-1].append(_receive(artefact, pipe))
+                advance(1)
+        peaks = []
+        for artefact, pipe in pairs:
+            pipe.send(None)
+            peaks.append(_receive(artefact, pipe))
+    return [(list(timing), peak) for timing, peak in zip(zip(*turns[1:], strict=True), peaks, strict=True)]
 
 
 @contextmanager
