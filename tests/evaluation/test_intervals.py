@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 
-from sqft.evaluation import paired_difference
 from sqft.evaluation.intervals import ratio_interval, student_t, wilson_interval
 
 
@@ -44,11 +43,3 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
 
 def test_one_item_says_nothing_about_spread() -> None:
     assert ratio_interval([2.0], [2]) == (1.0, -math.inf, math.inf)
-
-
-def test_paired_difference() -> None:
-    result = paired_difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [1, 1, 2])
-    assert result.difference == pytest.approx(0.75)
-    assert result.num_items == 3
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        paired_difference([1.0], [1.0, 2.0])

@@ -2,15 +2,16 @@
 
 from sqft.evaluation.accuracy import AccuracyResult, evaluate_accuracy
 from sqft.evaluation.harness import evaluate_tasks
-from sqft.evaluation.intervals import Difference, paired_difference
 from sqft.evaluation.items import evaluate_items
 from sqft.evaluation.loss import LossResult, PerplexityResult, evaluate_loss, evaluate_perplexity
+from sqft.evaluation.paired import Difference, compare_correct, paired_difference
 
 __all__ = [
     "AccuracyResult",
     "Difference",
     "LossResult",
     "PerplexityResult",
+    "compare_correct",
     "evaluate_accuracy",
     "evaluate_items",
     "evaluate_loss",

@@ -1,23 +1,12 @@
-"""95 % intervals: of a share, of a mean per token, and of the difference between two models."""
+"""95 % intervals: of a share, and of a mean per token."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
-__all__ = ["Difference", "paired_difference", "ratio_interval", "wilson_interval"]
+__all__ = ["ratio_interval", "student_t", "wilson_interval"]
 
 Z = NormalDist().inv_cdf(0.975)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """second minus first, paired by item, with a 95 % interval."""
-
-    difference: float
-    low: float
-    high: float
-    num_items: int
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -44,20 +33,6 @@ def ratio_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float,
     squares = math.fsum((s - ratio * c) ** 2 for s, c in zip(sums, counts, strict=True))
     spread = student_t(n - 1) * math.sqrt(squares * n / (n - 1)) / units
     return ratio, ratio - spread, ratio + spread
-
-
-def paired_difference(
-    first: Sequence[float], second: Sequence[float], counts: Sequence[int] | None = None
-) -> Difference:
-    """How much `second` is larger per unit than `first`, both measured on the same items in the same order.
-
-    counts: units of each item (answer tokens of a summed loss); None: one each.
-
-    Raises: ValueError if the lengths differ.
-    """
-    deltas = [b - a for a, b in zip(first, second, strict=True)]
-    ratio, low, high = ratio_interval(deltas, counts or [1] * len(deltas))
-    return Difference(ratio, low, high, len(deltas))
 
 
 def student_t(degrees: int) -> float:

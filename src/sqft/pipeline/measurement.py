@@ -113,10 +113,10 @@ def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
-    from sqft.evaluation import paired_difference
+    from sqft.evaluation import compare_correct, paired_difference
 
     loss = paired_difference(second["loss_sums"], first["loss_sums"], first["answer_tokens"])
-    right = paired_difference([float(c) for c in second["correct"]], [float(c) for c in first["correct"]])
+    right = compare_correct(second["correct"], first["correct"])
     return (
         f"loss {loss.difference:+.3f} nats ({loss.low:+.3f} to {loss.high:+.3f}), accuracy "
         f"{100 * right.difference:+.1f} points ({100 * right.low:+.1f} to {100 * right.high:+.1f}), "
