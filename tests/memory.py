@@ -9,7 +9,8 @@ from pathlib import Path
 def anonymous_bytes() -> int:
     """The anonymous memory of this process (Linux), without what the allocator keeps of freed memory.
 
-    A worker that ran other tests before holds free pages by the megabyte, and gets or returns them at any time.
+    A worker that ran other tests before holds free pages by the megabyte, and gets or returns them at any
+    time.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
     if trim is not None:

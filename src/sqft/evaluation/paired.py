@@ -41,11 +41,12 @@ def paired_difference(
 ) -> Difference:
     """How much `second` is larger per unit than `first`, by the bootstrap over items and over seeds.
 
-    With d[s, i] the difference of item i under seed s, and c_i its units, D = sum_i(mean_s d[s, i]) / sum_i(c_i).
-    Each round draws the n items, and the S seeds, anew with replacement; the two deviations from D add up.
-    A deviation over n draws is stretched by sqrt(n / (n - 1)) t(n - 1) / z, which makes up for the variance that
-    resampling so few loses, and for the tails: three seeds say little, and their interval shows it. A single
-    item has an infinite interval; a single seed adds nothing, so that the interval is over items alone.
+    With d[s, i] the difference of item i under seed s, and c_i its units,
+    D = sum_i(mean_s d[s, i]) / sum_i(c_i). Each round draws the n items, and the S seeds, anew with
+    replacement; the two deviations from D add up. A deviation over n draws is stretched by
+    sqrt(n / (n - 1)) t(n - 1) / z, which makes up for the variance that resampling so few loses, and for the
+    tails: three seeds say little, and their interval shows it. A single item has an infinite interval; a
+    single seed adds nothing, so that the interval is over items alone.
 
     first, second: one figure an item, or one such list a seed, seeds in the same order.
     counts: units of each item (answer tokens of a summed loss); None: one each.

@@ -24,7 +24,7 @@ from sqft.sections import (
     TrainSection,
 )
 
-__all__ = ["Recipe", "load_recipe", "parse_recipe", "recipe_schema"]
+__all__ = ["Recipe", "load_recipe", "parse_recipe", "read_recipe_values", "recipe_schema", "set_value"]
 
 
 class Recipe(Section):
@@ -32,8 +32,9 @@ class Recipe(Section):
 
     name: str = Field(
         "recipe",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="Folder of the results inside the workspace, whose own are stages and models.",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        description="Folder of the results inside the workspace, whose own are stages and models. One slash "
+        "is allowed: SWEEP/CELL.",
     )
     model: ModelSection
     seed: int = Field(
@@ -70,7 +71,10 @@ class Recipe(Section):
         models = self.existing_models()
         unknown = [name for name in evaluate.models or [] if name not in [*models, "dense_tuned"]]
         return [
-            (self.name in ("stages", "models"), f"name: '{self.name}' is a folder of the workspace's own"),
+            (
+                self.name.split("/")[0] in ("stages", "models"),
+                f"name: '{self.name}' is a folder of the workspace's own",
+            ),
             (bool(self.adapters and not self.data), "adapters: needs a data section"),
             (bool(self.train and not self.adapters), "train: needs an adapters section"),
             (bool(self.search and not self.adapters), "search: needs an adapters section"),
@@ -161,6 +165,14 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 
     Raises: RecipeError that lists every wrong key with its path.
     """
+    return parse_recipe(read_recipe_values(path, overrides), origin=str(path))
+
+
+def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """A recipe as nested dictionaries, named after its file, overrides applied, nothing else checked.
+
+    Raises: RecipeError if it cannot be read, is no mapping, or an override does not fit.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -175,7 +187,9 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no recipe; write at least 'model: NAME'")
     values.setdefault("name", path.stem)
-    return parse_recipe(values, overrides, origin=str(path))
+    for override in overrides or []:
+        _apply_override(values, override)
+    return values
 
 
 def parse_recipe(
@@ -188,10 +202,32 @@ def parse_recipe(
     values = deepcopy(values)
     for override in overrides or []:
         _apply_override(values, override)
+    if "sweep" in values:
+        raise RecipeError(f"{origin} has a section sweep: it stands for several runs; use sqft sweep")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from None
+
+
+def set_value(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set section.key in nested dictionaries, making the sections on the way.
+
+    Raises: RecipeError if something on the way is a value.
+    """
+    *sections, last = path.split(".")
+    node = values
+    for depth, key in enumerate(sections):
+        child = node.get(key)
+        if key == "model" and depth == 0 and isinstance(child, str):
+            child = {"source": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"{'.'.join(sections[: depth + 1])} is a value, not a section")
+        node[key] = child
+        node = child
+    node[last] = value
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -203,6 +239,8 @@ def _describe(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{place}: unknown key"
+    if isinstance(item.get("input"), list) and not item["type"].startswith(("list", "too_")):
+        return f"{place}: takes one value, not a list; for a run with each of several, use sqft sweep"
     message = str(item["msg"]).removeprefix("Value error, ")
     if not place:
         return message
@@ -236,15 +274,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"the value of '{override}' is not valid YAML: {_yaml_place(error)}") from None
-    node = values
-    for depth, key in enumerate(keys[:-1]):
-        child = node.get(key)
-        if key == "model" and depth == 0 and isinstance(child, str):
-            child = {"source": child}
-        if child is None:
-            child = {}
-        if not isinstance(child, dict):
-            raise RecipeError(f"'{override}': {'.'.join(keys[: depth + 1])} is a value, not a section")
-        node[key] = child
-        node = child
-    node[keys[-1]] = value
+    try:
+        set_value(values, path, value)
+    except RecipeError as error:
+        raise RecipeError(f"'{override}': {error}") from None
