@@ -1,11 +1,21 @@
 """Directories are whole or not there."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 
-from sqft.artifacts import Manifest, digest_file, digest_files, digest_json, new_directory, write_json
+from sqft.artifacts import (
+    Manifest,
+    digest_file,
+    digest_files,
+    digest_json,
+    new_directory,
+    seal,
+    unseal,
+    write_json,
+)
 from sqft.errors import WorkspaceError
 
 
@@ -48,6 +58,23 @@ def test_full_disk_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="no space left"), new_directory(tmp_path / "stage"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not (tmp_path / "stage").exists()
+
+
+def test_what_a_kill_left_of_a_file_being_written_is_cleared(tmp_path: Path) -> None:
+    partial = tmp_path / "stage.partial"
+    partial.mkdir()
+    (partial / "kept").write_text("x")
+    (partial / "manifest.json.tmp").write_text("{")
+    with new_directory(tmp_path / "stage", keep_partial=True) as directory:
+        assert sorted(digest_files(directory)) == ["kept"]
+
+
+def test_a_changed_seal_is_noticed() -> None:
+    sealed = seal({"a": 1, "b": [1.5, (2,)], "c": None})
+    assert unseal(json.loads(json.dumps(sealed))) == {"a": 1, "b": [1.5, [2]], "c": None}
+    for damaged in (sealed | {"a": 2}, {"a": 1}, [], sealed | {"more": 0}):
+        with pytest.raises(ValueError, match="written"):
+            unseal(damaged)
 
 
 def test_manifest_round_trip_and_damage(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,10 +25,17 @@ __all__ = [
     "digest_files",
     "digest_json",
     "new_directory",
+    "replace_file",
+    "seal",
+    "sync_path",
+    "sync_tree",
+    "unseal",
     "write_json",
 ]
 
 MANIFEST = "manifest.json"
+SEAL = "sha256"
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 LAYERS = "sqft_layers.json"  # of a compressed model: what was done to each layer
 
 
@@ -64,10 +71,33 @@ class Manifest:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON such that the file is either the old one or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write JSON such that the file is either the old one or the whole new one, whatever happens."""
+    temporary = path.with_name(path.name + TEMPORARY)
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(temporary, path)
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Give a written file its final name, in one step; it is on the disk before, and its name after."""
+    sync_path(temporary)
     os.replace(temporary, path)
+    sync_path(path.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Wait until everything below a directory is on the disk."""
+    for path in [*directory.rglob("*"), directory]:
+        if not path.is_symlink():
+            sync_path(path)
 
 
 @contextmanager
@@ -82,11 +112,15 @@ def new_directory(final: Path, *, keep_partial: bool = False) -> Iterator[Path]:
     if partial.exists() and not keep_partial:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
+    for half_written in partial.rglob("*" + TEMPORARY):  # a kill between writing a file and naming it
+        half_written.unlink()
     try:
         yield partial
+        sync_tree(partial)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
+        sync_path(final.parent)
     except Exception as error:
         # Libraries wrap the system's error in their own, and keep its words.
         if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
@@ -100,6 +134,22 @@ def digest_json(value: Any) -> str:
     """The sha256 of a value as canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a digest of itself under "sha256", so that `unseal` notices a change by accident."""
+    plain = json.loads(json.dumps(value))
+    return {**plain, SEAL: digest_json(plain)}
+
+
+def unseal(value: Any) -> dict[str, Any]:
+    """What was sealed. Raises: ValueError if it is not what it was then."""
+    if not isinstance(value, dict) or SEAL not in value:
+        raise ValueError("it was not written whole")
+    plain = {key: item for key, item in value.items() if key != SEAL}
+    if value[SEAL] != digest_json(plain):
+        raise ValueError("it is not as it was written")
+    return plain
 
 
 def digest_file(path: Path) -> str:

@@ -1,6 +1,8 @@
 """Runs that were cut, and states that are of no use."""
 
 import logging
+import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,3 +113,89 @@ def test_a_run_that_goes_on_says_nothing(
     sparsify(directory, tmp_path / "cut")
     assert loaded == ["model.layers.1"]
     assert not [message for message in caplog.messages if STATE in message]
+
+
+def cut_after_the_first_block(
+    compress: Callable[..., Any], directory: Path, out: Path, **settings: Any
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BlockWalk, "unload", lambda walk, name: name.endswith("1") and interrupt())
+        with pytest.raises(Interrupted):
+            compress(directory, out, **settings)
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1 << bit
+    path.write_bytes(bytes(content))
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "deleted": lambda path: path.unlink(),
+    "header": lambda path: flip(path, 9),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    ("compress", "file"),
+    [
+        (sparsify, "model.safetensors"),
+        (sparsify, "sqft_masks.safetensors"),
+        (sparsify, STATE),
+        (quantize, "model.safetensors"),
+        (quantize, "sqft_latent.safetensors"),
+    ],
+)
+def test_torn_files_of_a_cut_run_are_never_taken_for_whole(
+    tiny_model_dir: Maker, tmp_path: Path, compress: Callable[..., Any], file: str, damage: str
+) -> None:
+    directory = tiny_model_dir("llama")
+    compress(directory, tmp_path / "whole")
+    cut_after_the_first_block(compress, directory, tmp_path / "cut")
+    DAMAGE[damage](tmp_path / "cut" / file)
+    compress(directory, tmp_path / "cut")
+    assert same_files(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_flipped_bits_of_a_cut_run_change_nothing_and_are_told(
+    tiny_model_dir: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tiny_model_dir("llama")
+    settings = {"method": "gptaq", "group_size": 32}  # reads the dense model's hidden states too
+    quantize(directory, tmp_path / "whole", **settings)
+    cut_after_the_first_block(quantize, directory, tmp_path / "cut", **settings)
+    draw = random.Random(0)
+    for trial in range(12):
+        again = tmp_path / f"again-{trial}"
+        shutil.copytree(tmp_path / "cut", again)
+        files = sorted(path for path in again.iterdir() if path.is_file())
+        damaged = files[trial % len(files)]
+        flip(damaged, draw.randrange(damaged.stat().st_size), draw.randrange(8))
+        caplog.clear()
+        quantize(directory, again, **settings)
+        assert same_files(tmp_path / "whole", again), damaged
+        told = [r for r in caplog.records if r.levelno >= logging.WARNING and str(again) in r.getMessage()]
+        assert len(told) <= 1
+        assert told or damaged.name != STATE
+
+
+def test_hidden_states_are_computed_again_from_proven_blocks(
+    tiny_model_dir: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tiny_model_dir("llama")
+    sparsify(directory, tmp_path / "whole")
+    cut_after_the_first_block(sparsify, directory, tmp_path / "cut")
+    flip(tmp_path / "cut" / STATE, -5)  # in the last hidden state
+    measured: list[str] = []
+    collect = BlockWalk.collect
+    monkeypatch.setattr(
+        BlockWalk, "collect", lambda walk, name, *a: measured.append(name) or collect(walk, name, *a)
+    )
+    sparsify(directory, tmp_path / "cut")
+    assert measured == ["model.layers.1"]  # the first block is passed through, not compressed again
+    assert [r for r in caplog.messages if "hidden states are computed again" in r]
+    assert same_files(tmp_path / "whole", tmp_path / "cut")

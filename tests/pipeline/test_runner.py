@@ -62,6 +62,18 @@ def test_a_changed_stage_directory_is_noticed(values: dict[str, Any]) -> None:
         run_recipe(parse_recipe(values))
 
 
+def test_a_kill_before_the_manifest_has_its_name_does_not_stick(values: dict[str, Any]) -> None:
+    whole = run_recipe(parse_recipe(values))
+    stage = whole.stages[0].directory
+    partial = stage.with_name(stage.name + ".partial")
+    stage.rename(partial)
+    (partial / "manifest.json").rename(partial / "manifest.json.tmp")
+    for _ in range(2):  # the first goes on from there, the second reuses what the first made
+        stages = run_recipe(parse_recipe(values)).stages
+        assert stages[0].manifest.files == whole.stages[0].manifest.files
+    assert all(finished.reused for finished in stages)
+
+
 def test_one_run_at_a_time(values: dict[str, Any]) -> None:
     with (
         open_workspace(Path(values["runtime"]["workspace"])),

@@ -1,6 +1,7 @@
 """The contract that every search method keeps, and what is special about hill climbing."""
 
 import math
+import random
 from pathlib import Path
 from typing import Any, get_args
 
@@ -140,3 +141,32 @@ def test_a_damaged_journal(tmp_path: Path) -> None:
     (tmp_path / "trials.log").write_text("nonsense\nnonsense\n")
     with pytest.raises(WorkspaceError, match="is damaged"):
         search("hill_climb", tmp_path)
+
+
+def test_a_journal_damaged_between_two_runs_gives_no_other_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = search("hill_climb", tmp_path / "whole", num_trials=5)
+    draw = random.Random(0)
+    for attempt in range(6):
+        directory = tmp_path / str(attempt)
+        search("hill_climb", directory, num_trials=3)
+        journal = directory / "trials.log"
+        content = bytearray(journal.read_bytes())
+        if attempt % 3:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        else:
+            del content[draw.randrange(len(content)) :]
+        journal.write_bytes(content)
+        caplog.clear()
+        assert search("hill_climb", directory, num_trials=5) == whole
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{journal} is not as it was written; the search goes on from before it"
+        ]
+
+
+def test_trials_that_nothing_proves_are_not_used(tmp_path: Path) -> None:
+    search("hill_climb", tmp_path, num_trials=3)
+    (tmp_path / ".trials.log.sha256").unlink()
+    with pytest.raises(WorkspaceError, match="nothing proves"):
+        search("hill_climb", tmp_path, num_trials=5)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sqft.adapters import SearchSpace, attach_adapters
+from sqft.artifacts import seal, unseal
 from sqft.data import Example
 from sqft.errors import TrainingError
 from sqft.models import load_model
 from sqft.sections import AdapterSection, TrainSection
 from sqft.training import TrainingRecord, train_adapters
 from sqft.training import trainer as trainer_module
+from sqft.training.record import Journal
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -169,12 +171,50 @@ def test_a_changed_environment_is_told(
     train(make_model(), tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-7")
     marker = tmp_path / "checkpoint-6" / "complete.json"
-    facts = json.loads(marker.read_text())
+    facts = unseal(json.loads(marker.read_text()))
     facts["environment"]["threads"] = "64"
-    marker.write_text(json.dumps(facts))
+    marker.write_text(json.dumps(seal(facts)))
     record = train(make_model(), tmp_path)
     assert record.resumed == [{"step": 6, "differences": {"threads": ["64", "1"]}}]
     assert "another threads" in caplog.text
+
+
+def test_damaged_checkpoints_are_passed_over(
+    make_model: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    straight = make_model()
+    whole = train(straight, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        kill_at(7, patch, when="on_step_begin")
+        kill_at(7, patch, when="on_step_end")
+        with pytest.raises(Killed):
+            train(make_model(), tmp_path / "killed")
+    last = tmp_path / "killed" / "checkpoint-6"
+    files = sorted(path.relative_to(last) for path in last.rglob("*") if path.is_file())
+    assert {"complete.json", "optimizer.pt", "trainer_state.json"} <= {str(name) for name in files}
+    damages = [(f"checkpoint-6/{name}", kind) for name in files for kind in ("flip", "cut", "deleted")]
+    for number, (name, kind) in enumerate([*damages, ("steps.jsonl", "flip"), ("steps.jsonl", "cut")]):
+        directory = tmp_path / str(number)
+        shutil.copytree(tmp_path / "killed", directory)
+        content = bytearray((directory / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (directory / name).write_bytes(content if kind == "flip" else content[: len(content) // 2])
+        if kind == "deleted":
+            (directory / name).unlink()
+        caplog.clear()
+        checkpoints = Journal(directory).checkpoints()
+        assert checkpoints[6][1] is None
+        told = [r.getMessage() for r in caplog.records if "not as it was written" in r.getMessage()]
+        assert told or (name, kind) == ("checkpoint-6/complete.json", "deleted")
+        if name in ("checkpoint-6/optimizer.pt", "steps.jsonl") and kind == "flip":
+            resumed = make_model()
+            record = train(resumed, directory)
+            assert_equal(trained(straight), trained(resumed))
+            assert record.losses == whole.losses
+            assert record.resumed == ([{"step": 3, "differences": {}}] if checkpoints[3][1] else [])
 
 
 def test_gradient_checkpointing_trains_the_same_sub_adapters(

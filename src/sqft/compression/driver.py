@@ -4,18 +4,18 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import takewhile
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sqft.artifacts import digest_json
 from sqft.compression.processes import is_alone
 from sqft.compression.reports import LayerReport, warn_few_tokens
 from sqft.compression.statistics import Hessian, SingularHessianError
-from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
+from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor, read_facts
 from sqft.errors import CompressionError
 from sqft.models import CheckpointWriter
 from sqft.progress import Progress
@@ -49,11 +49,12 @@ def compress_blocks(
     """Compress block after block.
 
     After each block the hidden states are kept beside the weights, so that a run on the same directory with
-    the same settings, calibration, threads and library version goes on after it, with the same bits.
+    the same settings, calibration, threads and library version goes on after it, with the same bits. What it
+    goes on from is proven by digests: a block that the files do not hold any more, and all after it, are
+    done again.
     """
     about = _about(walk, task, writer, calibration)
-    reports, finished = _resume(walk, writer.state_path, about)
-    writer.mark_written({report.name for report in reports})
+    reports, finished = _resume(walk, task, writer, about)
     last = next(reversed(walk.blocks))
     with progress.task(task.description, len(walk.blocks)) as advance:
         for name in walk.blocks:
@@ -68,7 +69,12 @@ def compress_blocks(
                 walk.unload(name)
                 finished.append(name)
                 if is_alone():
-                    done = {"blocks": finished, "reports": [report.to_json() for report in reports]}
+                    writer.sync()
+                    done = {
+                        "blocks": finished,
+                        "reports": [report.to_json() for report in reports],
+                        "digests": writer.digests,
+                    }
                     facts = {"about": json.dumps(about), "done": json.dumps(done)}
                     walk.save_state(writer.state_path, facts, hidden=name != last)
             advance(1)
@@ -119,13 +125,15 @@ def _about(
     }
 
 
-def _resume(walk: BlockWalk, path: Path, about: dict[str, str]) -> tuple[list[LayerReport], list[str]]:
+def _resume(
+    walk: BlockWalk, task: Task, writer: CheckpointWriter, about: dict[str, str]
+) -> tuple[list[LayerReport], list[str]]:
     """(reports, finished blocks) of an interrupted run, whose hidden states the walk takes over."""
+    path = writer.state_path
     if not (path.is_file() and is_alone()):
         return [], []
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = dict(file.metadata() or {})
+        facts = read_facts(path)
         before, done = json.loads(facts["about"]), json.loads(facts["done"])
     except (SafetensorError, OSError, KeyError, ValueError):
         logger.warning("%s cannot be read; the interrupted run it is of starts over", path)
@@ -135,6 +143,30 @@ def _resume(walk: BlockWalk, path: Path, about: dict[str, str]) -> tuple[list[La
         what = ", ".join(changed)
         logger.warning("%s is of a run with other %s; it cannot go on, and starts over", path, what)
         return [], []
-    if len(done["blocks"]) < len(walk.blocks):
-        walk.load_state(path)
-    return [LayerReport.from_json(report) for report in done["reports"]], done["blocks"]
+    finished = list(takewhile(lambda block: writer.take_over(block, done["digests"]), done["blocks"]))
+    lost = done["blocks"][len(finished) :]
+    if lost:
+        logger.warning(
+            "%s no longer holds %s as it was written; from there on it is done again",
+            writer.directory,
+            lost[0],
+        )
+    if len(finished) < len(walk.blocks) and (lost or not walk.load_state(path)):
+        if not lost:
+            logger.warning("%s is damaged; its hidden states are computed again", path)
+        for name in finished:
+            _replay(walk, name, writer)
+    reports = [LayerReport.from_json(report) for report in done["reports"]]
+    return [r for r in reports if any(r.name.startswith(f"{block}.") for block in finished)], finished
+
+
+def _replay(walk: BlockWalk, name: str, writer: CheckpointWriter) -> None:
+    """Take the hidden states through a finished block, with the weights that were written."""
+    block = walk.load(name)
+    for inner, module in block.named_modules():
+        weight = writer.read_linear(f"{name}.{inner}") if isinstance(module, nn.Linear) else None
+        if weight is not None:
+            weight = weight.to(device=walk.device, dtype=walk.dtype)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    walk.advance(name)
+    walk.unload(name)

@@ -165,7 +165,6 @@ def quantize_model(
     )
     reports = compress_blocks(walk, task, writer, calibration, progress)
     walk.close()
-    writer.mark_written(set(masks) - set(linears))
     return reports
 
 

@@ -5,8 +5,8 @@ Later blocks see what the earlier ones put out after compression.
 
 import copy
 import hashlib
+import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,14 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from jaxtyping import Integer
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sqft.artifacts import replace_file, seal, unseal
 from sqft.compression.processes import share_of_rows
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, decoder_blocks
 
-__all__ = ["BlockWalk", "InputGroup", "Statistic", "digest_tensor"]
+__all__ = ["BlockWalk", "InputGroup", "Statistic", "digest_tensor", "read_facts"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ BATCH_TOKENS = 2048
 HELD_OUT_FROM = 8  # sequences: with so many, the last one is kept out of the statistics, to measure errors on
 SAMPLE_TOKENS = 128
 PROBE_TOKENS = 32
+TENSORS = "tensors"  # in the metadata of a state: the digests of its tensors
 
 
 class Statistic(Protocol):
@@ -260,17 +263,26 @@ class BlockWalk:
         states = [*self.hidden, *self.dense_hidden] if hidden else []
         states = states or [torch.zeros(1)]
         tensors = {str(index): state.contiguous().cpu() for index, state in enumerate(states)}
-        save_file(tensors, temporary, metadata=facts)
-        os.replace(temporary, path)
+        facts = facts | {TENSORS: json.dumps({name: digest_tensor(t) for name, t in tensors.items()})}
+        save_file(tensors, temporary, metadata=seal(facts))
+        replace_file(temporary, path)
 
-    def load_state(self, path: Path) -> None:
-        """Read hidden states back."""
-        tensors = load_file(path)
-        count = len(self.hidden)
-        self.hidden = [self._keep(h, tensors[str(i)].to(self.device)) for i, h in enumerate(self.hidden)]
+    def load_state(self, path: Path) -> bool:
+        """Read hidden states back; False if the file does not hold them as they were written."""
+        digests = json.loads(read_facts(path)[TENSORS])
+        count = len(self.hidden) + len(self.dense_hidden)
+        with safe_open(path, framework="pt") as file:
+            if sorted(file.keys()) != sorted(map(str, range(count))):
+                return False
+            tensors = [file.get_tensor(str(index)).to(self.device) for index in range(count)]
+        if any(digests[str(index)] != digest_tensor(tensor) for index, tensor in enumerate(tensors)):
+            return False
+        first = len(self.hidden)
+        self.hidden = [self._keep(old, new) for old, new in zip(self.hidden, tensors[:first], strict=True)]
         self.dense_hidden = [
-            self._keep(h, tensors[str(i + count)].to(self.device)) for i, h in enumerate(self.dense_hidden)
+            self._keep(old, new) for old, new in zip(self.dense_hidden, tensors[first:], strict=True)
         ]
+        return True
 
     def _set(self, name: str, value: Tensor) -> None:
         parent, _, child = name.rpartition(".")
@@ -343,6 +355,15 @@ def _drop(module: nn.Module, name: str) -> None:
     """Free a parameter, keeping its shape."""
     empty = torch.empty_like(getattr(module, name), device="meta")
     setattr(module, name, nn.Parameter(empty, requires_grad=False))
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The facts of a state that `save_state` wrote.
+
+    Raises: SafetensorError, OSError, KeyError or ValueError if the file is damaged.
+    """
+    with safe_open(path, framework="pt") as file:
+        return unseal(file.metadata())
 
 
 def digest_tensor(tensor: Tensor) -> str:

@@ -3,13 +3,17 @@
 The header needs names, dtypes and shapes only, and these are known before any value is.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from sqft.artifacts import sync_path
 
 __all__ = ["TensorFile", "TensorSpec"]
 
@@ -32,12 +36,16 @@ _DTYPES = {
 class TensorFile:
     """Writes tensors into their places in a safetensors file whose contents are declared first.
 
-    Opening an existing file of the same declaration keeps what it holds, for work that resumes.
+    Opening an existing file of the same declaration keeps what it holds, for work that resumes: what of it is
+    whole, `holds` tells by digest.
+
+    digests: the sha256 of each tensor written, which is what `holds` asks for.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         self.path = path
         self.specs = dict(specs)
+        self.digests: dict[str, str] = {}
         self._offsets: dict[str, int] = {}
         entries: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
@@ -61,10 +69,34 @@ class TensorFile:
         """Put a tensor into its place. Its dtype and shape must be the declared ones."""
         dtype, shape = self.specs[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), (name, tensor.dtype, tensor.shape)
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with self.path.open("r+b") as file:
             file.seek(self._start + self._offsets[name])
-            file.write(data.numpy().data)
+            file.write(data)
+        self.digests[name] = hashlib.sha256(data).hexdigest()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the file holds it: zeros, if it was never written."""
+        dtype, shape = self.specs[name]
+        data = torch.from_numpy(np.frombuffer(self._bytes(name), dtype=np.uint8).copy())
+        return data.view(dtype).reshape(shape)
+
+    def holds(self, name: str, digest: str) -> bool:
+        """Whether the file has the bytes of this sha256 in a tensor's place; they then count as written."""
+        same = name in self.specs and hashlib.sha256(self._bytes(name)).hexdigest() == digest
+        if same:
+            self.digests[name] = digest
+        return same
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        sync_path(self.path)
+
+    def _bytes(self, name: str) -> bytes:
+        dtype, shape = self.specs[name]
+        with self.path.open("rb") as file:
+            file.seek(self._start + self._offsets[name])
+            return file.read(math.prod(shape) * dtype.itemsize)
 
 
 def _begins(path: Path, prefix: bytes) -> bool:

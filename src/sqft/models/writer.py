@@ -16,7 +16,14 @@ from torch import Tensor
 from sqft.artifacts import write_json
 from sqft.errors import ModelError
 from sqft.models.checkpoint import SINGLE, Checkpoint
-from sqft.models.packing import GridSpec, QuantizedWeight, pack_weight, packed_specs, quantization_config
+from sqft.models.packing import (
+    GridSpec,
+    QuantizedWeight,
+    pack_weight,
+    packed_specs,
+    quantization_config,
+    unpack_weight,
+)
 from sqft.models.tensorfile import TensorFile, TensorSpec
 from sqft.ops import pack_mask, unpack_mask
 
@@ -46,8 +53,9 @@ class CheckpointWriter:
 
     `prepare` declares what will be replaced, then `write_linear` takes each, and `close` copies the rest
     from the source and adds config and tokenizer. Until `close` the directory has no config.json, so it
-    cannot be taken for a model. A writer on a directory that an interrupted run left goes on in its files;
-    what else such a run needs lies in `state_path`, until `close` is through.
+    cannot be taken for a model. A writer on a directory that an interrupted run left goes on in its files,
+    with the tensors that `take_over` finds whole; what else such a run needs lies in `state_path`, until
+    `close` is through.
     """
 
     def __init__(self, directory: Path, source: Checkpoint) -> None:
@@ -58,12 +66,20 @@ class CheckpointWriter:
         self._weights: TensorFile | None = None
         self._masks: TensorFile | None = None
         self._latents: TensorFile | None = None
-        self._written: set[str] = set()
 
     @property
     def state_path(self) -> Path:
         """A file for what an interrupted run goes on from."""
         return self.directory / STATE
+
+    @property
+    def digests(self) -> dict[str, dict[str, str]]:
+        """The sha256 of every tensor that is written, by file and tensor."""
+        return {file.path.name: dict(file.digests) for file in self._files}
+
+    @property
+    def _files(self) -> list[TensorFile]:
+        return [file for file in (self._weights, self._masks, self._latents) if file is not None]
 
     def prepare(
         self, *, quantized: Iterable[str] = (), grid: GridSpec | None = None,
@@ -110,11 +126,9 @@ class CheckpointWriter:
             assert self._grid is not None, name
             for key, value in pack_weight(name, weight, self._grid.scale_dtype).items():
                 self._weights.write(key, value)
-                self._written.add(key)
         else:
             key = f"{name}.weight"
             self._weights.write(key, weight.to(self._weights.specs[key][0]))
-            self._written.add(key)
         if mask is not None:
             self.write_mask(name, mask)
         if latent is not None and self._latents is not None:
@@ -125,11 +139,33 @@ class CheckpointWriter:
         if self._masks is not None:
             self._masks.write(name, pack_mask(mask))
 
-    def mark_written(self, names: Iterable[str]) -> None:
-        """Say that these linears were written by the run that this one resumes."""
-        for name in names:
-            ends = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
-            self._written |= {f"{name}.{end}" for end in ends}
+    def read_linear(self, name: str) -> Tensor | None:
+        """A written weight as the model computes with it, dequantized if it is quantized; None if it is not
+        written."""
+        assert self._weights is not None
+        if f"{name}.weight" in self._weights.digests:
+            return self._weights.read(f"{name}.weight")
+        if f"{name}.weight_packed" not in self._weights.digests or self._grid is None:
+            return None
+        return unpack_weight(name, self._weights.read, self._grid).dequantize()
+
+    def take_over(self, block: str, digests: Mapping[str, Mapping[str, str]]) -> bool:
+        """Whether the files still hold a block as an interrupted run wrote it, tensor by tensor.
+
+        digests: as that run's `digests` were. If so, the block counts as written; if not, write it again.
+        """
+        start = f"{block}."
+        return all(
+            file.holds(name, digest)
+            for file in self._files
+            for name, digest in digests[file.path.name].items()
+            if name.startswith(start)
+        )
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        for file in self._files:
+            file.sync()
 
     def close(self, facts: Mapping[str, Any] | None = None) -> None:
         """Copy everything not written from the source; write config, tokenizer and `facts` (sqft.json)."""
@@ -137,7 +173,7 @@ class CheckpointWriter:
             self.prepare()
         assert self._weights is not None
         for name in self._weights.specs:
-            if name not in self._written:
+            if name not in self._weights.digests:
                 linear = name.rpartition(".")[0]
                 assert linear not in self._quantized or name == f"{linear}.bias", f"{name} was never written"
                 stored = name in self.source.names

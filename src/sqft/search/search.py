@@ -1,6 +1,9 @@
 """The search for a sub-adapter: heuristics that look at nothing, and hill climbing on an objective."""
 
+import hashlib
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sqft.adapters import SearchSpace, SubAdapter
-from sqft.artifacts import digest_json
+from sqft.artifacts import digest_json, sync_path
 from sqft.errors import TrainingError, WorkspaceError
 from sqft.progress import SILENT, Progress
 from sqft.search.hill_climb import HillClimb
@@ -20,6 +23,8 @@ from sqft.search.result import SearchResult, Trial
 from sqft.sections import SearchSection
 
 __all__ = ["METHODS", "Objective", "search_sub_adapter"]
+
+logger = logging.getLogger(__name__)
 
 Objective = Callable[[SubAdapter], float]
 
@@ -85,6 +90,7 @@ def _hill_climb(
                     f"the loss of a sub-adapter is {loss}; check the search items and the adapter"
                 )
             study.tell(trial, loss)
+            _seal(storage)
             advance(1)
         trials = _finished(study, space)[:wanted]
     return SearchResult(min(trials, key=lambda trial: trial.loss).ranks, trials)
@@ -101,9 +107,10 @@ METHODS: dict[str, Callable[..., SearchResult]] = {
 def _open_study(storage: Path, sampler: HillClimb, space: SearchSpace, seed: int) -> optuna.Study:
     """The study in the journal, as far as it got: what a kill left behind is cleared away first."""
     storage.parent.mkdir(parents=True, exist_ok=True)
+    sealed = _seals(storage).exists()
     for lock in storage.parent.glob(f"{storage.name}.lock*"):
         lock.unlink()  # of a process that was killed; the workspace's own lock keeps others out
-    _cut_torn_line(storage)
+    _cut_to_seal(storage)
     name = digest_json([space.groups, space.ranks, seed, sampler.neighbours])
     try:
         study = optuna.create_study(
@@ -115,6 +122,10 @@ def _open_study(storage: Path, sampler: HillClimb, space: SearchSpace, seed: int
         )
         if len(study.get_trials(deepcopy=False)) == 0 and len(optuna.get_all_study_names(study._storage)) > 1:
             raise WorkspaceError(f"{storage} holds another search; remove it, or choose another place")
+        if _finished(study, space) and not sealed:
+            raise WorkspaceError(f"{storage} holds trials that nothing proves; remove it to search anew")
+        if not sealed:
+            _seal(storage)
     except (ValueError, KeyError) as error:
         raise WorkspaceError(f"{storage} is damaged ({error}); remove it to search anew") from error
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -122,12 +133,34 @@ def _open_study(storage: Path, sampler: HillClimb, space: SearchSpace, seed: int
     return study
 
 
-def _cut_torn_line(storage: Path) -> None:
-    if storage.exists():
-        content = storage.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            storage.write_bytes(whole)
+def _seal(storage: Path) -> None:
+    """Note that the journal is whole as it is now: its length and digest, on the disk after it."""
+    sync_path(storage)
+    with _seals(storage).open("ab") as file:
+        file.write(_sealed(storage.read_bytes()) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_to_seal(storage: Path) -> None:
+    """Cut the journal back to its longest beginning that is as it was written."""
+    content = storage.read_bytes() if storage.exists() else b""
+    seals = _seals(storage).read_bytes().splitlines() if _seals(storage).exists() else []
+    kept = content.rfind(b"\n") + 1
+    while seals and kept and _sealed(content[:kept]) not in seals:
+        kept = content.rfind(b"\n", 0, kept - 1) + 1
+    if seals and _sealed(content[:kept]) != seals[-1]:
+        logger.warning("%s is not as it was written; the search goes on from before it", storage)
+    if kept < len(content):
+        storage.write_bytes(content[:kept])
+
+
+def _sealed(content: bytes) -> bytes:
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}".encode()
+
+
+def _seals(storage: Path) -> Path:
+    return storage.with_name(f".{storage.name}.sha256")
 
 
 def _finished(study: optuna.Study, space: SearchSpace) -> list[Trial]:

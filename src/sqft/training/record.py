@@ -1,6 +1,8 @@
 """What happened at each optimizer step, kept so that a resumed training has the whole record."""
 
+import hashlib
 import json
+import logging
 import os
 import platform
 from dataclasses import asdict, dataclass, field
@@ -10,12 +12,14 @@ from typing import Any
 
 import torch
 
-from sqft.artifacts import write_json
+from sqft.artifacts import digest_files, seal, sync_path, sync_tree, unseal, write_json
 
 __all__ = ["StepRecord", "TrainingRecord", "environment", "peak_bytes", "reset_peak"]
 
+logger = logging.getLogger(__name__)
 STEPS = "steps.jsonl"
 MARKER = "complete.json"
+PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,7 @@ class Journal:
 
     def keep(self, last: int) -> list[StepRecord]:
         """The steps up to and with `last`; later ones, and a torn last line, leave the file."""
-        lines = self.steps_path.read_text(encoding="utf-8").splitlines() if self.steps_path.exists() else []
-        steps = [StepRecord(**json.loads(line)) for line in lines[:last]]
+        steps = [StepRecord(**json.loads(line)) for line in self._lines(last)]
         if not self.writes:
             return steps
         temporary = self.steps_path.with_suffix(".tmp")
@@ -101,19 +104,53 @@ class Journal:
         return steps
 
     def mark(self, step: int, facts: dict[str, Any]) -> None:
-        """Say that the checkpoint of a step is whole."""
-        write_json(self.directory / f"checkpoint-{step}" / MARKER, facts)
+        """Say that the checkpoint of a step is whole, with digests of its files and of the steps up to it.
+
+        All of it is on the disk before the marker is.
+        """
+        checkpoint = self._checkpoint(step)
+        sync_tree(checkpoint)
+        sync_path(self.steps_path)
+        proof = {"files": digest_files(checkpoint), "steps": self._digest_steps(step)}
+        write_json(checkpoint / MARKER, seal(facts | {"proof": proof}))
 
     def checkpoints(self) -> dict[int, tuple[Path, dict[str, Any] | None]]:
-        """Checkpoint directories by step, with their marker's facts, or None for one that was cut short."""
-        found: dict[int, tuple[Path, dict[str, Any] | None]] = {}
-        for path in self.directory.glob("checkpoint-*"):
-            number = path.name.removeprefix("checkpoint-")
-            if path.is_dir() and number.isdigit():
-                marker = path / MARKER
-                facts = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
-                found[int(number)] = (path, facts)
-        return dict(sorted(found.items()))
+        """Checkpoint directories by step, with their marker's facts, or None for one that is not whole."""
+        steps = [
+            path.name.removeprefix(PREFIX) for path in self.directory.glob(f"{PREFIX}*") if path.is_dir()
+        ]
+        found = sorted(int(step) for step in steps if step.isdecimal())
+        return {step: (self._checkpoint(step), self._facts(step)) for step in found}
+
+    def _facts(self, step: int) -> dict[str, Any] | None:
+        """What the marker of a checkpoint says; None if checkpoint or steps are not those that it proves."""
+        checkpoint = self._checkpoint(step)
+        try:
+            facts = unseal(json.loads((checkpoint / MARKER).read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError):
+            return self._unproven(checkpoint / MARKER)
+        proof = facts.pop("proof", {})
+        found = digest_files(checkpoint)
+        for name, digest in proof.get("files", {}).items():
+            if found.get(name) != digest:
+                return self._unproven(checkpoint / name)
+        if proof.get("steps") != self._digest_steps(step):
+            return self._unproven(self.steps_path)
+        return facts
+
+    def _unproven(self, path: Path) -> None:
+        logger.warning("%s is not as it was written; the training goes on from before it", path)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.directory / f"{PREFIX}{step}"
+
+    def _lines(self, last: int) -> list[bytes]:
+        return self.steps_path.read_bytes().splitlines()[:last] if self.steps_path.exists() else []
+
+    def _digest_steps(self, last: int) -> str:
+        return hashlib.sha256(b"\n".join(self._lines(last))).hexdigest()
 
 
 def environment(model: torch.nn.Module, device: torch.device) -> dict[str, str]:

@@ -84,7 +84,7 @@ def train_adapters(
 
 
 def _last_checkpoint(journal: Journal, facts: dict[str, Any], record: TrainingRecord) -> Path | None:
-    """The checkpoint to go on from; those that were cut short are removed."""
+    """The checkpoint to go on from; those that are not whole are removed."""
     last: tuple[int, Path, dict[str, Any]] | None = None
     for step, (path, found) in journal.checkpoints().items():
         if found is None:

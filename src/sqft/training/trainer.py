@@ -219,6 +219,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Mark the checkpoint as whole."""
+        """Mark the checkpoint as whole, once every process has written its part of it."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
         if state.is_world_process_zero:
             self.journal.mark(state.global_step, self.facts)
