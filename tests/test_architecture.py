@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "sqft"
 TIERS = [
-    {"errors", "progress", "artifacts", "sections", "kernels"},
+    {"errors", "progress", "artifacts", "sections", "untrusted", "kernels"},
     {"ops"},
     {"models", "data"},
     {"compression", "adapters"},
@@ -20,7 +20,7 @@ TIERS = [
 TIER = {name: place for place, names in enumerate(TIERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
 # Plain values and errors that everything of the lowest tier may share.
-FOUNDATION = {"errors", "progress", "artifacts", "sections"}
+FOUNDATION = {"errors", "progress", "artifacts", "sections", "untrusted"}
 # sqft itself, and `python -m sqft`, stand above all: they only hand on.
 ENTRANCES = {SOURCE / "__init__.py", SOURCE / "__main__.py"}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sqft import untrusted
 from sqft.errors import DataError
 from sqft.evaluation import evaluate_tasks
 
@@ -54,3 +55,58 @@ def test_bad_task_files(
         path.write_text(content)
     with pytest.raises(DataError, match=message):
         evaluate_tasks(model, tiny_tokenizer, [str(path)])
+
+
+ENDLESS = "{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}{% endfor %}"
+PAYLOADS = {
+    "function": "doc_to_text: !function evil.f",
+    "function in an included file": "include: evil.inc",
+    "template": "doc_to_text: \"{{ cycler.__init__.__globals__.os.system('touch MARK') }}\"",
+    "endless template": f'doc_to_text: "{ENDLESS}"',
+    "huge template": "doc_to_text: \"{{ 'a' * 99999999999 }}\"",
+    "class": "class: evil.Task",
+    "metric": "metric_list: [{metric: someone/metric}]",
+    "hub metric": "metric_list: [{metric: acc, hf_evaluate: true}]",
+    "data set": "dataset_path: someone/data",
+    "address": "dataset_kwargs: {data_files: {test: 'https://example.org/a.jsonl'}}",
+    "itself": "include: task.yaml",
+    "prompt": "use_prompt: evil.yaml:*",
+}
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_task_file_runs_no_code_and_fetches_nothing(
+    payload: str, model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(untrusted, "RENDER_SECONDS", 0.2)
+    mark = tmp_path / "mark"
+    (tmp_path / "items.jsonl").write_text(json.dumps({"question": "a", "choices": ["b", "c"], "label": 0}))
+    (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()\nf = Task = str")
+    (tmp_path / "evil.inc").write_text("doc_to_text: !function evil.f")
+    task = tmp_path / "task.yaml"
+    plain = TASK.format(data="items.jsonl", cache=tmp_path / "cache").strip().splitlines()
+    key = PAYLOADS[payload].partition(":")[0]
+    kept = [line for line in plain if line.partition(":")[0] != key]
+    task.write_text("\n".join([*kept, PAYLOADS[payload].replace("MARK", str(mark))]))
+    (tmp_path / "another.yaml").write_text(
+        f"task: local_choice\n{PAYLOADS['function']}\n"
+    )  # of the same name
+    with pytest.raises(DataError) as raised:
+        evaluate_tasks(model, tiny_tokenizer, [str(task)], max_items=1)
+    assert not mark.exists()
+    assert "\n" not in str(raised.value)
+
+
+def test_a_trusted_task_file_may_name_code(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    data = tmp_path / "items.jsonl"
+    data.write_text(json.dumps({"question": "a", "choices": ["b", "c"], "label": 0}))
+    (tmp_path / "own.py").write_text("def text(doc):\n    return 'asked: ' + doc['question']\n")
+    task = tmp_path / "task.yaml"
+    task.write_text(
+        TASK.format(data=data, cache=tmp_path / "cache").replace('"{{question}}"', "!function own.text")
+    )
+    results = evaluate_tasks(model, tiny_tokenizer, [str(task)], trust_remote_code=True)
+    assert results["local_choice"]["num_items"] == 1

@@ -40,6 +40,8 @@ def test_a_gpu_computes_in_bfloat16_where_it_can(tmp_path: Path, monkeypatch: py
         ({"arguments": {"wieght_decay": 0.1}}, "no field 'wieght_decay' .* near: weight_decay"),
         ({"arguments": {"learning_rate": 0.1}}, r"write train\.learning_rate in place"),
         ({"arguments": {"save_strategy": "no"}}, "'save_strategy' cannot be changed"),
+        ({"arguments": {"push_to_hub": True}}, "uploads nothing; remove 'push_to_hub'"),
+        ({"arguments": {"hub_model_id": "a/b"}}, "uploads nothing"),
         ({"batch_size": 8, "gradient_accumulation": 3}, "8 cannot be cut into .* 3 equal"),
     ],
 )

@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import yaml
+from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sqft.errors import DataError, require
+from sqft.evaluation.task_files import read_task, sandboxed_templates
 
 __all__ = ["evaluate_tasks"]
 
@@ -22,26 +23,31 @@ def evaluate_tasks(
     *,
     batch_size: int = 16,
     max_items: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks by name, or by the path of a task's YAML file, with lm-evaluation-harness (extra: eval).
 
     Only names make the harness read its own list of tasks, which takes some 20 seconds; files do not.
+    trust_remote_code: let task files name Python code, and data sets and metrics of the hub. Tasks by name
+    are those of the installed harness, code and data sets included.
     Returns the figures of each task, metric by metric, standard errors and version included.
 
-    Raises: MissingExtraError without lm-eval; DataError for an unknown task, a bad file, or missing data.
+    Raises: MissingExtraError without lm-eval; DataError for an unknown task, a bad file, missing data, or a
+    file that asks for more than it may.
     """
     lm_eval = require("lm_eval", "eval")
     huggingface = require("lm_eval.models.huggingface", "eval")
     manager_module = require("lm_eval.tasks", "eval")
-    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    names = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
-    wanted = names + [_task_name(path) for path in files]
-    with _quiet():
-        manager = manager_module.TaskManager(
-            include_path=sorted({str(path.resolve().parent) for path in files}) or None,
-            include_defaults=bool(names),
-        )
-        unknown = sorted(set(wanted) - set(manager.all_tasks))
+    files = {task: Path(task) for task in tasks if task.endswith((".yaml", ".yml"))}
+    names = [task for task in tasks if task not in files]
+    settings = {task: read_task(path, trust_remote_code=trust_remote_code) for task, path in files.items()}
+    # What was read is what runs; only a trusted file is read by the harness itself, with code that it names.
+    wanted = [*names, *(list(files) if trust_remote_code else settings.values())]
+    shown = ", ".join([*names, *(str(s["task"]) for s in settings.values())])
+    templates = nullcontext() if trust_remote_code or not files else sandboxed_templates()
+    with _quiet(), templates:
+        manager = manager_module.TaskManager(include_defaults=bool(names))
+        unknown = sorted(set(names) - set(manager.all_tasks))
         if unknown:
             raise DataError(
                 f"lm-eval knows no task {', '.join(unknown)}; see `lm-eval ls tasks`, or name a YAML file"
@@ -51,9 +57,9 @@ def evaluate_tasks(
             results = lm_eval.simple_evaluate(
                 model=harness, tasks=wanted, task_manager=manager, limit=max_items, bootstrap_iters=0
             )
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"lm-eval cannot run {', '.join(wanted)}: {reason}") from error
+            raise DataError(f"lm-eval cannot run {shown}: {reason}") from error
     return {
         task: {name: _plain(value) for name, value in figures.items() if name != "alias"}
         | {
@@ -62,25 +68,6 @@ def evaluate_tasks(
         }
         for task, figures in results["results"].items()
     }
-
-
-def _task_name(path: Path) -> str:
-    try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), Loader=_AnyTag)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; check evaluate.tasks") from error
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("task"), str):
-        raise DataError(f"{path} has no 'task' name, so it is no task of lm-evaluation-harness")
-    return str(fields["task"])
-
-
-class _AnyTag(yaml.SafeLoader):
-    """A loader that passes over lm-eval's `!function` tags."""
-
-
-_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
 
 
 def _plain(value: Any) -> Any:

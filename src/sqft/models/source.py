@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sqft.artifacts import digest_file, digest_json, new_directory, write_json
 from sqft.errors import ModelError
-from sqft.models.checkpoint import SINGLE, open_checkpoint, quiet_transformers
+from sqft.models.checkpoint import SINGLE, open_checkpoint, quiet_transformers, tied_weights
+from sqft.models.gguf_header import GgufHeader, read_gguf_header
 from sqft.models.tensorfile import TensorFile
 from sqft.models.writer import KEPT_FILES
 from sqft.progress import SILENT, Progress
@@ -85,12 +87,20 @@ def _convert_gguf(path: Path, section: ModelSection, cache_dir: Path, progress: 
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the blocks packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with progress.task(f"dequantizing {path.name}", 2) as advance, quiet_transformers():
+        _check_blocks(path, read_gguf_header(path))
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=getattr(torch, dtype_name), **options
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                gguf_file=path.name,
+                dtype=getattr(torch, dtype_name),
+                output_loading_info=True,
+                **options,
             )
+            _check_loaded(path, model, loaded)
             advance(1)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except ModelError:
+            raise
         except Exception as error:  # the reader of a damaged file fails in any way it likes
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ModelError(f"{path} cannot be read as GGUF ({reason})") from error
@@ -101,6 +111,25 @@ def _convert_gguf(path: Path, section: ModelSection, cache_dir: Path, progress: 
             open_checkpoint(partial)
         advance(1)
     return final
+
+
+def _check_blocks(path: Path, header: GgufHeader) -> None:
+    """Refuse a file that claims more blocks than it has tensors of, before anyone builds them."""
+    named = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if header.num_blocks != len(named):
+        raise ModelError(
+            f"{path} states {header.num_blocks} blocks and has tensors of {len(named)}; fetch it again, or "
+            "join its parts if it is one of several"
+        )
+
+
+def _check_loaded(path: Path, model: Any, loaded: dict[str, Any]) -> None:
+    """Refuse weights that the file does not have: transformers makes them up, and warns."""
+    missing = sorted(set(loaded["missing_keys"]) - set(tied_weights(model)))
+    if missing:
+        raise ModelError(
+            f"{path} lacks {len(missing)} tensors of its architecture, first {missing[0]}; fetch it again"
+        )
 
 
 def _clean_config(path: Path, dtype_name: str) -> None:

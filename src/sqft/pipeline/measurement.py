@@ -24,6 +24,7 @@ def measure_model(
     examples: Sequence["Example"],
     section: EvaluateSection,
     *,
+    trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures of the report's row, figures of every item for paired comparison)."""
@@ -59,7 +60,12 @@ def measure_model(
         items |= {"perplexity_sums": perplexity.sums, "log_perplexity_error": perplexity.standard_error}
     if section.tasks:
         results = evaluate_tasks(
-            model, tokenizer, section.tasks, batch_size=section.batch_size, max_items=section.max_items
+            model,
+            tokenizer,
+            section.tasks,
+            batch_size=section.batch_size,
+            max_items=section.max_items,
+            trust_remote_code=trust_remote_code,
         )
         row["tasks"] = {task: _main_figure(figures) for task, figures in results.items()}
         items["tasks"] = results

@@ -309,6 +309,7 @@ def evaluate(context: StageContext) -> dict[str, Any]:
         load_tokenizer(context.inputs["model"], trust_remote_code=context.trusts_code),
         splits.test if splits else [],
         context.recipe.evaluate or EvaluateSection(),
+        trust_remote_code=context.trusts_code,
         progress=context.progress,
     )
     write_json(context.directory / ITEMS, items)

@@ -40,13 +40,14 @@ ELSEWHERE = {
 FIXED = {"save_strategy", "save_only_model", "remove_unused_columns", "resume_from_checkpoint",
          "logging_nan_inf_filter", "ignore_data_skip", "do_train", "disable_tqdm", "label_smoothing_factor",
          "load_best_model_at_end", "eval_strategy", "auto_find_batch_size"}  # fmt: skip
+UPLOADS = ("push_to_hub", "hub_")
 
 
 def check_arguments(section: TrainSection) -> None:
     """Check `section.arguments` and the cutting of batches without building anything.
 
     Raises: TrainingError for a field that TrainingArguments does not have (naming the nearest), for one that
-    the recipe sets elsewhere, and for a batch that does not divide into its micro-batches.
+    the recipe sets elsewhere or that uploads, and for a batch that does not divide into its micro-batches.
     """
     for name in section.arguments:
         if name not in KNOWN:
@@ -56,6 +57,10 @@ def check_arguments(section: TrainSection) -> None:
             )
         if name in ELSEWHERE:
             raise TrainingError(f"train.arguments: write {ELSEWHERE[name]} in place of {name!r}")
+        if name.startswith(UPLOADS):
+            raise TrainingError(
+                f"train.arguments: a run uploads nothing; remove {name!r}, and upload what it made yourself"
+            )
         if name in FIXED:
             raise TrainingError(
                 f"train.arguments: {name!r} cannot be changed, exact resuming rests on it; remove it"

@@ -1,0 +1,139 @@
+"""Task files for lm-evaluation-harness, read as plain values: no Python of theirs, no hub, no URL.
+
+The harness runs Python that a task file names (`!function`), renders its templates with everything that
+Python offers, and fetches data sets and metrics. A file that comes with somebody's recipe may do none of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from sqft.errors import DataError, require
+from sqft.untrusted import BoundedSandbox, parse_yaml, read_bounded
+
+__all__ = ["read_task", "sandboxed_templates"]
+
+LIMIT_BYTES = 256 * 1024
+INCLUDES = 20
+LOCAL_FORMATS = ("arrow", "csv", "json", "parquet", "text")
+ALLOWED = {
+    "task", "tag", "dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split",
+    "test_split", "fewshot_split", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice",
+    "target_delimiter", "fewshot_delimiter", "description", "num_fewshot", "fewshot_config",
+    "generation_kwargs", "repeats", "filter_list", "should_decontaminate", "doc_to_decontamination_query",
+    "metadata", "metric_list", "gen_prefix", "process_results", "process_docs",
+}  # fmt: skip
+
+
+def read_task(path: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+    """The settings of a task file with those of the files that it includes.
+
+    Raises: DataError if it is no task, or asks for code or network and trust_remote_code is False.
+    """
+    settings = _read(path, trust_remote_code, [])
+    if not isinstance(settings.get("task"), str):
+        raise DataError(f"{path} has no 'task' name, so it is no task of lm-evaluation-harness")
+    if not trust_remote_code:
+        wrong = _asks_for_more(settings)
+        if wrong:
+            raise DataError(f"{path}: {wrong}; set model.trust_remote_code if you trust this file")
+    return settings
+
+
+@contextmanager
+def sandboxed_templates() -> Iterator[None]:
+    """Let the harness render templates without access to Python's internals, and not for ever."""
+    module = require("lm_eval.utils", "eval")
+    before: jinja2.Environment = module.env
+    sandbox = BoundedSandbox(
+        loader=before.loader, undefined=before.undefined, keep_trailing_newline=before.keep_trailing_newline
+    )
+    sandbox.filters.update(before.filters)
+    module.env = sandbox
+    try:
+        yield
+    finally:
+        module.env = before
+
+
+def _read(path: Path, trust_remote_code: bool, including: list[Path]) -> dict[str, Any]:
+    try:
+        text = read_bounded(path, LIMIT_BYTES).decode("utf-8")
+        settings = parse_yaml(text, _AnyTag if trust_remote_code else _NoCode)
+    except FileNotFoundError as error:
+        by = f"included by {including[-1]}" if including else "check evaluate.tasks"
+        raise DataError(f"{path} does not exist; {by}") from error
+    except _Code:
+        raise DataError(
+            f"{path} names Python code (!function), which runs only with model.trust_remote_code"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{path} has no 'task' name, so it is no task of lm-evaluation-harness")
+    including = [*including, path.resolve()]
+    if len(including) > INCLUDES or len(set(including)) < len(including):
+        raise DataError(f"{path} includes itself, or too many others")
+    included = settings.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in included if isinstance(included, list) else [included]:
+        part = _read(path.parent / str(name), trust_remote_code, including)
+        part.pop("task_list", None)
+        merged |= part
+    return merged | settings
+
+
+def _asks_for_more(settings: dict[str, Any]) -> str | None:
+    """What a task asks for beyond plain values and local files; None if nothing."""
+    unknown = sorted(set(map(str, settings)) - ALLOWED)
+    if unknown:
+        return f"'{unknown[0]}' can name code"
+    data = settings.get("dataset_path")
+    if data is not None and data not in LOCAL_FORMATS and not Path(str(data)).is_dir():
+        return f"the data set {data} would be fetched from the hub"
+    url = next((text for text in _texts(settings.get("dataset_kwargs")) if "://" in text), None)
+    if url is not None:
+        return f"{url} would be fetched"
+    metrics = (
+        require("lm_eval.api.metrics", "eval") and require("lm_eval.api.registry", "eval").metric_registry
+    )
+    for metric in settings.get("metric_list") or []:
+        name = metric.get("metric") if isinstance(metric, dict) else metric
+        if name not in metrics or metric.get("hf_evaluate"):
+            return f"the metric {name} would be fetched from the hub"
+    return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+class _Code(Exception):
+    """A file that names code."""
+
+
+class _AnyTag(yaml.SafeLoader):
+    """A loader that passes over lm-eval's `!function` tags."""
+
+
+class _NoCode(yaml.SafeLoader):
+    """A loader that refuses them."""
+
+
+def _refuse(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> None:
+    raise _Code
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
+_NoCode.add_multi_constructor("!", _refuse)
