@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from sqft.untrusted import BoundedSandbox, parse_yaml, read_bounded, time_limit
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import jinja2
 import yaml
-from jinja2.sandbox import SandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
 
 __all__ = ["BoundedSandbox", "check_regular", "parse_yaml", "read_bounded", "time_limit"]
 

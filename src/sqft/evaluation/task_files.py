@@ -47,7 +47,7 @@ def read_task(path: Path, *, trust_remote_code: bool) -> dict[str, Any]:
 @contextmanager
 def sandboxed_templates() -> Iterator[None]:
     """Let the harness render templates without access to Python's internals, and not for ever."""
-    module = require("lm_eval.utils", "eval")
+    module: Any = require("lm_eval.utils", "eval")
     before: jinja2.Environment = module.env
     sandbox = BoundedSandbox(
         loader=before.loader, undefined=before.undefined, keep_trailing_newline=before.keep_trailing_newline
@@ -98,12 +98,11 @@ def _asks_for_more(settings: dict[str, Any]) -> str | None:
     url = next((text for text in _texts(settings.get("dataset_kwargs")) if "://" in text), None)
     if url is not None:
         return f"{url} would be fetched"
-    metrics = (
-        require("lm_eval.api.metrics", "eval") and require("lm_eval.api.registry", "eval").metric_registry
-    )
+    require("lm_eval.api.metrics", "eval")  # fills the table
+    registry: Any = require("lm_eval.api.registry", "eval")
     for metric in settings.get("metric_list") or []:
         name = metric.get("metric") if isinstance(metric, dict) else metric
-        if name not in metrics or metric.get("hf_evaluate"):
+        if name not in registry.metric_registry or metric.get("hf_evaluate"):
             return f"the metric {name} would be fetched from the hub"
     return None
 

@@ -124,24 +124,28 @@ class Journal:
 
     def _facts(self, step: int) -> dict[str, Any] | None:
         """What the marker of a checkpoint says; None if checkpoint or steps are not those that it proves."""
-        checkpoint = self._checkpoint(step)
-        try:
-            facts = unseal(json.loads((checkpoint / MARKER).read_bytes()))
-        except FileNotFoundError:
+        marker = self._checkpoint(step) / MARKER
+        if not marker.exists():
             return None
+        try:
+            facts = unseal(json.loads(marker.read_bytes()))
         except (ValueError, RecursionError):
-            return self._unproven(checkpoint / MARKER)
-        proof = facts.pop("proof", {})
+            changed: Path | None = marker
+        else:
+            changed = self._changed_since(step, facts.pop("proof", {}))
+        if changed is None:
+            return facts
+        logger.warning("%s is not as it was written; the training goes on from before it", changed)
+        return None
+
+    def _changed_since(self, step: int, proof: dict[str, Any]) -> Path | None:
+        """The first file that is not what the proof of a step says; None if all are."""
+        checkpoint = self._checkpoint(step)
         found = digest_files(checkpoint)
         for name, digest in proof.get("files", {}).items():
             if found.get(name) != digest:
-                return self._unproven(checkpoint / name)
-        if proof.get("steps") != self._digest_steps(step):
-            return self._unproven(self.steps_path)
-        return facts
-
-    def _unproven(self, path: Path) -> None:
-        logger.warning("%s is not as it was written; the training goes on from before it", path)
+                return checkpoint / name
+        return self.steps_path if proof.get("steps") != self._digest_steps(step) else None
 
     def _checkpoint(self, step: int) -> Path:
         return self.directory / f"{PREFIX}{step}"
