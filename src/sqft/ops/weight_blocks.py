@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sqft.ops.grid import QParams
 
-__all__ = ["WeightBlocks", "row_blocks"]
+__all__ = ["WeightBlocks", "cache_blocks", "row_blocks", "transient_blocks"]
 
 # Elements of a float32 block that the elementwise passes walk over: on a CPU it lies in a core's cache, on a
 # GPU it bounds their four temporaries (64 MiB), so that no frozen base is ever widened as a whole.
@@ -26,6 +26,16 @@ def row_blocks(rows: int, columns: int, elements: int, minimum: int = 1) -> list
     """Slices that cover `rows`: at most `elements` elements each, at least `minimum` rows, 16-aligned."""
     size = max(elements // columns // 16 * 16, minimum, 16)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def transient_blocks(rows: int, columns: int, device: str) -> list[slice]:
+    """The row blocks of a backward pass over a weight, on a kind of device."""
+    return row_blocks(rows, columns, BLOCK_ELEMENTS.get(device, 1 << 24), MIN_ROWS)
+
+
+def cache_blocks(rows: int, columns: int, device: str) -> list[slice]:
+    """The pieces of a row block that elementwise passes work on at a time."""
+    return row_blocks(rows, columns, CACHE_ELEMENTS.get(device, 1 << 22))
 
 
 @dataclass(frozen=True)
@@ -46,12 +56,7 @@ class WeightBlocks:
     def transient_blocks(self) -> list[slice]:
         """The row blocks of a backward pass."""
         rows, columns = self.base.shape
-        return row_blocks(rows, columns, BLOCK_ELEMENTS.get(self.base.device.type, 1 << 24), MIN_ROWS)
-
-    def cache_blocks(self, rows: slice) -> list[slice]:
-        """The pieces of a row block that are worked on at a time."""
-        elements = CACHE_ELEMENTS.get(self.base.device.type, 1 << 22)
-        return row_blocks(rows.stop - rows.start, self.base.shape[1], elements)
+        return transient_blocks(rows, columns, self.base.device.type)
 
     def build(self, rows: slice, dtype: torch.dtype, gradient: Tensor | None = None) -> Tensor:
         """Rows of the adapted weight in a compute dtype.
@@ -62,7 +67,7 @@ class WeightBlocks:
             return self._build_triton(rows, dtype)
         weight = torch.empty(rows.stop - rows.start, self.base.shape[1], dtype=dtype, device=self.base.device)
         lora_A, lora_B = self.lora_A.float(), self.lora_B[rows].float()
-        for part in self.cache_blocks(rows):
+        for part in cache_blocks(len(weight), self.base.shape[1], self.base.device.type):
             target = weight[part]
             whole = slice(rows.start + part.start, rows.start + part.stop)
             block = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
