@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.common import environment, make_parser, markdown_table, parse_options, write_result
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from sqft.export.speed import measure_speed, open_artefact
+from sqft.runtimes.speed import measure_speed, open_artefact
 
 DEPTHS = (1, 10, 20, 30)  # of 30 blocks
 TOKENS = 64

@@ -35,7 +35,7 @@ from sqft.compression import quantize_model
 from sqft.data import Example
 from sqft.evaluation import evaluate_loss
 from sqft.export import ExportResult, export_adapter, export_model, merge_foreign
-from sqft.export.speed import measure_speed, open_artefact
+from sqft.runtimes.speed import measure_speed, open_artefact
 from sqft.models import CheckpointWriter, load_model, load_tokenizer, open_checkpoint, resolve_model
 from sqft.sections import ModelSection, QuantizeSection
 

@@ -14,7 +14,7 @@ from sqft.cli import run_command_line
 from sqft.errors import ExportError
 from sqft.export import export_adapter, export_model
 from sqft.export.model_card import model_records
-from sqft.export.serving import serving_commands
+from sqft.runtimes.commands import serving_commands
 from sqft.export.verification import check_export
 from tests.export.test_adapter_export import write_adapter
 

@@ -25,8 +25,8 @@ def bench(
     """Measure size, time to first token, decode speed and peak memory, in turn, in each one's runtime."""
     from sqft.cli.messages import RichProgress
     from sqft.cli.tables import print_table
-    from sqft.export.serving import RUNTIME_ZEROS
-    from sqft.export.speed import measure_speed, open_artefact
+    from sqft.runtimes.commands import RUNTIME_ZEROS
+    from sqft.runtimes.speed import measure_speed, open_artefact
     from sqft.report.summary import format_bytes
 
     artefacts = [open_artefact(path) for path in directories]

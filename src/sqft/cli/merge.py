@@ -10,8 +10,8 @@ import typer
 
 if TYPE_CHECKING:
     from sqft.export import MergeResult
-    from sqft.export.erasure import LayerErasure
-    from sqft.export.merging import RungResult
+    from sqft.foreign.erasure import LayerErasure
+    from sqft.foreign.merge import RungResult
 
 __all__ = ["merge"]
 
@@ -59,7 +59,7 @@ def merge(
     from sqft.cli.messages import RichProgress
     from sqft.export import export_model, merge_foreign
     from sqft.export.destination import check_destination
-    from sqft.export.formats import find_format, require_runtime
+    from sqft.export.table import find_format, require_runtime
 
     exported_dir = output.with_name(f"{output.resolve().name}-{into}")
     if into is not None:
@@ -155,7 +155,7 @@ def _print_rung(rung: "RungResult") -> None:
 
 def _print_result(result: "MergeResult") -> None:
     from sqft.cli.tables import print_table
-    from sqft.export.merging import SAME_ITEMS
+    from sqft.foreign.merge import SAME_ITEMS
 
     if result.base_loss is None or result.unmerged_loss is None:
         print("no data was given (--data): nothing was measured, and only the first rung was climbed")

@@ -8,11 +8,11 @@ import torch
 from sqft.artifacts import digest_file, digest_files, new_directory, write_json
 from sqft.errors import ExportError
 from sqft.export.destination import check_destination
-from sqft.export.foreign_adapter import ForeignAdapter, open_foreign_adapter
-from sqft.export.gguf_file import ARCHITECTURES, read_gguf_adapter, write_gguf_adapter
+from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
+from sqft.formats.gguf_model import ARCHITECTURES, read_gguf_adapter, write_gguf_adapter
 from sqft.export.model_card import adapter_card
-from sqft.export.serving import serving_commands
-from sqft.export.source import ExportSource, open_source
+from sqft.runtimes.commands import serving_commands
+from sqft.formats.weights import ExportSource, open_source
 
 __all__ = ["adapter_serving", "export_adapter"]
 

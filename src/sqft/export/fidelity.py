@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sqft.errors import ExportError
-from sqft.export.source import ExportSource, IntegerWeight
+from sqft.formats.weights import ExportSource, IntegerWeight
 from sqft.models import load_model
 
 __all__ = [

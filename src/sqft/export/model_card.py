@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sqft.export.exporting import ExportResult
+    from sqft.export.model_export import ExportResult
 
 __all__ = ["adapter_card", "model_card", "model_records"]
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from sqft.export.plain import half_dtype, rounding_dtype
-from sqft.export.source import ExportSource
+from sqft.formats.dense import half_dtype, rounding_dtype
+from sqft.formats.weights import ExportSource
 from sqft.models import QuantizedWeight
 from sqft.ops import compute_qparams, quantize
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from sqft.artifacts import digest_file, digest_files
 from sqft.errors import ExportError, SqftError
-from sqft.export.exporting import EXPORT, check_stored
-from sqft.export.formats import gguf_path
-from sqft.export.gguf_file import changed_tokenizer_keys
-from sqft.export.source import open_source
+from sqft.export.model_export import EXPORT, check_stored
+from sqft.export.table import gguf_path
+from sqft.formats.gguf_model import changed_tokenizer_keys
+from sqft.formats.weights import open_source
 from sqft.models import load_tokenizer
 
 __all__ = ["Finding", "check_export"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.artifacts import new_directory
-from sqft.pipeline.measurement import compare_models
+from sqft.evaluation.measurement import compare_models
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import FinishedStage
 from sqft.pipeline.steps import ITEMS

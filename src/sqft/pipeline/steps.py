@@ -296,7 +296,7 @@ def merge(context: StageContext) -> dict[str, Any]:
 def evaluate(context: StageContext) -> dict[str, Any]:
     """One model, measured on the test items and the text that the recipe names."""
     from sqft.models import load_tokenizer
-    from sqft.pipeline.measurement import chance_of, measure_model, size_on_disk
+    from sqft.evaluation.measurement import chance_of, measure_model, size_on_disk
     from sqft.pipeline.stages import adapter_stage, model_stage
 
     name = cast(ReportedModel, context.stage.removeprefix("evaluate-"))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sqft.compression.quantize import METHODS
 from sqft.compression.statistics import Hessian
 from sqft.compression.walk import BlockWalk
-from sqft.export.erasure import Weight
+from sqft.foreign.erasure import Weight
 from sqft.models import Checkpoint, QuantizedWeight, load_model
 from sqft.ops import QParams, dequantize, fake_quantize, quantize
 from sqft.ops.adapted import exact_float32, round_storage

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sqft.errors import ExportError, require
-from sqft.export.source import ExportSource, IntegerWeight, exact_in
+from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
 from sqft.models import QuantizedWeight, load_model
 
 __all__ = ["OpenVinoModel", "openvino_refusal", "read_openvino", "write_openvino"]

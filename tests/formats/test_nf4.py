@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sqft.export.nf4 import NF4, expand_nf4, round_to_nf4, unpack_nf4
+from sqft.formats.nf4 import NF4, expand_nf4, round_to_nf4, unpack_nf4
 
 RECORDED = load_file(Path(__file__).parent / "nf4_reference.safetensors")
 

@@ -20,12 +20,12 @@ from sqft.export.fidelity import (
     probe_items,
     reference_logits,
 )
-from sqft.export.formats import FORMATS, Format, find_format, require_runtime
-from sqft.export.gguf_file import HEAD_TYPES, head_names, round_head
+from sqft.export.table import FORMATS, Format, find_format, require_runtime
+from sqft.formats.gguf_model import HEAD_TYPES, head_names, round_head
 from sqft.export.model_card import model_card
 from sqft.export.requantization import Damage, requantize_source, rounding_damage
-from sqft.export.serving import serving_commands
-from sqft.export.source import ExportSource, IntegerWeight, open_source
+from sqft.runtimes.commands import serving_commands
+from sqft.formats.weights import ExportSource, IntegerWeight, open_source
 from sqft.progress import SILENT, Progress
 
 __all__ = ["EXPORT", "ExportResult", "check_stored", "export_model", "formats_that_hold"]

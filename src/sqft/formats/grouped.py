@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sqft.errors import ModelError
-from sqft.export.foreign_files import ForeignFiles
-from sqft.export.gptq import unpack_words
-from sqft.export.nf4 import expand_nf4, unpack_nf4
+from sqft.models.files import ForeignFiles
+from sqft.formats.gptq import unpack_words
+from sqft.formats.nf4 import expand_nf4, unpack_nf4
 
 __all__ = ["LAYOUTS", "AwqLayout", "GptqLayout", "GroupedLayout", "Layout", "Nf4Layout"]
 
@@ -67,7 +67,7 @@ class GroupedLayout(ABC):
 
 
 class GptqLayout(GroupedLayout):
-    """GPTQ: codes down the columns, and an index of the group of each column; see `sqft.export.gptq`."""
+    """GPTQ: codes down the columns, and an index of the group of each column; see `sqft.formats.gptq`."""
 
     parts = ("qweight", "qzeros", "scales", "g_idx")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from sqft.errors import ExportError
 from sqft.export import export_model
 from sqft.export.fidelity import compare_codes
-from sqft.export.openvino_ir import OpenVinoModel, read_openvino
-from sqft.export.source import open_source
+from sqft.formats.openvino_graph import OpenVinoModel, read_openvino
+from sqft.formats.weights import open_source
 from sqft.models import load_model
 
 np = pytest.importorskip("numpy")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from sqft.export import export_model
 from sqft.export.fidelity import compare_codes
-from sqft.export.gptq import read_gptq, write_gptq
-from sqft.export.source import open_source
+from sqft.formats.gptq import read_gptq, write_gptq
+from sqft.formats.weights import open_source
 from sqft.models import QuantizedWeight, read_quantized
 
 

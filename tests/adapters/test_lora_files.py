@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sqft.errors import AdapterError, ExportError
-from sqft.export.foreign_adapter import open_foreign_adapter
-from sqft.export.merging import merge_foreign
+from sqft.adapters.lora_files import open_foreign_adapter
+from sqft.foreign.merge import merge_foreign
 from sqft.models import CheckpointWriter, load_model, open_checkpoint
 
 ModelDir = Callable[..., Path]

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 
 from sqft.artifacts import write_json
 from sqft.errors import ExportError
-from sqft.export.plain import copy_tokenizer
-from sqft.export.source import ExportSource, IntegerWeight, exact_in
+from sqft.formats.dense import copy_tokenizer
+from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
 from sqft.models import QuantizedWeight
 
 __all__ = ["gptq_refusal", "read_gptq", "unpack_words", "write_gptq"]

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft.artifacts import write_json
-from sqft.export.source import ExportSource, exact_in
+from sqft.formats.weights import ExportSource, exact_in
 from sqft.models import open_checkpoint
 from sqft.models.writer import KEPT_FILES
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from sqft.errors import AdapterError, ExportError, ModelError
 from sqft.export import export_model
-from sqft.export.foreign_adapter import open_foreign_adapter
-from sqft.export.merging import merge_foreign
+from sqft.adapters.lora_files import open_foreign_adapter
+from sqft.foreign.merge import merge_foreign
 from sqft.models import load_model, read_masks, read_quantized
 from tests.memory import Watch, anonymous_bytes
 

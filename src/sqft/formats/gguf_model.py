@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sqft.errors import ExportError
-from sqft.export.gguf_blocks import BLOCK, Q4_0, Q4_1, Q8_0, choose_block_type, pack_blocks, unpack_blocks
-from sqft.export.gguf_tokenizer import write_tokenizer
-from sqft.export.source import ExportSource, IntegerWeight, exact_in
+from sqft.formats.gguf_blocks import BLOCK, Q4_0, Q4_1, Q8_0, choose_block_type, pack_blocks, unpack_blocks
+from sqft.formats.gguf_tokenizer import write_tokenizer
+from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
 
 __all__ = [
     "ARCHITECTURES",

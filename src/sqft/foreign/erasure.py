@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sqft.export.foreign_adapter import ForeignAdapter
+from sqft.adapters.lora_files import ForeignAdapter
 from sqft.models import Checkpoint, QuantizedWeight
 from sqft.ops import dequantize, quantize
 

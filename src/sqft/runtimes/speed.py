@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 
 from sqft.errors import ExportError
-from sqft.export.llama_cpp import LlamaCpp
-from sqft.export.openvino_ir import XML, OpenVinoModel
+from sqft.runtimes.llama_cpp import LlamaCpp
+from sqft.formats.openvino_graph import XML, OpenVinoModel
 from sqft.progress import SILENT, Progress
 
 __all__ = ["Artefact", "SpeedRow", "llama_cpp_speed", "measure_speed", "open_artefact"]

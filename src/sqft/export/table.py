@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from sqft.errors import ExportError, require
-from sqft.export.compressed import copy_model
+from sqft.formats.compressed_tensors import copy_model
 from sqft.export.fidelity import run_model
-from sqft.export.gguf_file import gguf_refusal, read_gguf, write_gguf
-from sqft.export.gptq import gptq_refusal, read_gptq, write_gptq
-from sqft.export.llama_cpp import LlamaCpp
-from sqft.export.openvino_ir import OpenVinoModel, openvino_refusal, read_openvino, write_openvino
-from sqft.export.plain import plain_refusal, read_plain, write_plain
-from sqft.export.source import ExportSource, IntegerWeight, open_source
+from sqft.formats.gguf_model import gguf_refusal, read_gguf, write_gguf
+from sqft.formats.gptq import gptq_refusal, read_gptq, write_gptq
+from sqft.runtimes.llama_cpp import LlamaCpp
+from sqft.formats.openvino_graph import OpenVinoModel, openvino_refusal, read_openvino, write_openvino
+from sqft.formats.dense import plain_refusal, read_plain, write_plain
+from sqft.formats.weights import ExportSource, IntegerWeight, open_source
 from sqft.models.checkpoint import quiet_transformers
 
 __all__ = ["FORMATS", "Format", "gguf_path"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sqft.errors import ExportError, ModelError
 from sqft.export import FORMATS, ExportResult, export_model
 from sqft.export.fidelity import compare_codes
-from sqft.export.source import ExportSource, open_source
+from sqft.formats.weights import ExportSource, open_source
 from sqft.export.verification import check_export
 from sqft.models import load_model
 from sqft.sections import QuantizeSection
@@ -168,7 +168,7 @@ def test_only_embedding_and_head_may_be_rounded(
 def test_a_rounded_head_is_bounded_in_kl(
     merged_dir: MergedDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sqft.export.exporting.LARGEST_KL", 1e-9)
+    monkeypatch.setattr("sqft.export.model_export.LARGEST_KL", 1e-9)
     with pytest.raises(ExportError, match=r"KL of .* nats \(allowed 1e-09\); gguf was not written"):
         export(merged_dir(), "gguf", tmp_path, head_type="q8_0")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sqft.export.plain import copy_tokenizer
-from sqft.export.source import ExportSource
+from sqft.formats.dense import copy_tokenizer
+from sqft.formats.weights import ExportSource
 
 __all__ = ["copy_model"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sqft.artifacts import digest_file, new_directory, write_json
 from sqft.errors import AdapterError, ExportError
 from sqft.export.destination import check_destination
-from sqft.export.erasure import (
+from sqft.foreign.erasure import (
     LayerErasure,
     VisibleMasks,
     Weight,
@@ -23,10 +23,10 @@ from sqft.export.erasure import (
     layer_erasure,
     round_update,
 )
-from sqft.export.foreign_adapter import ForeignAdapter, open_foreign_adapter
-from sqft.export.foreign_base import convert_base, convert_training_base
-from sqft.export.foreign_files import write_directory
-from sqft.export.ladder import polish_weights, walk_rung
+from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
+from sqft.foreign.base import convert_base, convert_training_base
+from sqft.models.files import write_directory
+from sqft.foreign.rungs import polish_weights, walk_rung
 from sqft.models import Checkpoint, CheckpointWriter, load_model, open_checkpoint
 from sqft.models.tensorfile import TensorSpec
 from sqft.models.writer import StoredMasks

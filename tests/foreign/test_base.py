@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sqft.errors import ModelError
 from sqft.export import export_model
-from sqft.export.foreign_base import convert_base, convert_training_base
-from sqft.export.nf4 import round_to_nf4
+from sqft.foreign.base import convert_base, convert_training_base
+from sqft.formats.nf4 import round_to_nf4
 from sqft.models import load_model, open_checkpoint, read_quantized
 from tests.memory import Watch
 

@@ -9,7 +9,7 @@ import pytest
 from sqft.cli import run_command_line
 from sqft.errors import ExportError
 from sqft.export import export_adapter, export_model
-from sqft.export.speed import open_artefact
+from sqft.runtimes.speed import open_artefact
 from tests.export.test_adapter_export import write_adapter
 
 SHORT = ["--prompt-tokens", "4", "--new-tokens", "3", "--rounds", "1", "--threads", "1"]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from sqft.artifacts import new_directory
 from sqft.errors import ModelError
-from sqft.export.foreign_files import ForeignFiles, read_config, write_directory
-from sqft.export.foreign_layouts import LAYOUTS, GroupedLayout, Layout, Nf4Layout
-from sqft.export.nf4 import round_to_nf4
+from sqft.models.files import ForeignFiles, read_config, write_directory
+from sqft.formats.grouped import LAYOUTS, GroupedLayout, Layout, Nf4Layout
+from sqft.formats.nf4 import round_to_nf4
 from sqft.models import GridSpec, QuantizedWeight, open_checkpoint
 from sqft.models.checkpoint import build_skeleton
 from sqft.models.checkpoint import read_config as open_config
