@@ -1,38 +1,13 @@
-"""Every setting of sqft: one class for each section of a recipe.
-
-Nothing else configures the package. The classes hold plain values and import no torch, so the command line
-and editors read them at once; the functions that do the work take the section they are named after.
-Rules that concern two sections stand in `pipeline/recipe.py`.
-"""
+"""What compression does to the weights: which become zero, and the grid that the others are rounded to."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-__all__ = [
-    "AdapterSection",
-    "CalibrationSection",
-    "DataSection",
-    "EvaluateSection",
-    "ExportSection",
-    "ModelSection",
-    "QuantizeSection",
-    "RuntimeSection",
-    "SearchSection",
-    "SparsifySection",
-    "TrainSection",
-    "parse_pattern",
-]
+from sqft.sections.base import Fraction, Section
+
+__all__ = ["QuantizeSection", "SparsifySection", "parse_pattern"]
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -51,8 +26,6 @@ def _check_pattern(value: str) -> str:
     return value
 
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(gt=0)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 QuantizeTarget = Literal["gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gptq", "openvino"]
 # What a target fixes, and what it takes unless the recipe says otherwise. GGUF has blocks of 32.
@@ -63,80 +36,6 @@ TARGET_GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gptq": ({}, {"group_size": 128}),
     "openvino": ({}, {}),
 }
-AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft"]
-ExportFormat = Literal["compressed-tensors", "gguf", "gptq", "openvino", "safetensors", "safetensors-float32"]
-ReportedModel = Literal["base", "dense_tuned", "sparse", "quantized", "adapted", "merged"]
-
-
-class Section(BaseModel):
-    """A frozen section that refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def without_effect(self) -> dict[str, str]:
-        """Settings that the others leave without effect, each with the reason; given, they are refused."""
-        return {}
-
-    @model_validator(mode="after")
-    def _refuse_ignored(self) -> Self:
-        for name, reason in self.without_effect().items():
-            if name in self.model_fields_set:
-                raise ValueError(f"{name} would be ignored: {reason}; remove it")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _leave_out_ignored(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        ignored = self.without_effect()
-        return {name: value for name, value in write(self).items() if name not in ignored}
-
-
-class ModelSection(Section):
-    """Which model to start from. In a recipe, a plain string stands for `source`."""
-
-    source: str = Field(description="A directory with safetensors, a GGUF file, or a hub id.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    storage_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="How weights are kept on disk. auto: the model's own; bfloat16 for a GGUF file."
-    )
-
-
-class DataSection(Section):
-    """Training, search and test items, from JSON lines."""
-
-    train: str = Field(description="A .jsonl file, one record a line.")
-    search: str | None = Field(None, description="Items that the search may look at; else split off train.")
-    test: str | None = Field(None, description="Items for evaluation only; else split off train.")
-    prompt: str = Field("{question}", description="Format string over the record's fields.")
-    answer: str = Field("{answer}", description="Format string over the record's fields.")
-    choices: str | None = Field(
-        None, description="Field with a list of choices: multiple choice by likelihood."
-    )
-    label: str = Field("label", description="Field with the index of the right choice, where choices is set.")
-    template: Literal["plain", "chat"] = Field(
-        "plain", description="plain: prompt, then answer; chat: the model's own chat template."
-    )
-    loss_on: Literal["answer", "text"] = Field(
-        "answer", description="Tokens the loss counts; the paper: text."
-    )
-    sequence_length: Positive = Field(512, description="Longer items are refused or dropped, never cut.")
-    too_long: Literal["drop", "error"] = "drop"
-    search_items: Positive = Field(
-        64, description="Items split off train for the search, where search is unset."
-    )
-    test_items: Positive = Field(300, description="Items split off train for the test, where test is unset.")
-    train_items: Positive | None = Field(None, description="Use this many training items at most.")
-
-
-class CalibrationSection(Section):
-    """The text that compression looks at."""
-
-    source: str = Field(
-        "train", description="'train' for the recipe's training texts, a .txt or .jsonl file, or hub:NAME."
-    )
-    field: str = Field("text", description="The field to read of a .jsonl or hub record.")
-    num_samples: Positive = Field(64, description="Sequences.")
-    sequence_length: Positive = Field(256, description="Tokens of each; texts are packed.")
 
 
 class SparsifySection(Section):
@@ -268,122 +167,3 @@ class QuantizeSection(Section):
         if value != -1 and value < 1:
             raise ValueError("write a positive number, or -1 for one group a row")
         return value
-
-
-class AdapterSection(Section):
-    """What is trained."""
-
-    method: AdapterMethod = "qa_sparse_peft"
-    ranks: list[Positive] = Field([16], min_length=1, description="More than one entry: elastic ranks (NLS).")
-    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / max(ranks) at every rank.")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the update only, never of the base.")
-    dropout_kind: Literal["column", "token"] = Field(
-        "column",
-        description="column: columns of A, once a step; token: as published, costs a second product and "
-        "memory of a weight's size in every layer.",
-    )
-    gradient: Literal["exact", "lowrank", "hybrid"] = Field(
-        "exact", description="lowrank: mask in the forward only; hybrid: exact every hybrid_steps-th step."
-    )
-    hybrid_steps: Positive = Field(4, description="Every how many steps hybrid is exact.")
-    kernels: Literal["torch", "triton"] = Field(
-        "torch",
-        description="triton: on an NVIDIA GPU (extra: triton), elsewhere torch; tested in its interpreter.",
-    )
-    target_modules: list[str] | None = Field(
-        None, description="Name ends; default q, k, v, up, down and fused forms."
-    )
-    rank_groups: list[list[str]] | None = Field(
-        None,
-        description="Name ends that share a rank inside a block; default q, k, v together, others alone.",
-    )
-    base_precision: Literal["latent", "float32"] = Field(
-        "latent",
-        description="Base of quantization-aware training: latent codes, 1 byte a weight, or the same weights "
-        "decoded to float32: faster, 4 bytes, equal results.",
-    )
-
-    @field_validator("ranks")
-    @classmethod
-    def _ranks(cls, value: list[int]) -> list[int]:
-        return sorted(set(value), reverse=True)
-
-    @model_validator(mode="after")
-    def _gradient(self) -> "AdapterSection":
-        if self.method == "lora" and self.gradient != "exact":
-            raise ValueError("gradient lowrank and hybrid are for sparse_peft and qa_sparse_peft")
-        if self.method == "lora" and self.kernels != "torch":
-            raise ValueError("kernels triton is for sparse_peft and qa_sparse_peft")
-        plain = self.gradient == "exact" and self.kernels == "torch"
-        if self.method != "lora" and self.dropout and self.dropout_kind == "token" and not plain:
-            raise ValueError("dropout_kind token goes with gradient exact and kernels torch only")
-        return self
-
-
-class TrainSection(Section):
-    """How the adapters are trained, with transformers.Trainer underneath."""
-
-    learning_rate: float = Field(3e-4, gt=0)
-    batch_size: Positive = Field(8, description="Items of an optimizer step on one device.")
-    gradient_accumulation: Positive = Field(1, description="Micro-batches that batch_size is cut into.")
-    epochs: float = Field(3.0, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="Overrides epochs.")
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    gradient_checkpointing: bool = False
-    checkpoint_steps: Positive = Field(50, description="Optimizer steps between checkpoints to resume from.")
-    arguments: dict[str, Any] = Field({}, description="Any further field of transformers.TrainingArguments.")
-
-
-class SearchSection(Section):
-    """Which sub-adapter of the super-adapter is taken."""
-
-    method: Literal["median", "maximal", "minimal", "hill_climb"] = "median"
-    num_trials: Positive = Field(
-        20, description="Sub-adapters that hill_climb evaluates, the median included."
-    )
-    neighbours: Positive = Field(2, description="Rank groups that a step of hill_climb moves.")
-
-
-class EvaluateSection(Section):
-    """What is measured, on the test items."""
-
-    models: list[ReportedModel] | None = Field(
-        None,
-        min_length=1,
-        description="Default: every model of the recipe, the tuned one merged where it can be. dense_tuned, "
-        "plain LoRA on the dense model with the same budget, is trained only where named here.",
-    )
-    max_items: Positive | None = Field(None, description="Use the first so many test items.")
-    batch_size: Positive = 16
-    max_new_tokens: Positive = Field(64, description="Longest generated answer.")
-    perplexity: str | None = Field(None, description="A text file.")
-    perplexity_tokens: Positive = Field(8192, description="Tokens of it, in windows of sequence_length.")
-    sequence_length: Positive = 512
-    tasks: list[str] = Field(
-        [], description="Tasks of lm-evaluation-harness, by name or YAML file (extra: eval)."
-    )
-
-
-class ExportSection(Section):
-    """Formats to write the merged model in."""
-
-    formats: list[ExportFormat] = Field([], min_length=1)
-
-
-class RuntimeSection(Section):
-    """What must not change a result; never part of a stage's identity."""
-
-    workspace: str = "runs"
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    threads: Positive | None = None
-    log_level: Literal["debug", "info", "warning"] = "warning"
-    spill: bool = Field(
-        False, description="While compressing, keep the calibration's activations in files, not in memory."
-    )
-
-    @model_validator(mode="after")
-    def _device(self) -> "RuntimeSection":
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
-            raise ValueError("device is auto, cpu, cuda or cuda:N")
-        return self

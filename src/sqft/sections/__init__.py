@@ -1,0 +1,32 @@
+"""Every setting of sqft: one class for each section of a recipe.
+
+Nothing else configures the package. The classes hold plain values and import no torch, so the command line
+and editors read them at once; the functions that do the work take the section they are named after.
+Rules that concern two sections stand in `pipeline/recipe.py`.
+"""
+
+from sqft.sections.adapters import AdapterMethod, AdapterSection, SearchSection, TrainSection
+from sqft.sections.base import Section
+from sqft.sections.compression import QuantizeSection, SparsifySection, parse_pattern
+from sqft.sections.inputs import CalibrationSection, DataSection, ModelSection
+from sqft.sections.outputs import EvaluateSection, ExportFormat, ExportSection, ReportedModel
+from sqft.sections.runtime import RuntimeSection
+
+__all__ = [
+    "AdapterMethod",
+    "AdapterSection",
+    "CalibrationSection",
+    "DataSection",
+    "EvaluateSection",
+    "ExportFormat",
+    "ExportSection",
+    "ModelSection",
+    "QuantizeSection",
+    "ReportedModel",
+    "RuntimeSection",
+    "SearchSection",
+    "Section",
+    "SparsifySection",
+    "TrainSection",
+    "parse_pattern",
+]

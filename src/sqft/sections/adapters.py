@@ -1,0 +1,86 @@
+"""What is trained, how, and which of the trained sub-adapters is taken."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sqft.sections.base import Positive, Section
+
+__all__ = ["AdapterMethod", "AdapterSection", "SearchSection", "TrainSection"]
+
+AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft"]
+
+
+class AdapterSection(Section):
+    """What is trained."""
+
+    method: AdapterMethod = "qa_sparse_peft"
+    ranks: list[Positive] = Field([16], min_length=1, description="More than one entry: elastic ranks (NLS).")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / max(ranks) at every rank.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the update only, never of the base.")
+    dropout_kind: Literal["column", "token"] = Field(
+        "column",
+        description="column: columns of A, once a step; token: as published, costs a second product and "
+        "memory of a weight's size in every layer.",
+    )
+    gradient: Literal["exact", "lowrank", "hybrid"] = Field(
+        "exact", description="lowrank: mask in the forward only; hybrid: exact every hybrid_steps-th step."
+    )
+    hybrid_steps: Positive = Field(4, description="Every how many steps hybrid is exact.")
+    kernels: Literal["torch", "triton"] = Field(
+        "torch",
+        description="triton: on an NVIDIA GPU (extra: triton), elsewhere torch; tested in its interpreter.",
+    )
+    target_modules: list[str] | None = Field(
+        None, description="Name ends; default q, k, v, up, down and fused forms."
+    )
+    rank_groups: list[list[str]] | None = Field(
+        None,
+        description="Name ends that share a rank inside a block; default q, k, v together, others alone.",
+    )
+    base_precision: Literal["latent", "float32"] = Field(
+        "latent",
+        description="Base of quantization-aware training: latent codes, 1 byte a weight, or the same weights "
+        "decoded to float32: faster, 4 bytes, equal results.",
+    )
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks(cls, value: list[int]) -> list[int]:
+        return sorted(set(value), reverse=True)
+
+    @model_validator(mode="after")
+    def _gradient(self) -> "AdapterSection":
+        if self.method == "lora" and self.gradient != "exact":
+            raise ValueError("gradient lowrank and hybrid are for sparse_peft and qa_sparse_peft")
+        if self.method == "lora" and self.kernels != "torch":
+            raise ValueError("kernels triton is for sparse_peft and qa_sparse_peft")
+        plain = self.gradient == "exact" and self.kernels == "torch"
+        if self.method != "lora" and self.dropout and self.dropout_kind == "token" and not plain:
+            raise ValueError("dropout_kind token goes with gradient exact and kernels torch only")
+        return self
+
+
+class TrainSection(Section):
+    """How the adapters are trained, with transformers.Trainer underneath."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    batch_size: Positive = Field(8, description="Items of an optimizer step on one device.")
+    gradient_accumulation: Positive = Field(1, description="Micro-batches that batch_size is cut into.")
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, gt=0, description="Overrides epochs.")
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    gradient_checkpointing: bool = False
+    checkpoint_steps: Positive = Field(50, description="Optimizer steps between checkpoints to resume from.")
+    arguments: dict[str, Any] = Field({}, description="Any further field of transformers.TrainingArguments.")
+
+
+class SearchSection(Section):
+    """Which sub-adapter of the super-adapter is taken."""
+
+    method: Literal["median", "maximal", "minimal", "hill_climb"] = "median"
+    num_trials: Positive = Field(
+        20, description="Sub-adapters that hill_climb evaluates, the median included."
+    )
+    neighbours: Positive = Field(2, description="Rank groups that a step of hill_climb moves.")

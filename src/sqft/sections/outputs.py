@@ -1,0 +1,38 @@
+"""What comes out: which models are measured, and the formats of the product."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from sqft.sections.base import Positive, Section
+
+__all__ = ["EvaluateSection", "ExportFormat", "ExportSection", "ReportedModel"]
+
+ExportFormat = Literal["compressed-tensors", "gguf", "gptq", "openvino", "safetensors", "safetensors-float32"]
+ReportedModel = Literal["base", "dense_tuned", "sparse", "quantized", "adapted", "merged"]
+
+
+class EvaluateSection(Section):
+    """What is measured, on the test items."""
+
+    models: list[ReportedModel] | None = Field(
+        None,
+        min_length=1,
+        description="Default: every model of the recipe, the tuned one merged where it can be. dense_tuned, "
+        "plain LoRA on the dense model with the same budget, is trained only where named here.",
+    )
+    max_items: Positive | None = Field(None, description="Use the first so many test items.")
+    batch_size: Positive = 16
+    max_new_tokens: Positive = Field(64, description="Longest generated answer.")
+    perplexity: str | None = Field(None, description="A text file.")
+    perplexity_tokens: Positive = Field(8192, description="Tokens of it, in windows of sequence_length.")
+    sequence_length: Positive = 512
+    tasks: list[str] = Field(
+        [], description="Tasks of lm-evaluation-harness, by name or YAML file (extra: eval)."
+    )
+
+
+class ExportSection(Section):
+    """Formats to write the merged model in."""
+
+    formats: list[ExportFormat] = Field([], min_length=1)
