@@ -34,9 +34,10 @@ from sqft.artifacts import new_directory
 from sqft.compression import quantize_model
 from sqft.data import Example
 from sqft.evaluation import evaluate_loss
-from sqft.export import ExportResult, export_adapter, export_model, merge_foreign
-from sqft.runtimes.speed import measure_speed, open_artefact
+from sqft.export import ExportResult, export_adapter, export_model
+from sqft.foreign import merge_foreign
 from sqft.models import CheckpointWriter, load_model, load_tokenizer, open_checkpoint, resolve_model
+from sqft.runtimes.speed import measure_speed, open_artefact
 from sqft.sections import ModelSection, QuantizeSection
 
 TEXT = (

@@ -18,7 +18,7 @@ BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
 INTRODUCTION = """\
 # Recipe
 
-<!-- Written by docs/generate.py (make docs) from the schema; edit the sections in src/sqft/sections.py. -->
+<!-- Written by docs/generate.py (make docs) from the schema; edit the sections in src/sqft/sections/. -->
 
 A recipe is one YAML file. Only `model` is required; a section that is not there is a step that is not made.
 Unknown keys are refused, and every error is told at once, with its path. `sqft schema` prints the JSON

@@ -94,6 +94,25 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     return make
 
 
+@pytest.fixture(scope="session")
+def merged_dir(
+    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`merged_dir(arch="llama", **changes)`: do not write into what it returns."""
+    from tests.merged_models import write_merge
+
+    made: dict[str, Path] = {}
+
+    def make(arch: str = "llama", **changes: Any) -> Path:
+        key = f"{arch}-{sorted(changes.items())}"
+        if key not in made:
+            root = tmp_path_factory.mktemp("merge")
+            made[key] = write_merge(tiny_model_dir(arch), root, **changes).merged
+        return made[key]
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test draws the same random numbers, whatever ran before it."""

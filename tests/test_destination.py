@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sqft.artifacts import check_destination
 from sqft.errors import ExportError
-from sqft.export import export_adapter, export_model, merge_foreign
-from sqft.export.destination import check_destination
+from sqft.export import export_adapter, export_model
+from sqft.foreign import merge_foreign
 from tests.export.test_adapter_export import write_adapter
 
 

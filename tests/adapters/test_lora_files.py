@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from sqft.errors import AdapterError, ExportError
 from sqft.adapters.lora_files import open_foreign_adapter
+from sqft.errors import AdapterError, ExportError
 from sqft.foreign.merge import merge_foreign
 from sqft.models import CheckpointWriter, load_model, open_checkpoint
 

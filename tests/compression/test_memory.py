@@ -14,7 +14,7 @@ from tests.memory import Watch
 from sqft.compression import quantize_model
 from sqft.models import CheckpointWriter, StoredMasks, open_checkpoint, read_masks, writer
 from sqft.pipeline import parse_recipe
-from sqft.pipeline.steps import StageContext
+from sqft.pipeline.context import StageContext
 from sqft.pipeline.steps import quantize as quantize_stage
 from sqft.sections import QuantizeSection
 

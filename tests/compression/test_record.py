@@ -9,7 +9,8 @@ from sqft.compression.walk import digest_tensor
 from sqft.data import calibration_tokens
 from sqft.models import load_tokenizer
 from sqft.pipeline import parse_recipe
-from sqft.pipeline.steps import StageContext, quantize, sparsify
+from sqft.pipeline.context import StageContext
+from sqft.pipeline.steps import quantize, sparsify
 from sqft.progress import SILENT
 from sqft.sections import CalibrationSection
 

@@ -10,8 +10,8 @@ from tests.compression.tiny_runs import quantize, sparsify
 
 from sqft.compression.walk import BlockWalk
 from sqft.pipeline import parse_recipe
+from sqft.pipeline.context import StageContext
 from sqft.pipeline.stages import recipe_stages
-from sqft.pipeline.steps import StageContext
 from sqft.pipeline.steps import sparsify as sparsify_stage
 
 Maker = Callable[..., Path]

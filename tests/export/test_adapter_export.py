@@ -12,9 +12,9 @@ from torch import nn
 from sqft.cli import run_command_line
 from sqft.errors import AdapterError, ExportError
 from sqft.export import export_adapter, export_model
+from sqft.models import load_model
 from sqft.runtimes.llama_cpp import LlamaCpp
 from sqft.runtimes.speed import llama_cpp_speed, measure_speed, open_artefact
-from sqft.models import load_model
 
 ITEM = [5, 9, 200, 7, 30, 99, 120, 44]
 

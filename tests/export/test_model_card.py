@@ -13,9 +13,9 @@ import yaml
 from sqft.cli import run_command_line
 from sqft.errors import ExportError
 from sqft.export import export_adapter, export_model
-from sqft.export.model_card import model_records
-from sqft.runtimes.commands import serving_commands
+from sqft.export.records import model_records
 from sqft.export.verification import check_export
+from sqft.runtimes.commands import serving_commands
 from tests.export.test_adapter_export import write_adapter
 
 

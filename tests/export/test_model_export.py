@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from sqft.errors import ExportError, ModelError
 from sqft.export import FORMATS, ExportResult, export_model
 from sqft.export.fidelity import compare_codes
-from sqft.formats.weights import ExportSource, open_source
 from sqft.export.verification import check_export
+from sqft.formats.weights import ExportSource, open_source
 from sqft.models import load_model
 from sqft.sections import QuantizeSection
 

@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from sqft.adapters.lora_files import open_foreign_adapter
 from sqft.errors import AdapterError, ExportError, ModelError
 from sqft.export import export_model
-from sqft.adapters.lora_files import open_foreign_adapter
 from sqft.foreign.merge import merge_foreign
 from sqft.models import load_model, read_masks, read_quantized
 from tests.memory import Watch, anonymous_bytes

@@ -11,9 +11,10 @@ from torch import Tensor
 from sqft.errors import ExportError
 from sqft.export import export_model
 from sqft.export.fidelity import compare_codes
-from sqft.formats.openvino_graph import OpenVinoModel, read_openvino
+from sqft.formats.openvino import XML, read_openvino
 from sqft.formats.weights import open_source
 from sqft.models import load_model
+from sqft.runtimes import OpenVinoModel
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("openvino")
@@ -55,7 +56,7 @@ def test_sliding_windows_hold_beyond_their_length(
     directory = tiny_model_dir(arch, **changes)
     export_model(directory, "openvino", tmp_path / "ir")
     model = load_model(directory, dtype=torch.float32)
-    runtime = OpenVinoModel(tmp_path / "ir")
+    runtime = OpenVinoModel(tmp_path / "ir" / XML)
     ids = TOKENS[0].tolist()
     with torch.no_grad():
         expected = model(input_ids=TOKENS).logits[0]

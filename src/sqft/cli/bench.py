@@ -25,9 +25,9 @@ def bench(
     """Measure size, time to first token, decode speed and peak memory, in turn, in each one's runtime."""
     from sqft.cli.messages import RichProgress
     from sqft.cli.tables import print_table
+    from sqft.report.summary import format_bytes
     from sqft.runtimes.commands import RUNTIME_ZEROS
     from sqft.runtimes.speed import measure_speed, open_artefact
-    from sqft.report.summary import format_bytes
 
     artefacts = [open_artefact(path) for path in directories]
     if adapter is not None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from sqft.export import MergeResult
+    from sqft.foreign import MergeResult
+    from sqft.foreign.climb import RungResult
     from sqft.foreign.erasure import LayerErasure
-    from sqft.foreign.merge import RungResult
 
 __all__ = ["merge"]
 
@@ -56,10 +56,11 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter trained elsewhere into a quantized or sparse base, and say how much of it survives."""
+    from sqft.artifacts import check_destination
     from sqft.cli.messages import RichProgress
-    from sqft.export import export_model, merge_foreign
-    from sqft.export.destination import check_destination
+    from sqft.export import export_model
     from sqft.export.table import find_format, require_runtime
+    from sqft.foreign import merge_foreign
 
     exported_dir = output.with_name(f"{output.resolve().name}-{into}")
     if into is not None:

@@ -2,15 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from sqft.adapters.identity import base_weight
+from sqft.data import Example
+from sqft.evaluation.harness import evaluate_tasks
+from sqft.evaluation.items import evaluate_items
+from sqft.evaluation.loss import evaluate_perplexity
+from sqft.evaluation.paired import compare_correct, paired_difference
+from sqft.models import target_linears
 from sqft.progress import Progress
 from sqft.sections import EvaluateSection
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from sqft.data import Example
 
 __all__ = ["chance_of", "compare_models", "measure_model", "size_on_disk"]
 
@@ -19,17 +23,15 @@ NOT_SERVED = ("sqft_latent.safetensors", "sqft_masks.safetensors", "sqft_referen
 
 
 def measure_model(
-    model: "nn.Module",
+    model: nn.Module,
     tokenizer: Any,
-    examples: Sequence["Example"],
+    examples: Sequence[Example],
     section: EvaluateSection,
     *,
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures of the report's row, figures of every item for paired comparison)."""
-    from sqft.evaluation import evaluate_items, evaluate_perplexity, evaluate_tasks
-
     row: dict[str, Any] = {"sparsity": zero_share(model)}
     items: dict[str, Any] = {}
     if examples:
@@ -72,11 +74,8 @@ def measure_model(
     return row, items
 
 
-def zero_share(model: "nn.Module") -> float:
+def zero_share(model: nn.Module) -> float:
     """The share of exact zeros among the weights of the linears inside the decoder blocks."""
-    from sqft.adapters.identity import base_weight
-    from sqft.models import target_linears
-
     zeros = total = 0
     for name, module in target_linears(model, None, []).items():
         if ".lora_" in name:  # stock PEFT's own linears beside the base
@@ -93,7 +92,7 @@ def size_on_disk(directory: Path) -> int:
     return sum(path.stat().st_size for path in files if path.name not in NOT_SERVED)
 
 
-def chance_of(examples: Sequence["Example"]) -> float | None:
+def chance_of(examples: Sequence[Example]) -> float | None:
     """The accuracy that guessing reaches, where items have choices."""
     shares = [1 / len(example.choices_ids) for example in examples if example.choices_ids]
     return sum(shares) / len(shares) if shares else None
@@ -119,8 +118,6 @@ def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
-    from sqft.evaluation import compare_correct, paired_difference
-
     loss = paired_difference(second["loss_sums"], first["loss_sums"], first["answer_tokens"])
     right = compare_correct(second["correct"], first["correct"])
     return (

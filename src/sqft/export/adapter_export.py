@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from sqft.artifacts import digest_file, digest_files, new_directory, write_json
-from sqft.errors import ExportError
-from sqft.export.destination import check_destination
 from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
-from sqft.formats.gguf_model import ARCHITECTURES, read_gguf_adapter, write_gguf_adapter
+from sqft.artifacts import check_destination, digest_file, digest_files, new_directory, write_json
+from sqft.errors import ExportError
 from sqft.export.model_card import adapter_card
-from sqft.runtimes.commands import serving_commands
+from sqft.formats.gguf_adapter import read_gguf_adapter, write_gguf_adapter
+from sqft.formats.gguf_names import ARCHITECTURES
 from sqft.formats.weights import ExportSource, open_source
+from sqft.runtimes.commands import serving_commands
 
 __all__ = ["adapter_serving", "export_adapter"]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from sqft.errors import ExportError
 from sqft.formats.weights import ExportSource, IntegerWeight
 from sqft.models import load_model
+from sqft.runtimes.hf import run_model
 
 __all__ = [
     "CodeComparison",
@@ -19,7 +20,7 @@ __all__ = [
     "compare_codes",
     "compare_logits",
     "probe_items",
-    "run_model",
+    "reference_logits",
 ]
 
 REFERENCE = "sqft_reference.safetensors"
@@ -113,13 +114,6 @@ def probe_items(source: ExportSource) -> list[list[int]]:
             kept.append(item[:room])
             room -= len(kept[-1])
     return kept
-
-
-def run_model(model: nn.Module, items: Sequence[Sequence[int]]) -> Float[Tensor, "positions vocabulary"]:
-    """Float32 logits at every position of every item."""
-    model.eval()
-    with torch.no_grad():
-        return torch.cat([model(input_ids=torch.tensor([list(item)])).logits[0].float() for item in items])
 
 
 def reference_logits(

@@ -2,31 +2,26 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sqft.export.model_export import ExportResult
+from sqft.export.result import ExportResult
 
-__all__ = ["adapter_card", "model_card", "model_records"]
-
-CERTIFICATE = "sqft_certificate.json"
+__all__ = ["adapter_card", "model_card"]
 
 Rows = list[dict[str, Any]]
 
 
 def model_card(
-    result: "ExportResult",
-    source_dir: Path,
+    result: ExportResult,
     *,
+    certificate: dict[str, Any] | None,
     recipe: dict[str, Any] | None = None,
     evaluation: Rows | None = None,
 ) -> str:
     """Markdown with lineage, certificate, fidelity, types, serving, recipe and evaluation.
 
-    recipe, evaluation: default what the model directory's own records hold, if they do.
+    certificate: the one that the exported model carries, if any.
     """
-    own_recipe, own_evaluation = model_records(source_dir)
-    recipe, evaluation = recipe or own_recipe, evaluation or own_evaluation
     parts = [
         "---\nlibrary_name: sqft\ntags: [sqft, sparse, int4]\n---",
         f"# {result.directory.name}",
@@ -38,7 +33,7 @@ def model_card(
         _fidelity(result),
         "## Serving",
         "```\n" + "\n".join(result.serve) + "\n```",
-        *_lineage(source_dir),
+        *_lineage(certificate),
     ]
     if recipe:
         parts += ["## Recipe", "```json\n" + json.dumps(recipe, indent=1) + "\n```"]
@@ -62,32 +57,6 @@ def adapter_card(directory: Path, files: dict[str, str], serve: list[str]) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def model_records(directory: Path) -> tuple[dict[str, Any] | None, Rows | None]:
-    """The recipe and the evaluation that a model directory, or the report of the run beside it, tells of."""
-    report = _read(directory.parent / "report.json")
-    if Path(str(report.get("merged_dir"))).name != directory.resolve().name:
-        report = {}
-    recipe = _read(directory / "sqft.json").get("recipe") or report.get("recipe")
-    rows = list(report.get("models") or [])
-    merge = _read(directory / "sqft_merge.json")
-    for name in ("base", "unmerged", "trained_on"):
-        if merge.get(f"{name}_loss") is not None:
-            rows.append({"name": name, "loss": merge[f"{name}_loss"]})
-    for rung in merge.get("rungs", []):
-        if rung["name"] == merge.get("chosen") and rung["loss"] is not None:
-            rows.append(rung | {"name": f"merged ({rung['name']})"})
-    return recipe, rows or None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _table(rows: Rows) -> str:
     """Markdown with a column for every figure that some row has, the name first."""
     flat = [{k: v for key, value in row.items() for k, v in _columns(key, value)} for row in rows]
@@ -102,7 +71,7 @@ def _columns(key: str, value: Any) -> list[tuple[str, Any]]:
     return [] if value is None or isinstance(value, list) else [(key, value)]
 
 
-def _codes(result: "ExportResult") -> str:
+def _codes(result: ExportResult) -> str:
     compared = result.code_comparison
     if result.damage is not None:
         return (
@@ -115,7 +84,7 @@ def _codes(result: "ExportResult") -> str:
     )
 
 
-def _fidelity(result: "ExportResult") -> str:
+def _fidelity(result: ExportResult) -> str:
     logits = result.logit_comparison
     if logits is None:
         return (
@@ -128,11 +97,9 @@ def _fidelity(result: "ExportResult") -> str:
     )
 
 
-def _lineage(source_dir: Path) -> list[str]:
-    path = source_dir / CERTIFICATE
-    if not path.is_file():
+def _lineage(certificate: dict[str, Any] | None) -> list[str]:
+    if certificate is None:
         return ["## Lineage", "The model that was exported carries no certificate."]
-    certificate = json.loads(path.read_text(encoding="utf-8"))
     passed = [check["name"] for check in certificate.get("checks", []) if check["passed"]]
     failed = [check["name"] for check in certificate.get("checks", []) if not check["passed"]]
     lines = ["sha256 of the files from base to merged model:"]

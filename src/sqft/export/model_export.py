@@ -2,16 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sqft.artifacts import digest_files, new_directory, write_json
+from sqft.artifacts import check_destination, digest_files, new_directory, write_json
 from sqft.errors import ExportError
-from sqft.export.destination import check_destination
 from sqft.export.fidelity import (
     CodeComparison,
     LogitComparison,
@@ -20,42 +18,21 @@ from sqft.export.fidelity import (
     probe_items,
     reference_logits,
 )
+from sqft.export.model_card import model_card
+from sqft.export.records import model_records, read_certificate
+from sqft.export.requantization import Damage, requantize_source, rounding_damage
+from sqft.export.result import ExportResult
 from sqft.export.table import FORMATS, Format, find_format, require_runtime
 from sqft.formats.gguf_model import HEAD_TYPES, head_names, round_head
-from sqft.export.model_card import model_card
-from sqft.export.requantization import Damage, requantize_source, rounding_damage
-from sqft.runtimes.commands import serving_commands
 from sqft.formats.weights import ExportSource, IntegerWeight, open_source
 from sqft.progress import SILENT, Progress
+from sqft.runtimes.commands import serving_commands
 
-__all__ = ["EXPORT", "ExportResult", "check_stored", "export_model", "formats_that_hold"]
+__all__ = ["EXPORT", "check_stored", "export_model", "formats_that_hold"]
 
 EXPORT = "sqft_export.json"
 LARGEST_SHARE = 1e-4  # of the largest logit, for runtimes that compute in float32
 LARGEST_KL = 0.02  # nats, for llama.cpp, which rounds activations to 8 bits
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What an export wrote, and how faithful it is.
-
-    tensor_types: how many tensors are stored in which type. damage: None unless the grid was changed.
-    logit_comparison: None where no runtime of the format runs here.
-    """
-
-    format: str
-    directory: Path
-    size_bytes: int
-    tensor_types: dict[str, int]
-    head_type: str
-    code_comparison: CodeComparison
-    logit_comparison: LogitComparison | None
-    damage: Damage | None
-    serve: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self) | {"directory": self.directory.name}
 
 
 def export_model(
@@ -112,7 +89,13 @@ def export_model(
             damage=damage,
             serve=serving_commands(format, place, file),
         )
-        card = model_card(result, directory, recipe=recipe, evaluation=evaluation)
+        own_recipe, own_evaluation = model_records(directory)
+        card = model_card(
+            result,
+            certificate=read_certificate(directory),
+            recipe=recipe or own_recipe,
+            evaluation=evaluation or own_evaluation,
+        )
         (partial / "README.md").write_text(card, encoding="utf-8")
         record = {"head_option": head_type, "files": digest_files(partial)}
         write_json(partial / EXPORT, result.as_dict() | record)

@@ -1,27 +1,24 @@
 """The table of formats: what each holds, how it is written, read back and run."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from sqft.errors import ExportError, require
-from sqft.formats.compressed_tensors import copy_model
-from sqft.export.fidelity import run_model
-from sqft.formats.gguf_model import gguf_refusal, read_gguf, write_gguf
-from sqft.formats.gptq import gptq_refusal, read_gptq, write_gptq
-from sqft.runtimes.llama_cpp import LlamaCpp
-from sqft.formats.openvino_graph import OpenVinoModel, openvino_refusal, read_openvino, write_openvino
+from sqft.formats.compressed_tensors import compressed_refusal, copy_model, read_compressed
 from sqft.formats.dense import plain_refusal, read_plain, write_plain
-from sqft.formats.weights import ExportSource, IntegerWeight, open_source
-from sqft.models.checkpoint import quiet_transformers
+from sqft.formats.gguf_model import gguf_path, gguf_refusal, read_gguf, write_gguf
+from sqft.formats.gptq import gptq_refusal, read_gptq, write_gptq
+from sqft.formats.openvino import XML, openvino_refusal, read_openvino, write_openvino
+from sqft.formats.weights import ExportSource, IntegerWeight
+from sqft.runtimes.hf import run_transformers
+from sqft.runtimes.llama_cpp import LlamaCpp, check_tokenizer
+from sqft.runtimes.openvino import OpenVinoModel
 
-__all__ = ["FORMATS", "Format", "gguf_path"]
+__all__ = ["FORMATS", "Format", "find_format", "require_runtime"]
 
 Stored = Iterator[tuple[str, IntegerWeight | Tensor]]
 Items = Sequence[Sequence[int]]
@@ -48,33 +45,8 @@ class Format:
     grid: tuple[int, int, bool, int] | None = None
 
 
-def gguf_path(directory: Path) -> Path:
-    """The GGUF file of an artefact. Raises: ExportError if there is not exactly one."""
-    found = sorted(directory.glob("*.gguf"))
-    if len(found) != 1:
-        raise ExportError(f"{directory} holds {len(found)} GGUF files, not one")
-    return found[0]
-
-
-def _compressed_refusal(source: ExportSource) -> str | None:
-    return None if source.quantized_names else "weights that are not on an integer grid"
-
-
-def _read_compressed(source: ExportSource, directory: Path) -> Stored:
-    written = open_source(directory)
-    yield from written.integers()
-    for name in written.plain_names:
-        yield name, written.checkpoint.tensor(name)
-
-
 def _run_transformers(source: ExportSource, directory: Path, items: Items) -> Tensor:
-    options: dict[str, Any] = {"dtype": torch.float32}
-    grid = open_source(directory).checkpoint.grid
-    if grid is not None and not grid.symmetric:  # the default of transformers 5.23 fails on zero points
-        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    with warnings.catch_warnings(), quiet_transformers():
-        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        return run_model(AutoModelForCausalLM.from_pretrained(directory, **options), items)
+    return run_transformers(directory, items)
 
 
 def _write_half(source: ExportSource, directory: Path, head_type: str) -> dict[str, str]:
@@ -92,7 +64,7 @@ def _write_gguf(source: ExportSource, directory: Path, head_type: str) -> dict[s
 def _run_llama_cpp(source: ExportSource, directory: Path, items: Items) -> Tensor:
     context = max(256, 2 * max(len(item) for item in items))
     runtime = LlamaCpp(gguf_path(directory), context=context)
-    check_tokenizer(source, runtime)
+    check_tokenizer(source.tokenizer, runtime)
     vocabulary = int(source.config["vocab_size"])
     return torch.stack(
         [
@@ -103,28 +75,8 @@ def _run_llama_cpp(source: ExportSource, directory: Path, items: Items) -> Tenso
     )
 
 
-def check_tokenizer(source: ExportSource, runtime: LlamaCpp) -> None:
-    """Compare llama.cpp's token ids with the tokenizer's on probe texts.
-
-    Raises: ExportError if they differ.
-    """
-    tokenizer = source.tokenizer
-    probes = [
-        "Hello, world! It's 3.14 + 12345 = 7?",
-        "def f(x):\n\treturn  x**2  # naïve",
-        "Ünïcödé 日本語 🙂",
-    ]
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": "What is 3 plus 4?"}]
-        probes.append(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-    for text in probes:
-        expected = tokenizer(text, add_special_tokens=False).input_ids
-        if runtime.tokenize(text) != expected:
-            raise ExportError(f"llama.cpp splits {text[:40]!r} into other tokens than the model's tokenizer")
-
-
 def _run_openvino(source: ExportSource, directory: Path, items: Items) -> Tensor:
-    model = OpenVinoModel(directory)
+    model = OpenVinoModel(directory / XML)
     rows = []
     for item in items:
         model.reset()
@@ -144,9 +96,9 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": Format(
         holds="every integer grid of sqft",
         runtime="transformers",
-        refusal=_compressed_refusal,
+        refusal=compressed_refusal,
         write=lambda source, directory, head_type: copy_model(source, directory),
-        read=_read_compressed,
+        read=lambda source, directory: read_compressed(directory),
         run=_run_transformers,
     ),
     "gptq": Format(

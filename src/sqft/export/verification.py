@@ -9,8 +9,7 @@ from typing import Any
 from sqft.artifacts import digest_file, digest_files
 from sqft.errors import ExportError, SqftError
 from sqft.export.model_export import EXPORT, check_stored
-from sqft.export.table import gguf_path
-from sqft.formats.gguf_model import changed_tokenizer_keys
+from sqft.formats.gguf_model import changed_tokenizer_keys, gguf_path
 from sqft.formats.weights import open_source
 from sqft.models import load_tokenizer
 

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from sqft.artifacts import new_directory
 from sqft.errors import ModelError
-from sqft.models.files import ForeignFiles, read_config, write_directory
-from sqft.formats.grouped import LAYOUTS, GroupedLayout, Layout, Nf4Layout
-from sqft.formats.nf4 import round_to_nf4
+from sqft.formats.awq import AwqLayout
+from sqft.formats.gptq import GptqLayout
+from sqft.formats.grouped import GroupedLayout
+from sqft.formats.nf4 import Nf4Layout, round_to_nf4
 from sqft.models import GridSpec, QuantizedWeight, open_checkpoint
 from sqft.models.checkpoint import build_skeleton
 from sqft.models.checkpoint import read_config as open_config
+from sqft.models.files import ForeignFiles, read_config, write_directory
 from sqft.models.packing import pack_weight, packed_specs, quantization_config, scale_dtype
 from sqft.models.tensorfile import TensorSpec
 from sqft.ops import QParams
@@ -23,6 +25,8 @@ from sqft.progress import SILENT, Progress, track
 __all__ = ["ON_LOADING", "convert_base", "convert_training_base"]
 
 ON_LOADING = "nf4:"  # in front of a 16-bit directory that QLoRA rounds to NF4 when it loads it
+Layout = GroupedLayout | Nf4Layout
+LAYOUTS: dict[str, type[Layout]] = {"gptq": GptqLayout, "awq": AwqLayout, "bitsandbytes": Nf4Layout}
 AS_DENSE = "take it as 16 bits with --dequantize"
 Shapes = dict[str, tuple[int, int]]
 Specs = dict[str, TensorSpec]

@@ -4,51 +4,37 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from sqft.artifacts import digest_file, new_directory, write_json
+from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
+from sqft.artifacts import check_destination, digest_file, new_directory, write_json
 from sqft.errors import AdapterError, ExportError
-from sqft.export.destination import check_destination
+from sqft.foreign.base import convert_base, convert_training_base
+from sqft.foreign.climb import Climb, Measure, RungResult, best_rung, climb_rungs
 from sqft.foreign.erasure import (
     LayerErasure,
     VisibleMasks,
-    Weight,
     adapted_layers,
     layer_erasure,
-    round_update,
 )
-from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
-from sqft.foreign.base import convert_base, convert_training_base
+from sqft.models import Checkpoint, load_model, open_checkpoint
 from sqft.models.files import write_directory
-from sqft.foreign.rungs import polish_weights, walk_rung
-from sqft.models import Checkpoint, CheckpointWriter, load_model, open_checkpoint
 from sqft.models.tensorfile import TensorSpec
 from sqft.models.writer import StoredMasks
 from sqft.progress import SILENT, Progress
 
-__all__ = ["RUNGS", "SAME_ITEMS", "MergeResult", "RungResult", "merge_foreign"]
+__all__ = ["RUNGS", "SAME_ITEMS", "MergeResult", "merge_foreign"]
 
 RUNGS = ("round", "feedback", "refit", "polish")
 MERGE = "sqft_merge.json"
 SAME_ITEMS = (
     "the rung was chosen on the items that its retention was measured on, so it is told slightly too well"
 )
-Measure = Callable[[nn.Module], float]
-
-
-@dataclass(frozen=True)
-class RungResult:
-    """One rung: the loss, and the share of the adapter's gain that survives (None: no gain)."""
-
-    name: str
-    loss: float | None
-    retention: float | None
 
 
 @dataclass(frozen=True)
@@ -147,7 +133,7 @@ def merge_foreign(
                 advance(1)
         on_erasure(erasure)
         _write_adapted(checkpoint, adapter, work / "adapted")
-        climb = _Climb(checkpoint, adapter, masks, work, calibration, polish_steps, seed, progress)
+        climb = Climb(checkpoint, adapter, masks, work, calibration, polish_steps, seed, progress)
         base_loss = _finite_loss(measure, source, "the base")
         unmerged_loss = _finite_loss(measure, work / "adapted", "the unmerged model")
         trained_on_loss = None
@@ -159,12 +145,12 @@ def merge_foreign(
         for rung, reason in skipped.items():
             on_skipped(rung, reason)
         aim = unmerged_loss if trained_on is None else trained_on_loss
-        results = _climb(climb, rungs, measure, base_loss, aim, enough, on_rung)
+        results = climb_rungs(climb, rungs, measure, base_loss, aim, enough, on_rung)
         why = "nothing to measure on" if measure is None else f"{results[-1].name} retains enough"
         for rung in rungs[len(results) :]:
             skipped[rung] = why
             on_skipped(rung, why)
-        best = _best(results)
+        best = best_rung(results)
         if best.loss is not None and not math.isfinite(best.loss):
             raise ExportError("no rung gives a finite loss; serve the adapter unmerged")
         if best.retention is not None and best.retention < least:
@@ -188,106 +174,6 @@ def merge_foreign(
         )
         write_json(partial / MERGE, result.as_dict())
     return result
-
-
-@dataclass
-class _Climb:
-    """What all rungs need, and the best weights so far for the last one to start from."""
-
-    checkpoint: Checkpoint
-    adapter: ForeignAdapter
-    masks: Mapping[str, Tensor]
-    work: Path
-    calibration: Tensor | None
-    polish_steps: int
-    seed: int
-    progress: Progress
-
-    def write(self, rung: str, start: str | None) -> None:
-        """Write the model of a rung to its directory."""
-        directory = self.work / rung
-        base = self.checkpoint
-        plain = [name for name in self.adapter.names if name not in base.quantized_names]
-        if rung == "round":
-            weights: Iterable[tuple[str, Weight]] = self._rounded(self.adapter.names)
-        elif rung == "polish":
-            assert self.calibration is not None
-            assert start is not None
-            before = open_checkpoint(self.work / start)
-            first: dict[str, Weight] = {name: before.quantized(name) for name in base.quantized_names}
-            first |= {name: before.weight(name) for name in plain}
-            weights = polish_weights(
-                self.work / start,
-                load_model(self.work / "adapted"),
-                first,
-                self.masks,
-                self.calibration,
-                steps=self.polish_steps,
-                seed=self.seed,
-                progress=self.progress,
-            ).items()
-        else:
-            assert self.calibration is not None
-            walked = walk_rung(
-                rung,
-                base,
-                open_checkpoint(self.work / "adapted"),
-                self.masks,
-                self.adapter.names,
-                self.calibration,
-                self.progress,
-            )
-            weights = chain(walked, self._rounded(plain))  # what has no grid is rounded to its dtype
-        _write_rung(directory, base, weights, self.masks)
-
-    def _rounded(self, names: list[str]) -> Iterator[tuple[str, Weight]]:
-        """Linears with the update rounded to what the base stores."""
-        for name, old, adapted, mask in adapted_layers(self.checkpoint, self.adapter, self.masks, names):
-            yield name, round_update(old, adapted, mask)
-
-
-def _climb(
-    climb: _Climb,
-    rungs: list[str],
-    measure: Measure | None,
-    base_loss: float | None,
-    aim: float | None,
-    enough: float,
-    on_rung: Callable[[RungResult], None],
-) -> list[RungResult]:
-    """The rungs that were climbed. aim: the unmerged loss; what it is below that of the base is the gain."""
-    results: list[RungResult] = []
-    for rung in rungs:
-        climb.write(rung, _best(results).name if results else _first(climb, rung))
-        loss = None if measure is None else measure(load_model(climb.work / rung))
-        if loss is not None and not math.isfinite(loss):
-            loss = math.inf
-        retention = None
-        if (
-            loss is not None
-            and loss < math.inf
-            and base_loss is not None
-            and aim is not None
-            and base_loss > aim
-        ):
-            retention = (base_loss - loss) / (base_loss - aim)
-        results.append(RungResult(rung, loss, retention))
-        on_rung(results[-1])
-        if measure is None or (retention is not None and retention >= enough):
-            break
-    return results
-
-
-def _first(climb: _Climb, rung: str) -> str | None:
-    """polish alone starts from plain rounding."""
-    if rung != "polish":
-        return None
-    climb.write("round", None)
-    return "round"
-
-
-def _best(results: list[RungResult]) -> RungResult:
-    return min(results, key=lambda result: math.inf if result.loss is None else result.loss)
 
 
 def _digests(directory: Path) -> dict[str, str]:
@@ -363,30 +249,6 @@ def _write_trained_on(base: str | Path, adapter: ForeignAdapter, work: Path, pro
     _check_fit(checkpoint, adapter)
     _write_adapted(checkpoint, adapter, work / "trained_on")
     return work / "trained_on"
-
-
-def _write_rung(
-    directory: Path, base: Checkpoint, weights: Iterable[tuple[str, Weight]], masks: Mapping[str, Tensor]
-) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)
-    writer = CheckpointWriter(directory, base)
-    stored = masks if (base.directory / "sqft_masks.safetensors").is_file() else {}
-    writer.prepare(quantized=base.quantized_names, grid=base.grid, masked=stored)
-    written = set()
-    for name, weight in weights:
-        writer.write_linear(name, weight, mask=stored.get(name))
-        written.add(name)
-    for name in base.quantized_names:
-        if name not in written:
-            writer.write_linear(name, base.quantized(name), mask=stored.get(name))
-            written.add(name)
-    for name in set(stored) - written:
-        writer.write_mask(name, stored[name])
-    facts = base.directory / "sqft.json"
-    writer.close()
-    if facts.is_file():
-        shutil.copyfile(facts, directory / facts.name)
 
 
 def _move(source: Path, target: Path) -> None:

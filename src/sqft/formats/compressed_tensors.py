@@ -1,17 +1,24 @@
 """The model directory itself: compressed-tensors for transformers and vLLM."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sqft.formats.dense import copy_tokenizer
-from sqft.formats.weights import ExportSource
+from sqft.formats.weights import ExportSource, IntegerWeight, open_source
 
-__all__ = ["copy_model"]
+__all__ = ["compressed_refusal", "copy_model", "read_compressed"]
 
 MODEL_FILES = ("config.json", "sqft.json", "sqft_masks.safetensors")
+
+
+def compressed_refusal(source: ExportSource) -> str | None:
+    """Why a model cannot be held exactly; None if it can."""
+    return None if source.quantized_names else "weights that are not on an integer grid"
 
 
 def copy_model(source: ExportSource, directory: Path) -> dict[str, str]:
@@ -39,3 +46,11 @@ def copy_model(source: ExportSource, directory: Path) -> dict[str, str]:
             shutil.copyfile(path, directory / path.name)
     copy_tokenizer(source, directory)
     return kinds
+
+
+def read_compressed(directory: Path) -> Iterator[tuple[str, IntegerWeight | Tensor]]:
+    """The weights of a directory: integers by the name of their linear, plain ones by their full name."""
+    written = open_source(directory)
+    yield from written.integers()
+    for name in written.plain_names:
+        yield name, written.checkpoint.tensor(name)

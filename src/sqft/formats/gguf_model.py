@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
-from gguf import get_tensor_name_map as tensor_name_map
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 from gguf.quants import quantize as quantize_blocks
 from numpy.typing import NDArray
@@ -19,30 +18,21 @@ from torch import Tensor
 
 from sqft.errors import ExportError
 from sqft.formats.gguf_blocks import BLOCK, Q4_0, Q4_1, Q8_0, choose_block_type, pack_blocks, unpack_blocks
+from sqft.formats.gguf_names import ARCHITECTURES, gguf_name, head_size, rotary_order, tied_head
 from sqft.formats.gguf_tokenizer import write_tokenizer
 from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
 
 __all__ = [
-    "ARCHITECTURES",
     "HEAD_TYPES",
     "changed_tokenizer_keys",
+    "gguf_path",
     "gguf_refusal",
     "head_names",
     "read_gguf",
-    "read_gguf_adapter",
     "round_head",
     "write_gguf",
-    "write_gguf_adapter",
 ]
 
-# transformers' model type → llama.cpp's architecture, and whether it wants rotary rows interleaved.
-ARCHITECTURES: dict[str, tuple[MODEL_ARCH, bool]] = {
-    "llama": (MODEL_ARCH.LLAMA, True),
-    "mistral": (MODEL_ARCH.LLAMA, True),
-    "phi3": (MODEL_ARCH.PHI3, False),
-    "qwen2": (MODEL_ARCH.QWEN2, False),
-    "qwen3": (MODEL_ARCH.QWEN3, False),
-}
 FILE_TYPES = {
     Q4_0: LlamaFileType.MOSTLY_Q4_0,
     Q4_1: LlamaFileType.MOSTLY_Q4_1,
@@ -58,6 +48,14 @@ HEADS = {"token_embd.weight", "output.weight"}
 HEAD_TYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 
 Array = NDArray[Any]
+
+
+def gguf_path(directory: Path) -> Path:
+    """The GGUF file of an artefact. Raises: ExportError if there is not exactly one."""
+    found = sorted(directory.glob("*.gguf"))
+    if len(found) != 1:
+        raise ExportError(f"{directory} holds {len(found)} GGUF files, not one")
+    return found[0]
 
 
 def gguf_refusal(source: ExportSource) -> str | None:
@@ -102,15 +100,15 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
     Raises: ExportError if a tensor is missing.
     """
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    tied = _tied_head(source)
+    tied = tied_head(source)
     for name in source.weight_names():
         if name == tied:
             continue
-        gguf_name = _gguf_name(source, name)
-        if gguf_name not in stored:
-            raise ExportError(f"{path} lacks {gguf_name}")
-        tensor = stored[gguf_name]
-        undo = _rotary_order(source, name, inverse=True)
+        stored_name = gguf_name(source, name)
+        if stored_name not in stored:
+            raise ExportError(f"{path} lacks {stored_name}")
+        tensor = stored[stored_name]
+        undo = rotary_order(source, name, inverse=True)
         data = np.asarray(tensor.data[undo] if undo is not None else tensor.data)
         kind = tensor.tensor_type
         if name.removesuffix(".weight") in source.quantized_names and kind in FILE_TYPES:
@@ -132,8 +130,8 @@ def changed_tokenizer_keys(source: ExportSource, path: Path) -> list[str]:
 
 def head_names(source: ExportSource) -> set[str]:
     """The plain tensors that a head type applies to: embedding and output head, by transformers' names."""
-    tied = _tied_head(source)
-    return {name for name in source.plain_names if name != tied and _gguf_name(source, name) in HEADS}
+    tied = tied_head(source)
+    return {name for name in source.plain_names if name != tied and gguf_name(source, name) in HEADS}
 
 
 def round_head(tensor: Tensor, head_type: str) -> Tensor:
@@ -141,62 +139,12 @@ def round_head(tensor: Tensor, head_type: str) -> Tensor:
     return _unpack_plain(*_plain(tensor, head_type))
 
 
-def write_gguf_adapter(source: ExportSource, factors: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
-    """Write a plain LoRA in float16, A (rank, in) and B (out, rank) by linear, for llama.cpp: it adds B A x.
-
-    llama.cpp scales by alpha / rank, and by 1 where alpha is 0: B holds the scaling. float16 is what its own
-    converter writes; float32 would be twice as much to read for every token.
-
-    Raises: ExportError if a number is too large for float16.
-    """
-    arch, _ = ARCHITECTURES[source.architecture]
-    writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
-    writer.add_string("general.type", "adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)
-    for name, (lora_A, lora_B) in factors.items():
-        gguf_name = _gguf_name(source, f"{name}.weight")
-        rows = _rotary_order(source, f"{name}.weight")
-        low, high = _half(name, lora_A), _half(name, lora_B)
-        writer.add_tensor(f"{gguf_name}.lora_a", low)
-        writer.add_tensor(f"{gguf_name}.lora_b", high if rows is None else np.ascontiguousarray(high[rows]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def read_gguf_adapter(source: ExportSource, names: list[str], path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B by linear, as `write_gguf_adapter` took them, rounded to float16.
-
-    Raises: ExportError if one is missing.
-    """
-    stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
-    factors = {}
-    for name in names:
-        gguf_name = _gguf_name(source, f"{name}.weight")
-        rows = _rotary_order(source, f"{name}.weight", inverse=True)
-        low, high = stored.get(f"{gguf_name}.lora_a"), stored.get(f"{gguf_name}.lora_b")
-        if low is None or high is None:
-            raise ExportError(f"{path} lacks the update of {name}")
-        high = high if rows is None else high[rows]
-        factors[name] = torch.from_numpy(np.array(low)), torch.from_numpy(np.array(high))
-    return factors
-
-
-def _half(name: str, factor: Tensor) -> Array:
-    rounded = factor.half()
-    if not bool(rounded.isfinite().all()):
-        raise ExportError(f"the adapter's update of {name} does not fit float16; merge it instead")
-    return rounded.contiguous().numpy()
-
-
 def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
-    tied = _tied_head(source)
+    tied = tied_head(source)
     for name in source.weight_names():
         if name == tied:
             continue
-        gguf_name, order = _gguf_name(source, name), _rotary_order(source, name)
+        stored_name, order = gguf_name(source, name), rotary_order(source, name)
         linear = name.removesuffix(".weight")
         if linear in source.quantized_names:
             weight = source.quantized(linear)
@@ -205,8 +153,8 @@ def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array,
             data: Array = pack_blocks(weight, kind)
         else:
             tensor = source.weight(name)
-            data, kind = _plain(tensor, head_type if gguf_name in HEADS else "auto")
-        yield gguf_name, data if order is None else np.ascontiguousarray(data[order]), kind
+            data, kind = _plain(tensor, head_type if stored_name in HEADS else "auto")
+        yield stored_name, data if order is None else np.ascontiguousarray(data[order]), kind
     factors = _rope_factors(source.config)
     if factors is not None:
         yield "rope_freqs.weight", factors, GGMLQuantizationType.F32
@@ -241,37 +189,6 @@ def _unpack_plain(data: Array, kind: GGMLQuantizationType) -> Tensor:
     return torch.from_numpy(np.array(data))
 
 
-def _tied_head(source: ExportSource) -> str | None:
-    return "lm_head.weight" if source.config.get("tie_word_embeddings") else None
-
-
-def _gguf_name(source: ExportSource, name: str) -> str:
-    arch, _ = ARCHITECTURES[source.architecture]
-    names = tensor_name_map(arch, len(source.checkpoint.block_names))
-    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
-        raise ExportError(f"llama.cpp's {MODEL_ARCH_NAMES[arch]} has no place for {name}")
-    return str(found)
-
-
-def _rotary_order(source: ExportSource, name: str, *, inverse: bool = False) -> NDArray[np.int64] | None:
-    """The rows of a q or k projection in llama.cpp's order: the two halves of a head interleaved."""
-    linear = name.rsplit(".", 2)[-2] if name.count(".") > 1 else ""
-    if not ARCHITECTURES[source.architecture][1] or linear not in {"q_proj", "k_proj"}:
-        return None
-    config = source.config
-    heads = int(config["num_attention_heads"])
-    if linear == "k_proj":
-        heads = int(config.get("num_key_value_heads") or heads)
-    rows = heads * _head_size(config)
-    order = np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
-    return np.argsort(order) if inverse else order
-
-
-def _head_size(config: dict[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
 def _write_metadata(writer: GGUFWriter, source: ExportSource, arch: MODEL_ARCH) -> None:
     config = source.config
     rope = config.get("rope_parameters") or {}
@@ -287,12 +204,12 @@ def _write_metadata(writer: GGUFWriter, source: ExportSource, arch: MODEL_ARCH) 
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
-    writer.add_key_length(_head_size(config))
-    writer.add_value_length(_head_size(config))
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
     partial = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
-    writer.add_rope_dimension_count(int(_head_size(config) * partial))
+    writer.add_rope_dimension_count(int(head_size(config) * partial))
     kind = rope.get("rope_type", "default")
     if kind == "linear":
         writer.add_rope_scaling_factor(float(rope["factor"]))
@@ -314,7 +231,7 @@ def _rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") != "llama3":
         return None
-    size = _head_size(config)
+    size = head_size(config)
     frequency = float(rope["rope_theta"]) ** (-np.arange(0, size, 2, dtype=np.float64) / size)
     wavelength, original = 2 * np.pi / frequency, float(rope["original_max_position_embeddings"])
     low, high, factor = (float(rope[k]) for k in ("low_freq_factor", "high_freq_factor", "factor"))

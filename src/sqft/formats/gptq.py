@@ -18,17 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from sqft.artifacts import write_json
 from sqft.errors import ExportError
 from sqft.formats.dense import copy_tokenizer
+from sqft.formats.grouped import GroupedLayout, to_tensor, unpack_words
 from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
 from sqft.models import QuantizedWeight
 
-__all__ = ["gptq_refusal", "read_gptq", "unpack_words", "write_gptq"]
+__all__ = ["GptqLayout", "gptq_refusal", "read_gptq", "write_gptq"]
 
 WORD = 32
 
@@ -123,12 +126,6 @@ def _pack(values: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     return np.ascontiguousarray(packed).view(np.int32)
 
 
-def unpack_words(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
-    """(rows, n * bits / 32) int32 → (rows, n) integers: a stream of bits along a row, lowest first."""
-    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
-    return np.packbits(stream.reshape(len(words), -1, bits), axis=-1, bitorder="little")[..., 0]
-
-
 def _quantization(source: ExportSource, version: int) -> dict[str, Any]:
     qparams = source.quantized(source.quantized_names[0]).qparams
     columns = source.quantized(source.quantized_names[0]).codes.shape[1]
@@ -149,3 +146,23 @@ def _quantization(source: ExportSource, version: int) -> dict[str, Any]:
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
         "dynamic": {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in plain},
     }
+
+
+class GptqLayout(GroupedLayout):
+    """GPTQ: codes down the columns, and an index of the group of each column; see `sqft.formats.gptq`."""
+
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+
+    def codes(self, name: str) -> UInt8[Tensor, "out in"]:
+        """The codes of a linear."""
+        return to_tensor(unpack_words(self.files.tensor(f"{name}.qweight").numpy().T, self.bits))
+
+    def zero_point(self, name: str) -> UInt8[Tensor, "out groups"]:
+        """The stored zero points, plus 1 in version 1."""
+        offset = 0 if self.quantization.get("checkpoint_format") == "gptq_v2" else 1
+        stored = unpack_words(self.files.tensor(f"{name}.qzeros").numpy(), self.bits)
+        return to_tensor((stored.T + np.uint8(offset)) & np.uint8((1 << self.bits) - 1))
+
+    def group_index(self, name: str) -> Int[Tensor, "in"]:
+        """The group of every column, as it is stored."""
+        return self.files.tensor(f"{name}.g_idx").long()

@@ -6,11 +6,18 @@ With double quantization the largest values are themselves 8-bit codes: absmax =
 Source: arXiv 2305.14314 (QLoRA), section 3 and appendix E. Tested against recorded outputs of bitsandbytes.
 """
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-__all__ = ["BLOCK", "NF4", "expand_nf4", "round_to_nf4", "unpack_nf4"]
+from sqft.errors import ModelError
+from sqft.models.files import ForeignFiles
+
+__all__ = ["BLOCK", "NF4", "Nf4Layout", "expand_nf4", "round_to_nf4", "unpack_nf4"]
 
 BLOCK = 64
 NF4 = (
@@ -50,3 +57,45 @@ def expand_nf4(
     """table[code] times the largest value of the code's block, float32."""
     values = torch.tensor(NF4) if table is None else table
     return values[codes.long()] * absmax.repeat_interleave(block)[: len(codes)]
+
+
+class Nf4Layout:
+    """bitsandbytes' NF4, with or without double quantization: two codes a byte over the flattened weight."""
+
+    END = ".weight.quant_state.bitsandbytes__nf4"
+
+    def __init__(self, files: ForeignFiles, quantization: Mapping[str, Any]) -> None:
+        self.files = files
+        self.names = [name.removesuffix(self.END) for name in files.names if name.endswith(self.END)]
+        if not self.names or any("bitsandbytes__fp4" in name for name in files.names):
+            raise ModelError(
+                f"{files.directory} is quantized by bitsandbytes, but not to NF4; only that is read"
+            )
+
+    def stored(self, name: str) -> set[str]:
+        """The tensors that a linear's weight is stored in."""
+        start = f"{name}.weight."
+        return {f"{name}.weight", *(stored for stored in self.files.names if stored.startswith(start))}
+
+    def dense(self, name: str, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The weight that the layer multiplies with."""
+        state, weight = self._state(name), f"{name}.weight"
+        codes = unpack_nf4(self.files.tensor(weight))
+        table = self.files.tensor(f"{weight}.quant_map")
+        absmax = self.files.tensor(f"{weight}.absmax")
+        if "nested_blocksize" in state:
+            nested = self.files.tensor(f"{weight}.nested_quant_map")
+            scale = self.files.tensor(f"{weight}.nested_absmax")
+            absmax = expand_nf4(absmax, scale, nested, state["nested_blocksize"]) + state["nested_offset"]
+        rows, columns = state["shape"]
+        values = expand_nf4(codes[: rows * columns], absmax.float(), table, state["blocksize"])
+        return values.view(rows, columns).to(dtype)
+
+    def dense_dtype(self, name: str, default: torch.dtype) -> torch.dtype:
+        """The dtype in which the layer multiplies: the one that the weight had."""
+        dtype: torch.dtype = getattr(torch, self._state(name)["dtype"])
+        return dtype
+
+    def _state(self, name: str) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(bytes(self.files.tensor(name + self.END).tolist()))
+        return state

@@ -1,4 +1,4 @@
-"""OpenVINO IR whose weights are the trained codes: a stateful decoder, traced from transformers.
+"""The graph of an OpenVINO IR: a stateful decoder, traced from transformers, on the trained codes.
 
     codes u4 or u8 (i4 where symmetric) → convert f16 → [- zero point] → * scale f16 → f32
 
@@ -7,10 +7,6 @@ openvino-genai and optimum-intel expect: input_ids, attention_mask, position_ids
 Source: OpenVINO documentation, "stateful models" and "low-precision weights".
 """
 
-import json
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +16,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sqft.errors import ExportError, require
-from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
+from sqft.formats.weights import ExportSource, exact_in
 from sqft.models import QuantizedWeight, load_model
 
-__all__ = ["OpenVinoModel", "openvino_refusal", "read_openvino", "write_openvino"]
+__all__ = ["MARK", "attention_windows", "make_stateful", "replace_weights", "trace_model"]
 
-XML = "openvino_model.xml"
 MARK = "sqft."  # prefix of the constants that hold codes, scales and zero points
 EXAMPLE_PAST, EXAMPLE_NEW = 2, 3
 ONE_WINDOW = {"mistral", "mixtral", "phi3", "starcoder2"}  # in every layer, if there is one
@@ -74,19 +69,7 @@ class _Traced(nn.Module):
         return (out.logits, *present)
 
 
-def openvino_refusal(source: ExportSource) -> str | None:
-    """Why a model cannot be held exactly; None if it can."""
-    for name in source.quantized_names:
-        if not exact_in(source.quantized(name).qparams.scale, torch.float16):
-            return f"scales of {name} that are not exact in float16"
-    if _windows(source.checkpoint.config) is None:
-        return f"the attention windows of {source.architecture}"
-    if source.config.get("attn_logit_softcapping"):
-        return f"the soft cap on the attention logits of {source.architecture}"
-    return None
-
-
-def _windows(config: Any) -> dict[str, int | None] | None:
+def attention_windows(config: Any) -> dict[str, int | None] | None:
     """The attention window of every kind of layer, None without one; "" stands for all layers.
 
     None where it is not known how transformers would apply them.
@@ -104,100 +87,13 @@ def _windows(config: Any) -> dict[str, int | None] | None:
     return None
 
 
-def write_openvino(source: ExportSource, directory: Path) -> dict[str, str]:
-    """Write the IR, the tokenizer and the configuration; return the type of every weight.
-
-    Raises: ExportError if a projection is not found in the traced graph; MissingExtraError.
-    """
-    ov = require("openvino", "openvino")
-    graph, layers = _convert(source)
-    _make_stateful(graph, layers)
-    keep: list[Array] = []  # OpenVINO constants share memory with these until the IR is on disk
-    kinds = _replace_weights(graph, source, keep)
-    ov.save_model(graph, directory / XML, compress_to_fp16=False)
-    tokenizer = source.tokenizer
-    tokenizer.save_pretrained(directory)
-    converted = require("openvino_tokenizers", "openvino").convert_tokenizer(tokenizer, with_detokenizer=True)
-    for part, name in zip(converted, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
-        ov.save_model(part, directory / name)
-    config = source.config | {"use_cache": True}
-    (directory / "config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
-    generation = source.directory / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, directory / generation.name)
-    return kinds
-
-
-def read_openvino(source: ExportSource, directory: Path) -> Iterator[tuple[str, IntegerWeight | Tensor]]:
-    """The weights of an IR on disk: integers by the name of their linear, plain ones by their full name.
-
-    Raises: ExportError if one is missing.
-    """
-    ov = require("openvino", "openvino")
-    graph = ov.Core().read_model(directory / XML)
-    constants = {
-        node.get_friendly_name(): node
-        for node in graph.get_ops()
-        if node.get_type_name() == "Constant" and node.get_friendly_name().startswith(MARK)
-    }
-    for name in source.quantized_names:
-        parts = {part: constants.get(f"{MARK}{name}.{part}") for part in ("codes", "scale", "zero_point")}
-        if parts["codes"] is None or parts["scale"] is None:
-            raise ExportError(f"{directory / XML} lacks the codes of {name}")
-        codes = _integers(parts["codes"])
-        zero_point = 0 if parts["zero_point"] is None else _integers(parts["zero_point"])
-        steps = (codes - zero_point).reshape(len(codes), -1).astype(np.int16)
-        scale = np.array(parts["scale"].data, dtype=np.float32).reshape(len(codes), -1)
-        yield name, IntegerWeight(steps, scale)
-    plain, tied = set(source.plain_names), source.checkpoint.tied_weights
-    for key, node in constants.items():
-        name = key.removeprefix(MARK)
-        name = name if name in plain else tied.get(name, name)
-        if name in plain:
-            yield name, _floats(node)
-
-
-class OpenVinoModel:
-    """An IR on this CPU. exact: float32 arithmetic throughout; else the runtime's own choice."""
-
-    def __init__(self, directory: Path, *, exact: bool = True, threads: int | None = None) -> None:
-        ov = require("openvino", "openvino")
-        options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
-        if exact:
-            options |= {
-                "INFERENCE_PRECISION_HINT": "f32",
-                "KV_CACHE_PRECISION": "f32",
-                "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-            }
-        self._request = ov.Core().compile_model(directory / XML, "CPU", options).create_infer_request()
-        self._length = 0
-
-    def reset(self) -> None:
-        """Forget the context."""
-        self._request.reset_state()
-        self._length = 0
-
-    def logits(self, token_ids: list[int]) -> Tensor:
-        """(tokens, vocabulary) float32 logits of tokens that continue the context."""
-        end = self._length + len(token_ids)
-        result = self._request.infer(
-            {
-                "input_ids": np.array([token_ids], np.int64),
-                "attention_mask": np.ones((1, end), np.int64),
-                "position_ids": np.arange(self._length, end, dtype=np.int64)[None],
-                "beam_idx": np.zeros(1, np.int32),
-            }
-        )
-        self._length = end
-        return torch.from_numpy(result["logits"][0].copy())
-
-
-def _convert(source: ExportSource) -> tuple[Any, int]:
+def trace_model(source: ExportSource) -> tuple[Any, int]:
+    """The model as a graph whose cache goes in and out as tensors, and its number of layers."""
     ov = require("openvino", "openvino")
     model = load_model(source.directory, dtype=torch.float32)
     model.config._attn_implementation = "sdpa"
     config = model.config
-    windows = _windows(config)
+    windows = attention_windows(config)
     assert windows is not None
     layers = int(config.num_hidden_layers)
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
@@ -237,7 +133,7 @@ def _cache_name(prefix: str, index: int) -> str:
     return f"{prefix}.{index // 2}.{'value' if index % 2 else 'key'}"
 
 
-def _make_stateful(graph: Any, layers: int) -> None:
+def make_stateful(graph: Any, layers: int) -> None:
     """Keep keys and values inside the runtime, reordered by beam_idx, empty at the start."""
     ov = require("openvino", "openvino")
     transformations = require("openvino._offline_transformations", "openvino")
@@ -272,7 +168,13 @@ def _make_stateful(graph: Any, layers: int) -> None:
     assert isinstance(graph, ov.Model)
 
 
-def _replace_weights(graph: Any, source: ExportSource, keep: list[Array]) -> dict[str, str]:
+def replace_weights(graph: Any, source: ExportSource, keep: list[Array]) -> dict[str, str]:
+    """Put the trained codes in place of the traced constants; return the type of every weight.
+
+    keep: takes the arrays that the graph's constants share memory with.
+
+    Raises: ExportError if a projection is not found.
+    """
     kinds: dict[str, str] = {}
     plain = set(source.plain_names)
     for node in list(graph.get_ops()):
@@ -350,26 +252,3 @@ def _constant(name: str, values: Array, shape: list[int], kind: Any, keep: list[
     constant = ov.op.Constant(ov.Tensor(flat, ov.Shape(shape), kind))
     constant.set_friendly_name(f"{MARK}{name}")
     return constant
-
-
-def _floats(node: Any) -> Tensor:
-    """The values of a constant of 16 or 32 bits, float32, in its shape."""
-    if node.get_element_type().get_type_name() == "bf16":
-        halves = np.array(node.data).view(np.int16)
-        return torch.from_numpy(halves).view(torch.bfloat16).float()
-    return torch.from_numpy(np.array(node.data, dtype=np.float32))
-
-
-def _integers(node: Any) -> NDArray[np.int16]:
-    """The integers of a constant of 4 or 8 bits, in its shape."""
-    shape = list(node.get_output_shape(0))
-    kind = node.get_element_type().get_type_name()
-    packed = np.array(node.data)
-    if kind in {"i4", "u4"}:
-        packed = packed.reshape(-1).view(np.uint8)
-        if packed.size != int(np.prod(shape)):
-            packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[: int(np.prod(shape))]
-    values = packed.reshape(shape).astype(np.int16)
-    if kind == "i4":
-        values = np.where(values > 7, values - 16, values)
-    return values.astype(np.int16)

@@ -24,7 +24,17 @@ from sqft.sections import (
     TrainSection,
 )
 
-__all__ = ["Recipe", "load_recipe", "parse_recipe", "read_recipe_values", "recipe_schema", "set_value"]
+__all__ = [
+    "Recipe",
+    "adapter_stage",
+    "dense_adapters",
+    "load_recipe",
+    "model_stage",
+    "parse_recipe",
+    "read_recipe_values",
+    "recipe_schema",
+    "set_value",
+]
 
 
 class Recipe(Section):
@@ -158,6 +168,22 @@ class Recipe(Section):
         if self.evaluate.models is not None:
             return self.evaluate.models
         return [name for name in self.existing_models() if name != "adapted" or not self.merges]
+
+
+def model_stage(recipe: Recipe, model: ReportedModel) -> str:
+    """The stage that holds the weights of a reported model."""
+    stages = {"base": "model", "dense_tuned": "model", "sparse": "sparsify", "quantized": "quantize"}
+    return stages.get(model) or {"adapted": recipe.base_stage, "merged": "merge"}[model]
+
+
+def adapter_stage(model: ReportedModel) -> str | None:
+    """The stage that holds the adapter of a reported model, if it has one."""
+    return {"dense_tuned": "train_dense", "adapted": "search"}.get(model)
+
+
+def dense_adapters(section: AdapterSection) -> AdapterSection:
+    """The adapters of the dense reference: plain LoRA of the maximal rank on the same modules."""
+    return section.model_copy(update={"method": "lora", "ranks": [max(section.ranks)], "gradient": "exact"})
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:

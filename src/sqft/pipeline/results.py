@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from sqft.artifacts import new_directory
-from sqft.evaluation.measurement import compare_models
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import FinishedStage
 from sqft.pipeline.steps import ITEMS
@@ -64,6 +63,8 @@ def report_data(
 
     seconds: what this run took; the report adds what its reused stages took when they ran.
     """
+    from sqft.evaluation.measurement import compare_models
+
     metrics = {stage.name: stage.manifest.metrics for stage in stages}
     rows = [ModelRow(**metrics[f"evaluate-{name}"]["row"]) for name in recipe.reported_models()]
     checks = [CheckRow(**check) for check in metrics["merge"]["checks"]] if "merge" in metrics else None

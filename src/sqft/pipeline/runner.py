@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import sqft
 from sqft.artifacts import (
     MANIFEST,
     Manifest,
@@ -24,9 +23,9 @@ from sqft.artifacts import (
     write_json,
 )
 from sqft.errors import DataError, WorkspaceError
+from sqft.pipeline.context import StageContext
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.stages import Stage, recipe_stages
-from sqft.pipeline.steps import StageContext
 from sqft.progress import SILENT, Progress
 from sqft.sections import CalibrationSection
 
@@ -137,7 +136,7 @@ def environment(device: str) -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
     return {
-        "sqft": sqft.__version__,
+        "sqft": importlib.metadata.version("sqft"),
         "python": platform.python_version(),
         **versions,
         "device": f"{device.split(':')[0]} ({kind})",
@@ -241,12 +240,12 @@ def _content(path: str | None, key: str) -> str | None:
 
 def _source_digest(packages: tuple[str, ...]) -> dict[str, Any]:
     """In a development install, the source that a stage runs; nothing in an installed package."""
-    root = Path(sqft.__file__).parent
+    root = Path(__file__).parents[1]
     if "site-packages" in root.parts:
-        return {"sqft": sqft.__version__}
+        return {"sqft": importlib.metadata.version("sqft")}
     digests = {name: digest_json(_package_digest(root / name)) for name in packages}
     own = _package_digest(root / "pipeline")
-    return digests | {name: own[name] for name in ("steps.py", "measurement.py")}
+    return digests | {name: own[name] for name in ("steps.py", "context.py")}
 
 
 @cache  # a process runs the source it has imported, whatever is edited meanwhile

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqft.pipeline import steps
-from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.context import StageContext
+from sqft.pipeline.recipe import Recipe, adapter_stage, dense_adapters, model_stage
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
@@ -22,12 +23,12 @@ from sqft.sections import (
     TrainSection,
 )
 
-__all__ = ["Stage", "adapter_stage", "model_stage", "recipe_stages"]
+__all__ = ["Stage", "recipe_stages"]
 
 # Fields of TrainingArguments that say what is told of a training, and change nothing in it.
 REPORTING = ("report_to", "run_name", "logging_dir", "logging_steps", "logging_strategy", "project")
 
-Step = Callable[[steps.StageContext], dict[str, Any]]
+Step = Callable[[StageContext], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,6 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
         for target in recipe.export.formats:
             stages.append(Stage(f"export-{target}", inputs, {"format": target}, steps.export, ("export",)))
     return stages
-
-
-def dense_adapters(section: AdapterSection) -> AdapterSection:
-    """The adapters of the dense reference: plain LoRA of the maximal rank on the same modules."""
-    return section.model_copy(update={"method": "lora", "ranks": [max(section.ranks)], "gradient": "exact"})
-
-
-def model_stage(recipe: Recipe, model: ReportedModel) -> str:
-    """The stage that holds the weights of a reported model."""
-    stages = {"base": "model", "dense_tuned": "model", "sparse": "sparsify", "quantized": "quantize"}
-    return stages.get(model) or {"adapted": recipe.base_stage, "merged": "merge"}[model]
-
-
-def adapter_stage(model: ReportedModel) -> str | None:
-    """The stage that holds the adapter of a reported model, if it has one."""
-    return {"dense_tuned": "train_dense", "adapted": "search"}.get(model)
 
 
 def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:

@@ -4,19 +4,17 @@ The packages know modules and tensors; only this file knows which directory hold
 """
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sqft.artifacts import LAYERS, Manifest, digest_json, write_json
 from sqft.errors import CertificateError
-from sqft.pipeline.recipe import Recipe
-from sqft.progress import Progress
+from sqft.pipeline.context import StageContext
+from sqft.pipeline.recipe import adapter_stage, dense_adapters, model_stage
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
-    DataSection,
     EvaluateSection,
     QuantizeSection,
     ReportedModel,
@@ -31,11 +29,9 @@ if TYPE_CHECKING:
 
     from sqft.adapters import MergedWeight
     from sqft.compression import LayerReport
-    from sqft.data import Splits
-    from sqft.models import Checkpoint, QuantizedWeight
+    from sqft.models import QuantizedWeight
 
 __all__ = [
-    "StageContext",
     "evaluate",
     "export",
     "merge",
@@ -52,80 +48,6 @@ ITEMS = "items.json"
 REFERENCE_ITEMS = 4
 # What of a recipe a merged model depends on; data enters by content.
 DETERMINING = {"model", "seed", "calibration", "sparsify", "quantize", "adapters", "train", "search"}
-
-
-@dataclass(frozen=True)
-class StageContext:
-    """What a stage may use: the recipe, the directories of its inputs, and its own directory to fill."""
-
-    recipe: Recipe
-    stage: str
-    final: Path
-    inputs: Mapping[str, Path]
-    device: str
-    progress: Progress
-    directory: Path = Path()
-
-    def working_in(self, directory: Path) -> "StageContext":
-        """The same context, with the unfinished directory to fill."""
-        return replace(self, directory=directory)
-
-    @property
-    def trusts_code(self) -> bool:
-        """Whether the recipe lets the model run Python code of its own."""
-        return self.recipe.model.trust_remote_code
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Options of every function that loads a model."""
-        return {"device": self.device, "trust_remote_code": self.trusts_code}
-
-    @property
-    def compressing(self) -> dict[str, Any]:
-        """Options of the two functions that compress a model."""
-        return {"device": self.device, "progress": self.progress, "spill": self.recipe.runtime.spill}
-
-    def checkpoint(self, name: str) -> "Checkpoint":
-        """The model directory of an input, opened without its weights."""
-        from sqft.models import open_checkpoint
-
-        return open_checkpoint(self.inputs[name], trust_remote_code=self.trusts_code)
-
-    @property
-    def base(self) -> Path:
-        """The model directory that the adapters stand on."""
-        return self.inputs[self.recipe.base_stage]
-
-    @property
-    def adapters(self) -> AdapterSection:
-        """The adapters section of a recipe that has a train stage."""
-        assert self.recipe.adapters is not None
-        return self.recipe.adapters
-
-    @property
-    def data(self) -> DataSection:
-        """The data section of a recipe that has items."""
-        assert self.recipe.data is not None
-        return self.recipe.data
-
-    def splits(self) -> "Splits":
-        """The training, search and test items, tokenized."""
-        from sqft.data import load_splits
-        from sqft.models import load_tokenizer
-
-        tokenizer = load_tokenizer(self.inputs["model"], trust_remote_code=self.trusts_code)
-        return load_splits(self.data, tokenizer, seed=self.recipe.seed)
-
-    def calibration(self, asking: SparsifySection | QuantizeSection) -> "Tensor | None":
-        """The calibration tokens (num_samples, sequence_length), where this section looks at them."""
-        if not asking.calibrates:
-            return None
-        from sqft.data import calibration_tokens
-        from sqft.models import load_tokenizer
-
-        section = self.recipe.calibration or CalibrationSection()
-        tokenizer = load_tokenizer(self.inputs["model"], trust_remote_code=self.trusts_code)
-        return calibration_tokens(section, self.recipe.data, tokenizer, seed=self.recipe.seed)
 
 
 def sparsify(context: StageContext) -> dict[str, Any]:
@@ -182,8 +104,6 @@ def train(context: StageContext) -> dict[str, Any]:
 
 def train_dense(context: StageContext) -> dict[str, Any]:
     """The dense reference: plain LoRA on the model as it came, with the same data and budget."""
-    from sqft.pipeline.stages import dense_adapters
-
     return _train(context, context.inputs["model"], dense_adapters(context.adapters))
 
 
@@ -295,9 +215,8 @@ def merge(context: StageContext) -> dict[str, Any]:
 
 def evaluate(context: StageContext) -> dict[str, Any]:
     """One model, measured on the test items and the text that the recipe names."""
-    from sqft.models import load_tokenizer
     from sqft.evaluation.measurement import chance_of, measure_model, size_on_disk
-    from sqft.pipeline.stages import adapter_stage, model_stage
+    from sqft.models import load_tokenizer
 
     name = cast(ReportedModel, context.stage.removeprefix("evaluate-"))
     directory = context.inputs[model_stage(context.recipe, name)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sqft.errors import ExportError, require
 
-__all__ = ["LlamaCpp"]
+__all__ = ["LlamaCpp", "check_tokenizer"]
 
 
 class LlamaCpp:
@@ -100,6 +100,25 @@ class LlamaCpp:
         if "choices" not in values:
             raise ExportError(f"llama.cpp refused a request: {json.dumps(values)[:200]}")
         return values
+
+
+def check_tokenizer(tokenizer: Any, runtime: LlamaCpp) -> None:
+    """Compare llama.cpp's token ids with the tokenizer's on probe texts.
+
+    Raises: ExportError if they differ.
+    """
+    probes = [
+        "Hello, world! It's 3.14 + 12345 = 7?",
+        "def f(x):\n\treturn  x**2  # naïve",
+        "Ünïcödé 日本語 🙂",
+    ]
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "What is 3 plus 4?"}]
+        probes.append(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    for text in probes:
+        expected = tokenizer(text, add_special_tokens=False).input_ids
+        if runtime.tokenize(text) != expected:
+            raise ExportError(f"llama.cpp splits {text[:40]!r} into other tokens than the model's tokenizer")
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from typing import Any, Protocol
 import torch
 
 from sqft.errors import ExportError
-from sqft.runtimes.llama_cpp import LlamaCpp
-from sqft.formats.openvino_graph import XML, OpenVinoModel
+from sqft.formats.openvino import XML
 from sqft.progress import SILENT, Progress
+from sqft.runtimes.llama_cpp import LlamaCpp
+from sqft.runtimes.openvino import OpenVinoModel
 
 __all__ = ["Artefact", "SpeedRow", "llama_cpp_speed", "measure_speed", "open_artefact"]
 
@@ -210,7 +211,7 @@ def llama_cpp_speed(timings: dict[str, float]) -> tuple[float, float]:
 
 class _OpenVinoRunner:
     def __init__(self, artefact: Artefact, threads: int) -> None:
-        self._model = OpenVinoModel(artefact.path, exact=False, threads=threads)
+        self._model = OpenVinoModel(artefact.path / XML, exact=False, threads=threads)
 
     def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
         self._model.reset()

@@ -1,0 +1,46 @@
+"""What a model directory, and the report of the run beside it, tell of the model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["model_records", "read_certificate"]
+
+CERTIFICATE = "sqft_certificate.json"
+
+Rows = list[dict[str, Any]]
+
+
+def model_records(directory: Path) -> tuple[dict[str, Any] | None, Rows | None]:
+    """The recipe and the evaluation that a model directory, or the report of the run beside it, tells of."""
+    report = _read(directory.parent / "report.json")
+    if Path(str(report.get("merged_dir"))).name != directory.resolve().name:
+        report = {}
+    recipe = _read(directory / "sqft.json").get("recipe") or report.get("recipe")
+    rows = list(report.get("models") or [])
+    merge = _read(directory / "sqft_merge.json")
+    for name in ("base", "unmerged", "trained_on"):
+        if merge.get(f"{name}_loss") is not None:
+            rows.append({"name": name, "loss": merge[f"{name}_loss"]})
+    for rung in merge.get("rungs", []):
+        if rung["name"] == merge.get("chosen") and rung["loss"] is not None:
+            rows.append(rung | {"name": f"merged ({rung['name']})"})
+    return recipe, rows or None
+
+
+def read_certificate(directory: Path) -> dict[str, Any] | None:
+    """The certificate of a merged model; None if it carries none."""
+    path = directory / CERTIFICATE
+    if not path.is_file():
+        return None
+    certificate: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return certificate
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

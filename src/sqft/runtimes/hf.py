@@ -1,0 +1,36 @@
+"""Running model directories in transformers, without a class of ours."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from sqft.models import open_checkpoint
+from sqft.models.checkpoint import quiet_transformers
+
+__all__ = ["run_model", "run_transformers"]
+
+
+def run_model(model: nn.Module, items: Sequence[Sequence[int]]) -> Float[Tensor, "positions vocabulary"]:
+    """Float32 logits at every position of every item."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([list(item)])).logits[0].float() for item in items])
+
+
+def run_transformers(
+    directory: Path, items: Sequence[Sequence[int]]
+) -> Float[Tensor, "positions vocabulary"]:
+    """Float32 logits of a model directory that plain transformers opens."""
+    options: dict[str, Any] = {"dtype": torch.float32}
+    grid = open_checkpoint(directory).grid
+    if grid is not None and not grid.symmetric:  # the default of transformers 5.23 fails on zero points
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings(), quiet_transformers():
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        return run_model(AutoModelForCausalLM.from_pretrained(directory, **options), items)
