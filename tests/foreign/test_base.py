@@ -20,7 +20,7 @@ from tests.memory import Watch
 
 MergedDir = Callable[..., Path]
 ModelDir = Callable[..., Path]
-RECORDED = Path(__file__).parent / "nf4_reference.safetensors"
+RECORDED = Path(__file__).parents[1] / "formats" / "nf4_reference.safetensors"
 BLOCK_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
