@@ -9,6 +9,7 @@ import pytest
 from sqft import untrusted
 from sqft.errors import DataError
 from sqft.evaluation import evaluate_tasks
+from sqft.evaluation.harness import main_figure
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -40,6 +41,7 @@ def test_a_local_task(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     assert list(results) == ["local_choice"]
     assert 0.0 <= results["local_choice"]["acc,none"] <= 1.0
     assert results["local_choice"]["num_items"] == 4
+    assert main_figure(results["local_choice"]) == ("acc", results["local_choice"]["acc,none"])
     json.dumps(results)
 
 
@@ -110,3 +112,11 @@ def test_a_trusted_task_file_may_name_code(model: Any, tiny_tokenizer: Any, tmp_
     )
     results = evaluate_tasks(model, tiny_tokenizer, [str(task)], trust_remote_code=True)
     assert results["local_choice"]["num_items"] == 1
+
+
+def test_the_main_figure_is_the_first_metric() -> None:
+    figures = {"sample_len": 64, "f1_stderr,none": "N/A", "f1,none": 0.25, "acc,none": 0.5, "num_items": 64}
+    assert main_figure(figures) == ("f1", 0.25)
+    assert main_figure({"exact_match,strict-match": 0.0}) == ("exact_match, strict-match", 0.0)
+    with pytest.raises(DataError, match="no figure"):
+        main_figure({"sample_len": 64, "num_items": 64})

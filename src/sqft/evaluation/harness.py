@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from sqft.errors import DataError, require
 from sqft.evaluation.task_files import read_task, sandboxed_templates
 
-__all__ = ["evaluate_tasks"]
+__all__ = ["evaluate_tasks", "main_figure"]
 
 
 def evaluate_tasks(
@@ -30,7 +30,8 @@ def evaluate_tasks(
     Only names make the harness read its own list of tasks, which takes some 20 seconds; files do not.
     trust_remote_code: let task files name Python code, and data sets and metrics of the hub. Tasks by name
     are those of the installed harness, code and data sets included.
-    Returns the figures of each task, metric by metric, standard errors and version included.
+    Returns for each task that was asked for: "version", "num_items", and its figures under the harness's own
+    names "METRIC,FILTER" and "METRIC_stderr,FILTER", in the order in which the task lists its metrics.
 
     Raises: MissingExtraError without lm-eval; DataError for an unknown task, a bad file, missing data, or a
     file that asks for more than it may.
@@ -60,13 +61,32 @@ def evaluate_tasks(
         except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"lm-eval cannot run {shown}: {reason}") from error
-    return {
-        task: {name: _plain(value) for name, value in figures.items() if name != "alias"}
-        | {
-            "version": results["versions"].get(task),
-            "num_items": _plain(results["n-samples"][task]["effective"]),
-        }
-        for task, figures in results["results"].items()
+    return {task: _figures(task, results) for task in wanted if task in results["results"]}
+
+
+def main_figure(figures: dict[str, Any]) -> tuple[str, float]:
+    """(metric, value) of a task's first metric, which is the one its authors put first.
+
+    The metric is called as the harness calls it, with its filter where that is not "none".
+
+    Raises: DataError if the task has no figure that is a number.
+    """
+    for name, value in figures.items():
+        metric, comma, kind = name.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            return (metric if kind == "none" else f"{metric}, {kind}"), float(value)
+    raise DataError(f"lm-eval gave no figure for a task, only {', '.join(figures)}")
+
+
+def _figures(task: str, results: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of one task; counts and names that the harness puts between them are left out."""
+    found = results["results"][task]
+    items = found.get("sample_len")  # of a group, the harness counts its tasks' items here only
+    if task in results["n-samples"]:
+        items = results["n-samples"][task]["effective"]
+    return {name: _plain(value) for name, value in found.items() if "," in name} | {
+        "version": results["versions"].get(task),
+        "num_items": _plain(items),
     }
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sqft.adapters.identity import base_weight
 from sqft.data import Example
-from sqft.evaluation.harness import evaluate_tasks
+from sqft.evaluation.harness import evaluate_tasks, main_figure
 from sqft.evaluation.items import evaluate_items
 from sqft.evaluation.loss import evaluate_perplexity
 from sqft.evaluation.paired import compare_correct, paired_difference
@@ -69,7 +69,8 @@ def measure_model(
             max_items=section.max_items,
             trust_remote_code=trust_remote_code,
         )
-        row["tasks"] = {task: _main_figure(figures) for task, figures in results.items()}
+        main = {task: main_figure(figures) for task, figures in results.items()}
+        row["tasks"] = {f"{task} ({metric})": value for task, (metric, value) in main.items()}
         items["tasks"] = results
     return row, items
 
@@ -125,8 +126,3 @@ def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
         f"{100 * right.difference:+.1f} points ({100 * right.low:+.1f} to {100 * right.high:+.1f}), "
         f"{loss.num_items} items, paired"
     )
-
-
-def _main_figure(figures: dict[str, Any]) -> float:
-    """The first figure that is a share or a score, and no error bar."""
-    return next(float(v) for k, v in figures.items() if isinstance(v, int | float) and "stderr" not in k)
