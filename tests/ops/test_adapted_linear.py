@@ -1,10 +1,11 @@
+import shutil
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sqft.errors import AdapterError
@@ -217,22 +218,27 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-class Layer(nn.Module):
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        self.A, self.B = nn.Parameter(case.A.clone()), nn.Parameter(case.B.clone())
-        self.register_buffer("base", keep_nonzero(case.weight, case.mask))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(adapted_linear(x, self.base, self.A, self.B, scaling=2.0))
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_compile_gives_the_same_result() -> None:
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=["aot_eager", "inductor"]
+)
+@pytest.mark.parametrize("gradient", ["exact", "lowrank"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_compile_gives_the_same_result(quantized: bool, gradient: Any, backend: str) -> None:
+    if backend == "inductor" and shutil.which("gcc") is None:
+        pytest.skip("Inductor compiles with gcc")
     case = Case(32, 32, 4)
-    plain, compiled = Layer(case), Layer(case)
-    run = torch.compile(compiled, backend="aot_eager")
-    run(case.x).backward(case.dy)
-    plain(case.x).backward(case.dy)
-    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-6)
+    base, grid = case.grid(4, True) if quantized else (keep_nonzero(case.weight, case.mask), None)
+
+    def layer(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+        y = adapted_linear(x, base, A, B, bias, scaling=4.0, qparams=grid, gradient=gradient)
+        return torch.tanh(y)
+
+    torch.compiler.reset()
+    results = []
+    for run in (layer, torch.compile(layer, backend=backend)):
+        inputs = leaves(case.x, case.A, case.B, case.bias)
+        y = run(*inputs)
+        results.append([y, *gradients(y, case.dy, *inputs)])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)

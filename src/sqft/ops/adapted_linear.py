@@ -231,7 +231,8 @@ def _backward_block(
     if gradient is not None and dA is not None and dB is not None:
         lora_A, lora_B = blocks.lora_A.to(plan.dtype), blocks.lora_B[rows].to(plan.dtype)
         dB[rows] = torch.mm(gradient, lora_A.t()).to(dB.dtype).mul_(plan.scaling)
-        dA.add_(torch.mm(lora_B.t(), gradient), alpha=plan.scaling)
+        # Not add_(..., alpha=scaling): Inductor of torch 2.13 leaves the alpha of an added product out.
+        dA.add_(torch.mm(lora_B.t(), gradient).to(dA.dtype).mul_(plan.scaling))
 
 
 def _lowrank_gradients(
