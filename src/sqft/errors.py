@@ -53,8 +53,8 @@ class CompressionError(SqftError):
     """A layer cannot be sparsified or quantized as asked."""
 
 
-class AdapterError(SqftError):
-    """An adapter does not fit its base, mask or grid."""
+class AdapterError(SqftError, ValueError):
+    """An adapter does not fit its base, mask or grid. PEFT's callers expect a ValueError, and this is one."""
 
 
 class TrainingError(SqftError):

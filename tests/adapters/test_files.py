@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from sqft.adapters import (
     SearchSpace,
@@ -174,6 +175,81 @@ def test_masked_sub_adapter_keeps_the_type(
     assert codes_digest(again) == codes_digest(model)
     with pytest.raises(AdapterError, match="extracted"):
         SearchSpace.of(again)
+
+
+def test_a_configuration_is_not_changed_by_its_use(sparse_model: Any) -> None:
+    config = SqftConfig(method="sparse_peft", ranks=[4])
+    for sparsity in (0.5, 0.25):
+        model = get_peft_model(sparse_model(sparsity=sparsity), config)
+        assert model.peft_config["default"].identity
+        assert (config.identity, config.target_modules, config.storage_dtype) == ({}, None, None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_added_while_another_is_merged(
+    method: str, tuned: Any, make_base: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    tuned(method).save_pretrained(tmp_path / "first")
+    model = tuned(method)
+    adapted = logits(model, tokens)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging"):
+        model.load_adapter(tmp_path / "first", "loaded")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging"):
+        model.add_adapter("added", SqftConfig(method=method, ranks=[4]))
+    model.save_pretrained(tmp_path)
+    model.set_adapter("loaded")
+    assert torch.equal(logits(model, tokens), adapted)
+    model.set_adapter("added")
+    assert torch.equal(logits(PeftModel.from_pretrained(make_base(method), tmp_path / "added"), tokens),
+                       logits(model, tokens))  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_the_head_of_a_classifier_is_trained_and_saved(
+    task: str, tiny_model_dir: Callable[..., Path], tokens: Tensor, tmp_path: Path
+) -> None:
+    classes = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return classes[task].from_pretrained(tiny_model_dir("llama"), num_labels=3, dtype=torch.float32)
+
+    model = get_peft_model(base(), SqftConfig(method="sparse_peft", ranks=[4], task_type=task))
+    heads = [parameter for name, parameter in model.named_parameters() if "score.modules_to_save" in name]
+    assert heads
+    assert all(parameter.requires_grad for parameter in heads)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.1)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path / "adapter"), tokens), expected)
+    extract_sub_adapter(model, SearchSpace.of(model).maximal(), tmp_path / "sub")
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path / "sub"), tokens), expected)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = classes[task].from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.equal(logits(again, tokens), expected)
+
+
+def test_transformers_loads_and_deletes_an_adapter(
+    tuned: Any, sparse_model: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    model = tuned("sparse_peft")
+    expected = logits(model, tokens)
+    assert model.peft_config["default"].peft_type.value == "SQFT"
+    model.save_pretrained(tmp_path)
+    plain = sparse_model()
+    before = logits(plain, tokens)
+    plain.load_adapter(str(tmp_path))
+    assert torch.equal(logits(plain, tokens), expected)
+    plain.disable_adapters()
+    assert torch.equal(logits(plain, tokens), before)
+    plain.enable_adapters()
+    plain.delete_adapter("default")
+    assert torch.equal(logits(plain, tokens), before)
 
 
 def test_config_is_checked() -> None:

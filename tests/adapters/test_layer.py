@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from sqft.adapters import (
     MergedWeight,
@@ -134,11 +135,77 @@ def test_methods_that_do_not_fit_the_base(sparse_model: Any, quantized_model: An
         attach(sparse_model(), "sparse_peft", target_modules=["nothing"])
 
 
-def test_safe_merge_refuses_nan(sparse_model: Any) -> None:
-    model = attach(sparse_model(), "sparse_peft")
-    next(iter(adapter_layers(model).values())).sqft_B["default"].data.fill_(float("nan"))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_finite_is_never_merged(
+    method: str, value: float, make_base: Any, randomize: Any, tokens: Tensor
+) -> None:
+    model = attach(make_base(method), method)
+    randomize(model)
+    *_, last = adapter_layers(model).values()
+    last.sqft_B["default"].data[3, 1] = value
+    before = logits(model, tokens)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        for safe_merge in (False, True):
+            with pytest.raises(AdapterError, match="not finite"):
+                merge(safe_merge=safe_merge)
     with pytest.raises(AdapterError, match="not finite"):
-        model.merge_and_unload(safe_merge=True)
+        codes_digest(model)
+    assert not any(layer.merged_adapters for layer in adapter_layers(model).values())
+    assert torch.equal(logits(model, tokens), before) or before.isnan().any()
+
+
+def test_a_refused_merge_leaves_the_model_as_it_was(
+    sparse_model: Any, quantized_model: Any, randomize: Any, tokens: Tensor
+) -> None:
+    """The first layers could be merged, the last, which is quantized, could not."""
+    model, last = sparse_model(sparsity=0.0), "model.layers.1.mlp"
+    model.get_submodule(last).down_proj = quantized_model().get_submodule(f"{last}.down_proj")
+    model = attach(model, "lora")
+    randomize(model)
+    before = logits(model, tokens)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(AdapterError, match="quantized"):
+            merge()
+        assert len(adapter_layers(model)) == 10
+        assert torch.equal(logits(model, tokens), before)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_an_adapter_for_each_row_is_refused(call: str, make_base: Any, tokens: Tensor) -> None:
+    model = attach(make_base("sparse_peft"), "sparse_peft").eval()
+    run = model if call == "forward" else model.generate
+    with pytest.raises(AdapterError, match="set_adapter"):
+        run(input_ids=tokens, adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_elastic_ranks_that_nobody_draws_do_not_train(method: str, make_base: Any, tokens: Tensor) -> None:
+    model = attach(make_base(method), method)
+    model.train()
+    with pytest.raises(AdapterError, match="RankSampler"):
+        model(input_ids=tokens)
+    with torch.no_grad():
+        model(input_ids=tokens)
+    model.eval()(input_ids=tokens)
+    model.train()
+    set_ranks(model, SearchSpace.of(model).maximal())
+    model(input_ids=tokens)
+
+
+@pytest.mark.parametrize("load_dtype", [torch.float32, torch.bfloat16])
+def test_a_16_bit_checkpoint_is_trained_as_it_will_be_saved(
+    load_dtype: torch.dtype, tiny_model_dir: Any, randomize: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Opened in float32, trained, merged and saved in bfloat16 again, it is still the trained model."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"), dtype=load_dtype)
+    model = attach(plain, "sparse_peft")
+    assert model.peft_config["default"].storage_dtype == "bfloat16"
+    randomize(model)
+    trained = logits(model.float(), tokens)
+    model.merge_and_unload().to(torch.bfloat16).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(again, tokens), trained)
 
 
 @pytest.mark.parametrize("kind", ["column", "token"])
@@ -162,7 +229,7 @@ def test_dropout_touches_the_update_only(
 def test_column_dropout_is_a_function_of_seed_and_step(
     method: str, make_base: Any, randomize: Any, tokens: Tensor
 ) -> None:
-    model = attach(make_base(method), method, dropout=0.5)
+    model = attach(make_base(method), method, (8,), dropout=0.5)
     randomize(model)
     model.train()
     with pytest.raises(AdapterError, match="set_step"):
@@ -208,7 +275,7 @@ def test_lora_has_no_other_gradient() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_sharing_layers_save_their_input_once(method: str, make_base: Any, tokens: Tensor) -> None:
-    model = attach(make_base(method), method, target_modules=["q_proj", "k_proj", "v_proj"])
+    model = attach(make_base(method), method, (8,), target_modules=["q_proj", "k_proj", "v_proj"])
     model.train()
     attention = model.base_model.model.model.layers[0].self_attn
     x = torch.randn(2, 5, 64, requires_grad=True)
@@ -303,7 +370,7 @@ def test_training_and_merging_agree_in_every_weight(method: str, make_base: Any,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast(method: str, make_base: Any, randomize: Any, tokens: Tensor) -> None:
-    model = attach(make_base(method), method)
+    model = attach(make_base(method), method, (8,))
     randomize(model)
     plain = logits(model, tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -323,7 +390,7 @@ def test_a_partly_quantized_base_is_named_first(sparse_model: Any, quantized_mod
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_without_a_stored_mask_zeros_may_change(
+def test_without_a_stored_mask_stray_zeros_may_change(
     dtype: str, tiny_model_dir: Any, randomize: Any, tmp_path: Path
 ) -> None:
     directory = shutil.copytree(tiny_model_dir("llama", dtype=dtype), tmp_path / "m")
@@ -331,9 +398,31 @@ def test_without_a_stored_mask_zeros_may_change(
     tensors = load_file(directory / "model.safetensors")
     tensors[f"{name}.weight"][2, 5:8] = 0
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    digests = []
+    plain = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for base in (load_trainable(directory), plain):
+        model = attach(base, "sparse_peft")
+        randomize(model)
+        merged = merge_adapters(model)[name]
+        assert merged.mask.all()
+        assert merged.weight is not None
+        assert (merged.weight[2, 5:8].abs() > 1e-4).all()
+        digests.append((codes_digest(model), model.peft_config["default"].identity))
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_that_arrives_sparse_keeps_its_zeros(
+    dtype: str, tiny_model_dir: Any, randomize: Any, tmp_path: Path
+) -> None:
+    directory = shutil.copytree(tiny_model_dir("llama", dtype=dtype), tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight"):
+            tensor[torch.rand(tensor.shape) < 0.5] = 0
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     model = attach(load_trainable(directory), "sparse_peft")
     randomize(model)
-    merged = merge_adapters(model)[name]
-    assert merged.mask.all()
-    assert merged.weight is not None
-    assert (merged.weight[2, 5:8].abs() > 1e-4).all()
+    for name, merged in merge_adapters(model).items():
+        assert torch.equal(merged.mask, tensors[f"{name}.weight"] != 0)
+        assert torch.equal(merged.dequantized() != 0, merged.mask)

@@ -1,6 +1,7 @@
 """What is stored of an adapter beside its tensors."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,20 @@ from sqft.ops.adapted_linear import GRADIENTS, KERNELS, check_choice
 
 __all__ = ["DEFAULT_TARGETS", "METHODS", "PEFT_TYPE", "SqftConfig"]
 
-PEFT_TYPE = "SQFT"
+
+class SqftType(StrEnum):
+    """Our entry beside PEFT's own enumeration of types, whose members have a `value`, as callers expect."""
+
+    SQFT = "SQFT"
+
+
+PEFT_TYPE = SqftType.SQFT
+# What PEFT trains and saves whole beside the adapters of a task, under the names of transformers' classes.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 METHODS = ("lora", "sparse_peft", "qa_sparse_peft")
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_up_proj", "down_proj")
 STORAGE_DTYPES = ("float32", "bfloat16", "float16")
@@ -33,7 +47,11 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     rank_groups: name ends that share a rank inside a block; None: q, k, v together, others alone.
     gradient: exact, lowrank, or hybrid (exact every `hybrid_steps`-th step).
     kernels: torch, or triton on an NVIDIA GPU (elsewhere it is torch, with a warning).
-    storage_dtype: the dtype merged weights are stored in; set when the adapter is attached.
+    storage_dtype: the dtype merged weights are stored in. None takes, when the adapter is attached, that of
+        the weights; for sparse_peft, which trains on rounded weights, the narrowest one that holds them all:
+        bfloat16 for a bfloat16 checkpoint opened in float32.
+    modules_to_save: modules beside the adapted ones that are trained and saved whole; the task types SEQ_CLS,
+        TOKEN_CLS and QUESTION_ANS add their head.
     identity: sha256 of the base, mask and grid that the adapter belongs to; set when it is attached.
     init_seed: lora_A is a function of this seed and of the module's name.
     """
@@ -50,6 +68,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     hybrid_steps: int = 4
     kernels: Literal["torch", "triton"] = "torch"
     storage_dtype: str | None = None
+    modules_to_save: list[str] | None = None
     identity: dict[str, str] = field(default_factory=dict)
     init_seed: int = 0
     base_model_name_or_path: str | None = None
@@ -85,6 +104,10 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
                 "set dropout_kind: column, or leave gradient and kernels alone"
             )
         self.ranks = sorted(set(self.ranks), reverse=True)
+        if self.task_type in TASK_HEADS:
+            self.modules_to_save = list(
+                dict.fromkeys([*(self.modules_to_save or []), *TASK_HEADS[self.task_type]])
+            )
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
 

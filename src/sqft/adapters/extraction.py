@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,13 +21,14 @@ def extract_sub_adapter(peft_model: nn.Module, sub_adapter: SubAdapter, director
 
     A lora adapter becomes a stock PEFT one, in names and configuration, that loads without sqft; a masked or
     quantization-aware one keeps the type SQFT, since a loader that ignores the mask would run it dense.
+    Modules that were trained whole (`modules_to_save`) go along.
 
     Raises: AdapterError if the sub-adapter does not fit the search space.
     """
     config = adapter_config(peft_model)
     ranks = SearchSpace.of(peft_model).modules(sub_adapter)
     plain = config.method == "lora"
-    tensors: dict[str, Tensor] = {}
+    tensors = _whole_modules(peft_model) if config.modules_to_save else {}
     for name, layer in adapter_layers(peft_model).items():
         adapter = layer.active_name()
         assert adapter is not None
@@ -48,6 +49,18 @@ def extract_sub_adapter(peft_model: nn.Module, sub_adapter: SubAdapter, director
         write_json(partial / "adapter_config.json", values)
 
 
+def _whole_modules(peft_model: nn.Module) -> dict[str, Tensor]:
+    """What PEFT saves of an adapter beside its low-rank factors."""
+    layers = adapter_layers(peft_model)
+    adapter = next(iter(layers.values())).active_name()
+    saved = get_peft_model_state_dict(peft_model, adapter_name=adapter)
+    return {
+        key: tensor.detach().cpu().contiguous().clone()
+        for key, tensor in saved.items()
+        if not key.endswith((".sqft_A", ".sqft_B"))
+    }
+
+
 def _lora_values(config: SqftConfig, ranks: dict[str, int]) -> dict[str, Any]:
     """PEFT divides alpha by a module's own rank, so alpha shrinks with the rank to keep the scaling."""
     lora = LoraConfig(
@@ -60,6 +73,7 @@ def _lora_values(config: SqftConfig, ranks: dict[str, int]) -> dict[str, Any]:
             name: rank * config.scaling for name, rank in ranks.items() if rank != config.max_rank
         },
         task_type=config.task_type,
+        modules_to_save=config.modules_to_save,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,

@@ -1,14 +1,14 @@
 """The identity of a base: what an adapter was trained on, as digests of tensors."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sqft.adapters.targets import find_targets
 from sqft.errors import AdapterError
-from sqft.ops import QParams, pack_mask
+from sqft.ops import QParams, decode_latent, pack_mask
 
 __all__ = ["base_identity", "base_qparams", "base_tensor", "base_weight", "check_identity", "digest_tensors"]
 
@@ -16,18 +16,19 @@ Named = tuple[str, Tensor]
 
 
 def base_weight(layer: nn.Module) -> Tensor:
-    """The weight that adapters are added to: as stored, or decoded to float32 if it is quantized."""
-    layer = getattr(layer, "base_layer", layer)
-    decode: Callable[[], Tensor] | None = getattr(layer, "base_weight", None)
-    weight = layer.weight if decode is None else decode()
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    """The weight that adapters are added to: as stored, or decoded to float32 if it is quantized.
+
+    While an adapter is merged into the layer, it is the base that unmerging brings back.
+    """
+    tensor, qparams = base_tensor(layer), base_qparams(layer)
+    return tensor if qparams is None else decode_latent(tensor, qparams)
 
 
 def base_tensor(layer: nn.Module) -> Tensor:
     """The tensor that holds the base: a float weight, or the latent of a quantized layer."""
+    kept = getattr(layer, "kept_base", None)
     layer = getattr(layer, "base_layer", layer)
-    tensor = layer.weight if base_qparams(layer) is None else layer.latent
+    tensor = kept if kept is not None else layer.weight if base_qparams(layer) is None else layer.latent
     assert isinstance(tensor, Tensor)
     return tensor.detach()
 

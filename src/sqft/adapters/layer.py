@@ -29,13 +29,12 @@ from sqft.ops import (
     encode_latent,
     fake_quantize,
 )
+from sqft.ops.adapted import low_rank_delta
 from sqft.ops.adapted_linear import adapted_linear, frozen_linear, triton_usable
+from sqft.ops.mask import STRAY_ZEROS
 from sqft.ops.weight_blocks import WeightBlocks
 
 __all__ = ["AdapterLinear", "MergedWeight", "check_method", "seeded_generator"]
-
-# A dense checkpoint has a stray exact zero here and there; beyond this share a base counts as sparse.
-STRAY_ZEROS = 0.01
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
-        self._kept_base: Tensor | None = None
+        self.kept_base: Tensor | None = None
+        self.rank_chosen: set[str] = set()
         self.seed_and_step: tuple[int, int] | None = None
 
     def add_adapter(self, adapter_name: str, config: SqftConfig, generator: torch.Generator) -> None:
@@ -108,6 +108,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             there = "no active adapter" if name is None else f"{self.sqft_A[name].shape[0]} ranks"
             raise AdapterError(f"{self.module_name} cannot use rank {rank}: it has {there}")
         self.active_rank[name] = rank
+        self.rank_chosen.add(name)
 
     def active_slice(self, name: str) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
         """The active part of an adapter: lora_A[:r], lora_B[:, :r]."""
@@ -152,7 +153,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
     def merged_weight(self, name: str | None = None) -> MergedWeight:
         """What a merge writes for this layer.
 
-        Raises: AdapterError if the method cannot be merged without losing the zeros or the grid.
+        Raises: AdapterError if the method cannot be merged without losing the zeros or the grid, or the
+        merged weight is not finite.
         """
         name = name or self.active_name()
         if name is None or name not in self.sqft_A:
@@ -164,15 +166,20 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             mask = base != 0
             if qparams is None:
                 dtype = getattr(torch, config.storage_dtype) if config.storage_dtype else base.dtype
-                return MergedWeight(self.adapted(name).to(dtype), None, None, mask)
+                weight = self.adapted(name).to(dtype)
+                self._check_finite(weight)
+                return MergedWeight(weight, None, None, mask)
             lora_A, lora_B = self.active_slice(name)
+            self._check_finite(low_rank_delta(lora_A, lora_B, config.scaling), qparams.scale)
             codes = adapted_codes(base, lora_A, lora_B, scaling=config.scaling, mask=mask, qparams=qparams)
             return MergedWeight(None, codes, qparams, mask)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapted weight in the place of the base; `unmerge` brings the very same base back.
 
-        Raises: AdapterError if it cannot be merged, or (safe_merge) if the merged weight is not finite.
+        safe_merge changes nothing: a merged weight that is not finite is always refused.
+
+        Raises: AdapterError if it cannot be merged.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.sqft_A:
@@ -181,19 +188,14 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
                 raise AdapterError(
                     f"{self.module_name} has a merged adapter; unmerge it before merging '{name}'"
                 )
-            merged = self.merged_weight(name)
-            if safe_merge and not torch.isfinite(merged.dequantized()).all():
-                raise AdapterError(
-                    f"the merged weight of {self.module_name} is not finite; the adapter is damaged"
-                )
-            self._replace_base(merged)
+            self._replace_base(self.merged_weight(name))
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Undo `merge`."""
-        if self._kept_base is not None:
-            self._set_base(self._kept_base)
-        self._kept_base = None
+        if self.kept_base is not None:
+            self._set_base(self.kept_base)
+        self.kept_base = None
         self.merged_adapters.clear()
 
     def forward(
@@ -205,6 +207,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         name = self.active_name()
         if self.disable_adapters or self.merged or name is None:
             return self._base_forward(x)
+        if self.training:
+            self._check_rank_is_chosen(name)
         if self.settings[name].method == "lora":
             return self._low_rank_forward(x, name)
         return self._adapted_forward(x, name)
@@ -272,10 +276,22 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             return "exact" if step % config.hybrid_steps == 0 else "lowrank"
         return "lowrank" if config.gradient == "lowrank" else "exact"
 
+    def _check_rank_is_chosen(self, name: str) -> None:
+        """Refuse to train elastic ranks that nobody draws: only the largest rank would learn anything."""
+        config = self.settings[name]
+        elastic = len(config.ranks) > 1 and not config.rank_pattern
+        trains = torch.is_grad_enabled() and self.sqft_A[name].requires_grad
+        if elastic and trains and name not in self.rank_chosen and self.seed_and_step is None:
+            raise AdapterError(
+                f"ranks {config.ranks} are elastic, and no step has chosen one: give the trainer "
+                "callbacks=[sqft.training.RankSampler()], or call sqft.adapters.set_ranks"
+            )
+
     def _known_step(self, what: str) -> tuple[int, int]:
         if self.seed_and_step is None:
             raise AdapterError(
-                f"{what} depends on the training step; call sqft.adapters.set_step before each"
+                f"{what} depends on the training step: give the trainer "
+                "callbacks=[sqft.training.RankSampler()], or call sqft.adapters.set_step before each"
             )
         return self.seed_and_step
 
@@ -311,17 +327,23 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
                 f"merging a lora adapter would fill the zeros of {self.module_name}; train sparse_peft"
             )
 
+    def _check_finite(self, *tensors: Tensor) -> None:
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise AdapterError(
+                f"the merged weight of {self.module_name} is not finite; the adapter is damaged"
+            )
+
     def _replace_base(self, merged: MergedWeight) -> None:
         if merged.codes is None or merged.qparams is None:
             assert merged.weight is not None
             weight = self.base_layer.weight
             assert isinstance(weight, Tensor)
-            self._kept_base = weight.data
+            self.kept_base = weight.data
             self._set_base(merged.weight.to(weight.dtype))
             return
         latent = self.base_layer.latent
         assert isinstance(latent, Tensor)
-        self._kept_base = latent
+        self.kept_base = latent
         encoded = encode_latent(merged.dequantized(), merged.codes, merged.mask, merged.qparams)
         self._set_base(decode_latent(encoded, merged.qparams) if latent.is_floating_point() else encoded)
 

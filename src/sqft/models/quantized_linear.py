@@ -48,8 +48,6 @@ class QuantizedLinear(nn.Module):
 
     def base_weight(self) -> Float[Tensor, "out in"]:
         """The float32 weight before rounding, on which quantization-aware training builds."""
-        if self.latent.is_floating_point():
-            return self.latent.float()
         return decode_latent(self.latent, self.qparams)
 
     def codes(self) -> Tensor:

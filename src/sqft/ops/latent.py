@@ -52,8 +52,15 @@ def latent_codes(latent: Integer[Tensor, "out in"]) -> UInt8[Tensor, "out in"]:
     return (latent >> 4).to(torch.uint8)
 
 
-def decode_latent(latent: Integer[Tensor, "out in"], qparams: QParams) -> Float[Tensor, "out in"]:
-    """The float32 weight before rounding. Exact: a sixteenth of a step times a scale of at most 11 bits."""
+def decode_latent(
+    latent: Integer[Tensor, "out in"] | Float[Tensor, "out in"], qparams: QParams
+) -> Float[Tensor, "out in"]:
+    """The float32 weight before rounding. Exact: a sixteenth of a step times a scale of at most 11 bits.
+
+    A base that is kept decoded, in floats, is that weight already.
+    """
+    if latent.is_floating_point():
+        return latent.float()
     sixteenths = latent.unflatten(1, (qparams.scale.shape[1], -1)).float() - 8
     steps = sixteenths / 16 - qparams.zero_point[..., None].float()
     return (steps * qparams.scale[..., None]).flatten(1)

@@ -11,6 +11,8 @@ from sqft import sections
 from sqft.errors import CompressionError
 
 __all__ = [
+    "STRAY_ZEROS",
+    "existing_mask",
     "find_pattern",
     "keep_nonzero",
     "mask_pattern",
@@ -20,6 +22,8 @@ __all__ = [
     "unpack_mask",
 ]
 
+# A dense checkpoint has a stray exact zero here and there; beyond this share a weight counts as sparse.
+STRAY_ZEROS = 0.01
 AT_ONCE = 1 << 20  # scores; choosing takes a few bytes for each
 
 
@@ -120,3 +124,13 @@ def keep_nonzero(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) 
     """
     smallest = torch.finfo(weight.dtype).tiny
     return torch.where(mask, torch.where(weight == 0, smallest, weight), 0.0)
+
+
+def existing_mask(weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"] | None:
+    """The mask of the zeros that a weight came with, which others made; None for one that counts as dense.
+
+    A dense weight has an exact 0 here and there by chance; up to STRAY_ZEROS of them are no pattern.
+    """
+    mask = weight != 0
+    zeros = mask.numel() - int(mask.sum())
+    return mask if zeros > STRAY_ZEROS * mask.numel() else None

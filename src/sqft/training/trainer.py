@@ -11,13 +11,14 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from sqft.adapters import SearchSpace, set_ranks, set_step
+from sqft.adapters import SearchSpace
 from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
 from sqft.errors import TrainingError
 from sqft.ops.cross_entropy import CHUNK_ELEMENTS, chunked_cross_entropy
 from sqft.training.arguments import refusals
 from sqft.training.head import separable_head, without_head
+from sqft.training.ranks import begin_step
 from sqft.training.record import Journal, StepRecord
 
 __all__ = ["ElasticTrainer", "EpochSampler", "Items", "StepCallback"]
@@ -190,11 +191,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         """Draw the ranks of the step: a pure function of (seed, step)."""
         self.loss, self.tokens, self.started = 0.0, 0, time.perf_counter()
         self.step = state.global_step + 1
-        set_step(self.model, self.seed, state.global_step)
-        if self.space is not None:
-            sub_adapter = self.space.ranks_at(self.seed, state.global_step)
-            set_ranks(self.model, sub_adapter)
-            self.ranks = list(sub_adapter.values())
+        self.ranks = list(begin_step(self.model, self.space, self.seed, state.global_step).values())
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
