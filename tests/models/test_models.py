@@ -1,14 +1,17 @@
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from sqft.adapters import SqftConfig
 from sqft.errors import ModelError
 from sqft.models import (
     GridSpec,
@@ -204,6 +207,36 @@ def test_trainable_base(tiny_model_dir: Maker, tmp_path: Path, base_precision: s
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     layer(x).sum().backward()
     assert torch.allclose(x.grad, torch.ones(3, 64) @ layer.quantized_weight())
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("base_precision", ["latent", "float32"])
+def test_a_trainable_base_is_saved_as_a_checkpoint_that_everyone_opens(
+    tiny_model_dir: Maker, tmp_path: Path, symmetric: bool, base_precision: str
+) -> None:
+    _quantize(tiny_model_dir("llama"), tmp_path / "base", bits=4, group_size=32, symmetric=symmetric)
+    model = load_trainable(tmp_path / "base", base_precision=base_precision)  # type: ignore[arg-type]
+    model = pickle.loads(pickle.dumps(model))
+    expected = {"base": model(IDS).logits}
+    model.save_pretrained(tmp_path / "again")
+    adapted = get_peft_model(model, SqftConfig(method="qa_sparse_peft", ranks=[4]))
+    for name, parameter in adapted.named_parameters():
+        if "sqft_" in name:
+            parameter.data.normal_(std=0.2)
+    expected["merged"] = adapted(IDS).logits
+    assert not torch.allclose(expected["merged"], expected["base"])
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    options = {} if symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    for name, directory in (("base", tmp_path / "again"), ("merged", tmp_path / "merged")):
+        theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
+        torch.testing.assert_close(theirs(IDS).logits, expected[name], atol=1e-5, rtol=1e-5)
+        ours = load_trainable(directory)
+        torch.testing.assert_close(ours(IDS).logits, expected[name], atol=1e-5, rtol=1e-5)
+        assert not hasattr(model.config, "quantization_config")
+    share = [(layer.base_weight() == 0).float().mean() for layer in ours.modules()
+             if isinstance(layer, QuantizedLinear)]  # fmt: skip
+    assert min(share) >= 0.5
 
 
 def test_rewriting_a_quantized_model_keeps_what_is_not_replaced(

@@ -12,6 +12,7 @@ from sqft.errors import ModelError
 from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transformers
 from sqft.models.packing import QuantizedWeight
 from sqft.models.quantized_linear import QuantizedLinear
+from sqft.models.saving import save_as_packed
 from sqft.models.writer import read_latents, read_masks
 from sqft.ops import decode_latent, encode_latent, keep_nonzero, latent_codes
 from sqft.ops.mask import existing_mask
@@ -60,9 +61,9 @@ def load_trainable(
 
     Linears in the blocks keep the dtype they are stored in; everything else (embeddings, norms, head) is in
     `dtype`. Where masks are stored, a weight is non-zero exactly where its mask says kept, which is checked.
-    A linear without a stored mask keeps its zeros if it is sparse (`ops.mask.existing_mask`); else it is
-    dense, and a stray exact 0 becomes the smallest normal number of its dtype, so that adapters, whose mask is
-    `base != 0`, may change it. On a grid, where weights round to 0 by themselves, it is sparse from
+    A linear without a stored mask keeps its zeros if it is sparse (`ops.mask.existing_mask`). Else it is
+    dense, and a stray exact 0 becomes the smallest normal number of its dtype, so that adapters, whose mask
+    is `base != 0`, may change it. On a grid, where weights round to 0 by themselves, it is sparse from
     SPARSE_CODES zeros on; below, a code of 0 becomes 1/16 step.
 
     Raises: ModelError if the directory is not a whole model, or weights and masks disagree.
@@ -93,6 +94,8 @@ def load_trainable(
         if dense and existing_mask(value) is None:
             value = keep_nonzero(value, torch.ones_like(value, dtype=torch.bool))
         _set_parameter(model, name, value.to(device=device, dtype=value.dtype if in_block else dtype))
+    if checkpoint.quantized_names:
+        save_as_packed(model)
     return _finish(model, checkpoint, dtype, device)
 
 
