@@ -38,7 +38,21 @@ def test_markdown_is_a_table():
     ],
 )
 def test_labels_follow_the_recipe(recipe, name, label):
-    assert label_model(name, recipe) == label
+    assert label_model(ModelRow(name), recipe) == label
+
+
+@pytest.mark.parametrize(
+    ("row", "label"),
+    [
+        (ModelRow("base", sparsity=0.001), "base, dense"),
+        (ModelRow("base", sparsity=0.5), "base, sparse"),
+        (ModelRow("base", sparsity=0.15, bits=4), "base, INT4"),
+        (ModelRow("base", sparsity=0.504, bits=4), "base, sparse INT4"),
+        (ModelRow("merged", sparsity=0.5), "merged, sparse"),
+    ],
+)
+def test_a_model_that_arrives_compressed_is_called_so(row, label):
+    assert label_model(row, {}) == label
 
 
 def test_units():

@@ -47,6 +47,7 @@ SMALLEST_NORMAL = {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126}
 UNDECIDED_SHARE = 1e-3  # of a linear's codes of 4 bits up to rank 64, whose updates measure up to 2e-4
 FEW_UNDECIDED = 2  # which a small linear may have by chance
 LARGEST_ERROR = 1e-2  # of the root mean square of a row's adapted weights
+STRAY_ZEROS = 0.01  # share of zeros up to which a weight without a stored mask counts as dense
 IDENTITY = ("base", "mask", "grid")
 DOCUMENTS = ("readme", "license", "notice")  # no part of what was merged
 
@@ -86,7 +87,7 @@ def check_provenance(
         run_check("lineage", lambda: _check_lineage(directory, base_dir, adapter_dir, lineage)),
         run_check("identity", lambda: _check_identity(base, adapter)),
         run_check("grid", lambda: _check_grid(merged, base)),
-        run_check("mask", lambda: _check_masks(merged, base)),
+        run_check("mask", lambda: _check_masks(merged, base, adapter)),
         run_check("other tensors", lambda: _check_others(merged, base, adapter)),
         run_check("recomputed", lambda: _check_recomputed(merged, base, adapter, progress)),
         run_check("trained", lambda: _check_trained(merged, adapter, trained_digest)),
@@ -193,13 +194,26 @@ def _check_grid(merged: StoredModel, base: StoredModel) -> str:
     return f"scales and zero points of {len(merged.quantized)} linears equal the base's"
 
 
-def _check_masks(merged: StoredModel, base: StoredModel) -> str:
-    if merged.masked != base.masked:
+def _check_masks(merged: StoredModel, base: StoredModel, adapter: Adapter) -> str:
+    expected = {name: base.mask(name) for name in base.masked}
+    if adapter.masked:
+        expected |= {name: _mask(base, name) for name in adapter.factors}
+    expected = {name: mask for name, mask in expected.items() if mask is not None}
+    if set(merged.masked) != set(expected):
         raise CertificateError("the merged model and the base have masks for different linears")
-    for name in base.masked:
-        if not np.array_equal(merged.mask(name), base.mask(name)):  # type: ignore[arg-type]
+    for name, mask in expected.items():
+        if not np.array_equal(merged.mask(name), mask):  # type: ignore[arg-type]
             raise CertificateError(f"the mask of {name} is not the base's")
-    return f"masks of {len(base.masked)} linears equal the base's" if base.masked else "no masks: dense"
+    return f"masks of {len(expected)} linears equal the base's" if expected else "no masks: dense"
+
+
+def _mask(base: StoredModel, name: str) -> NDArray[np.bool_] | None:
+    """The stored mask of a linear, or that of the zeros it came with; None where every weight is kept."""
+    mask = base.mask(name)
+    if mask is not None or name in set(base.quantized):
+        return mask
+    kept = base.tensors.values(f"{name}.weight") != 0
+    return np.asarray(kept) if kept.mean() < 1 - STRAY_ZEROS else None
 
 
 def _check_others(merged: StoredModel, base: StoredModel, adapter: Adapter) -> str:
@@ -258,7 +272,7 @@ def _intervals(
 ) -> Iterator[tuple[Array, Array, Array]]:
     """For blocks of rows: the merged numbers, and the smallest and largest that the formula allows."""
     factor_a, factor_b = adapter.factors[name]
-    mask = base.mask(name)
+    mask = _mask(base, name) if adapter.masked else base.mask(name)
     weight = _base_weight(base, name, quantized, nudged=adapter.masked)
     if quantized:
         found: Array = merged.codes(name)
@@ -300,10 +314,10 @@ def _base_weight(base: StoredModel, name: str, quantized: bool, *, nudged: bool)
     On an integer grid it is stored as latent codes, code * 16 + fraction + 8, whose value is
     (code + fraction / 16 - zero_point) * scale.
 
-    nudged: where no mask is stored every weight counts as kept, and training reads an exact 0 as the smallest
+    nudged: where there is no mask every weight counts as kept, and training reads an exact 0 as the smallest
     number that is not pruned: a sixteenth of a step, or the smallest normal number of the stored type.
     """
-    dense = nudged and base.mask(name) is None
+    dense = nudged and _mask(base, name) is None
     if not quantized:
         weight = base.tensors.values(f"{name}.weight").astype(np.float64)
         smallest = SMALLEST_NORMAL.get(base.tensors.dtype(f"{name}.weight"), 0.0)

@@ -26,7 +26,7 @@ from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter
 from sqft.ops import keep_nonzero, mask_pattern, mask_rows
 from sqft.ops.adapted import exact_float32
-from sqft.ops.mask import parse_pattern
+from sqft.ops.mask import existing_mask, parse_pattern
 from sqft.progress import SILENT, Progress
 from sqft.sections import SparsifySection
 
@@ -213,6 +213,18 @@ def _sparsities(
     return share_out(section.sparsity, of_linear, sizes)
 
 
+def _check_existing_zeros(name: str, weight: Tensor, sparsity: float, pattern: str | None) -> None:
+    """Raises: CompressionError if a weight has more zeros than it is to have: some would be filled."""
+    if pattern is not None:
+        kept, block = parse_pattern(pattern)
+        sparsity = 1 - kept / block
+    if existing_mask(weight) is not None and (zeros := float((weight == 0).float().mean())) > sparsity:
+        raise CompressionError(
+            f"{name} arrives with {zeros:.1%} zeros, and {sparsity:.1%} would fill some; ask for more, "
+            "or remove the sparsify section, which keeps them as they are"
+        )
+
+
 def _sparsify_linear(
     walk: BlockWalk,
     group: InputGroup,
@@ -225,6 +237,7 @@ def _sparsify_linear(
     started = time.perf_counter()
     dense = weight_of(module)
     check_finite(name, dense)
+    _check_existing_zeros(name, dense, sparsity, section.pattern)
     pruned = prune(dense, group.statistic, section, sparsity)
     warn_damping(name, section.damping, pruned.damping)
     stored = keep_nonzero(pruned.weight.to(walk.checkpoint.storage_dtype), pruned.mask)

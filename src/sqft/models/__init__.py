@@ -2,6 +2,7 @@
 
 from sqft.models.blocks import check_fused_groups, decoder_blocks, matches_name, target_linears
 from sqft.models.checkpoint import Checkpoint, open_checkpoint
+from sqft.models.existing import ExistingMasks
 from sqft.models.loading import load_model, load_tokenizer, load_trainable, read_quantized
 from sqft.models.outline import ModelOutline, model_identity, model_outline
 from sqft.models.packing import GridSpec, QuantizedWeight
@@ -19,6 +20,7 @@ from sqft.models.writer import (
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
+    "ExistingMasks",
     "GridSpec",
     "ModelOutline",
     "QuantizedLinear",

@@ -3,7 +3,9 @@
 The packages know modules and tensors; only this file knows which directory holds what.
 """
 
+import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -42,6 +44,7 @@ __all__ = [
     "train_dense",
 ]
 
+logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 ITEMS = "items.json"
@@ -66,10 +69,15 @@ def sparsify(context: StageContext) -> dict[str, Any]:
 def quantize(context: StageContext) -> dict[str, Any]:
     """The dense model and the masks → a compressed-tensors model, and the weights before rounding."""
     from sqft.compression import quantize_model
-    from sqft.models import CheckpointWriter, StoredMasks
+    from sqft.models import CheckpointWriter, ExistingMasks, StoredMasks
 
     section = context.recipe.quantize or QuantizeSection()
-    masks = StoredMasks(context.inputs["sparsify"]) if context.recipe.sparsify else None
+    masks: Mapping[str, Tensor] = {}
+    if context.recipe.sparsify:
+        masks = StoredMasks(context.inputs["sparsify"])
+    elif section.method != "joint":  # which chooses zeros by itself
+        masks = ExistingMasks(context.checkpoint("model"))
+        _tell_kept_zeros(len(masks))
     tokens = context.calibration(section)
     writer = CheckpointWriter(context.directory, context.checkpoint("model"))
     layers = quantize_model(writer.source, masks, section, tokens, writer, **context.compressing)
@@ -109,7 +117,7 @@ def train_dense(context: StageContext) -> dict[str, Any]:
 
 def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[str, Any]:
     from sqft.adapters import SearchSpace, attach_adapters, codes_digest, set_ranks
-    from sqft.models import load_trainable
+    from sqft.models import ExistingMasks, load_trainable, open_checkpoint
     from sqft.training import train_adapters
 
     model = load_trainable(
@@ -118,7 +126,15 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
         device=context.device,
         trust_remote_code=context.trusts_code,
     )
-    adapted = attach_adapters(model, section, seed=context.recipe.seed)
+    stored = open_checkpoint(base, trust_remote_code=context.trusts_code)
+    adapted = attach_adapters(
+        model,
+        section,
+        storage_dtype=None if stored.grid else stored.storage_dtype,
+        seed=context.recipe.seed,
+    )
+    if context.recipe.base_stage == "model" and section.method != "lora":
+        _tell_kept_zeros(len(ExistingMasks(stored)))
     space = SearchSpace.of(adapted)
     splits = context.splits()
     record = train_adapters(
@@ -186,8 +202,11 @@ def merge(context: StageContext) -> dict[str, Any]:
 
     adapter = context.inputs["search"] / ADAPTER
     adapted = open_adapted(context, context.base, adapter).eval()
-    linears = {name: _stored_weight(weight) for name, weight in merge_adapters(adapted).items()}
+    merged = merge_adapters(adapted)
+    linears = {name: _stored_weight(weight) for name, weight in merged.items()}
     masks = read_masks(context.base)
+    existing = {name: weight.mask for name, weight in merged.items() if name not in masks}
+    masks |= {name: mask for name, mask in existing.items() if not bool(mask.all())}
     write_model(
         context.directory,
         context.checkpoint(context.recipe.base_stage),
@@ -216,7 +235,7 @@ def merge(context: StageContext) -> dict[str, Any]:
 def evaluate(context: StageContext) -> dict[str, Any]:
     """One model, measured on the test items and the text that the recipe names."""
     from sqft.evaluation.measurement import chance_of, measure_model, size_on_disk
-    from sqft.models import load_tokenizer
+    from sqft.models import load_tokenizer, open_checkpoint
 
     name = cast(ReportedModel, context.stage.removeprefix("evaluate-"))
     directory = context.inputs[model_stage(context.recipe, name)]
@@ -232,7 +251,9 @@ def evaluate(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
     )
     write_json(context.directory / ITEMS, items)
-    row |= {"name": name, "size_bytes": size_on_disk(directory) + (size_on_disk(adapter) if adapter else 0)}
+    grid = open_checkpoint(directory, trust_remote_code=context.trusts_code).grid
+    row |= {"name": name, "bits": grid.bits if grid else None}
+    row |= {"size_bytes": size_on_disk(directory) + (size_on_disk(adapter) if adapter else 0)}
     about = {"data": splits.report, "chance_accuracy": chance_of(splits.test)} if splits else {}
     return {"row": row, **about}
 
@@ -266,6 +287,15 @@ def _stored_weight(weight: "MergedWeight") -> "Tensor | QuantizedWeight":
         return QuantizedWeight(weight.codes, weight.qparams)
     assert weight.weight is not None
     return weight.weight
+
+
+def _tell_kept_zeros(count: int) -> None:
+    """Say that a model arrives sparse, where the recipe does not sparsify it."""
+    if count:
+        logger.warning(
+            "%d linears of the model arrive sparse; their zeros are kept, as the recipe has no sparsify section",
+            count,
+        )
 
 
 def _check_digest(digest: str, trained: str | None) -> None:

@@ -16,7 +16,8 @@ class ModelRow:
     """One measured model; None where something was not measured.
 
     loss: nats (`report.summary.loss_unit`). accuracy: share of the items, 0-1. Both with 95 % intervals.
-    sparsity: share of zeros among the weights that the recipe may prune.
+    sparsity: share of zeros among the weights that the recipe may prune. bits: of the integers it is stored
+    in, None for 16-bit weights.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ModelRow:
     num_items: int | None = None
     size_bytes: int | None = None
     sparsity: float | None = None
+    bits: int | None = None
     perplexity: float | None = None
     tasks: dict[str, float] = field(default_factory=dict)
 

@@ -57,9 +57,7 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
     facts: list[tuple[str, str, str]] = []
     if last.accuracy is not None:
         remark = f"base {100 * base.accuracy:.1f} %" if base and base.accuracy is not None else ""
-        facts.append(
-            (f"accuracy, {label_model(last.name, data.recipe)}", f"{100 * last.accuracy:.1f} %", remark)
-        )
+        facts.append((f"accuracy, {label_model(last, data.recipe)}", f"{100 * last.accuracy:.1f} %", remark))
     if last.loss is not None:
         remark = f"base {base.loss:.2f}" if base and base.loss is not None else ""
         facts.append((f"loss, {loss_unit(data.recipe)}", f"{last.loss:.2f}", remark))

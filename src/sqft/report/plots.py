@@ -151,7 +151,7 @@ def _draw_stages(figure: Any, data: ReportData, quantity: str) -> None:
             ha="center",
             fontsize=9,
         )
-    axes.set_yticks(range(len(rows)), [label_model(row.name, data.recipe) for row in rows])
+    axes.set_yticks(range(len(rows)), [label_model(row, data.recipe) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)

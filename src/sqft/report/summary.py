@@ -7,12 +7,15 @@ from sqft.report.content import ModelRow, ReportData
 
 __all__ = ["format_bytes", "format_seconds", "label_model", "loss_unit", "markdown_table", "summary_table"]
 
+# Shares of zeros up to which weights count as dense: by chance, and of integers by rounding (INT4: 22 %).
+STRAY_ZEROS, ROUNDED_ZEROS = 0.01, 0.4
+
 
 def summary_table(data: ReportData) -> list[list[str]]:
     """Header and one row a model, as text; columns that nothing was measured for are left out."""
     unit = loss_unit(data.recipe)
     columns: list[tuple[str, Callable[[ModelRow], str]]] = [
-        ("model", lambda row: label_model(row.name, data.recipe)),
+        ("model", lambda row: label_model(row, data.recipe)),
         (
             f"loss ({unit})",
             lambda row: _interval(row.loss, row.loss_low, row.loss_high, "{:.3f}"),
@@ -37,21 +40,25 @@ def markdown_table(data: ReportData) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *rows])
 
 
-def label_model(name: str, recipe: dict[str, Any]) -> str:
-    """What a row of this recipe is, in words."""
-    sparse = "sparse" if recipe.get("sparsify") is not None else ""
+def label_model(row: ModelRow, recipe: dict[str, Any]) -> str:
+    """What a row of this recipe is, in words.
+
+    A model may also arrive sparse or quantized: its zeros and bits then say so, not the recipe.
+    """
     quantize = recipe.get("quantize")
-    integer = "" if quantize is None else f"INT{quantize.get('bits', 4)}"
-    compressed = " ".join(part for part in (sparse, integer) if part)
+    bits = row.bits if quantize is None or row.name == "base" else quantize.get("bits", 4)
+    made_sparse = recipe.get("sparsify") is not None and row.name != "base"
+    sparse = made_sparse or (row.sparsity or 0.0) > (STRAY_ZEROS if bits is None else ROUNDED_ZEROS)
+    compressed = " ".join(part for part in ("sparse" if sparse else "", f"INT{bits}" if bits else "") if part)
     labels = {
-        "base": "base, dense",
+        "base": f"base, {compressed or 'dense'}",
         "dense_tuned": "dense + LoRA (reference)",
         "sparse": "sparse",
         "quantized": compressed or "quantized",
         "adapted": f"{compressed} + adapter".strip(),
         "merged": f"merged, {compressed}".strip(", "),
     }
-    return labels.get(name, name)
+    return labels.get(row.name, row.name)
 
 
 def format_bytes(count: float) -> str:
