@@ -39,7 +39,7 @@ def test_zeros_are_kept_and_certified(
     with caplog.at_level(logging.WARNING, "sqft"):
         result = run_recipe(parse_recipe(values))
     assert [r.getMessage() for r in caplog.records if "arrive sparse" in r.getMessage()] == [
-        "14 linears of the model arrive sparse; their zeros are kept, as the recipe has no sparsify section"
+        "14 linears arrive sparse; their zeros are kept, as the recipe has no sparsify section"
     ]
     assert result.model_dir is not None
     before, after = open_checkpoint(sparse_dir), open_checkpoint(result.model_dir)

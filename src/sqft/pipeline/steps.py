@@ -293,7 +293,7 @@ def _tell_kept_zeros(count: int) -> None:
     """Say that a model arrives sparse, where the recipe does not sparsify it."""
     if count:
         logger.warning(
-            "%d linears of the model arrive sparse; their zeros are kept, as the recipe has no sparsify section",
+            "%d linears arrive sparse; their zeros are kept, as the recipe has no sparsify section",
             count,
         )
 
