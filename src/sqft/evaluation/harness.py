@@ -44,7 +44,8 @@ def evaluate_tasks(
     settings = {task: read_task(path, trust_remote_code=trust_remote_code) for task, path in files.items()}
     # What was read is what runs; only a trusted file is read by the harness itself, with code that it names.
     wanted = [*names, *(list(files) if trust_remote_code else settings.values())]
-    shown = ", ".join([*names, *(str(s["task"]) for s in settings.values())])
+    asked = [*names, *(str(s["task"]) for s in settings.values())]
+    shown = ", ".join(asked)
     templates = nullcontext() if trust_remote_code or not files else sandboxed_templates()
     with _quiet(), templates:
         manager = manager_module.TaskManager(include_defaults=bool(names))
@@ -61,7 +62,7 @@ def evaluate_tasks(
         except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(f"lm-eval cannot run {shown}: {reason}") from error
-    return {task: _figures(task, results) for task in wanted if task in results["results"]}
+    return {task: _figures(task, results) for task in asked if task in results["results"]}
 
 
 def main_figure(figures: dict[str, Any]) -> tuple[str, float]:
