@@ -17,6 +17,7 @@ from torch import nn
 from sqft.adapters.config import PEFT_TYPE, SqftConfig
 from sqft.adapters.identity import base_identity, base_qparams, base_tensor, base_weight, check_identity
 from sqft.adapters.layer import AdapterLinear, check_method, seeded_generator
+from sqft.adapters.space import adapter_layers
 from sqft.adapters.targets import find_targets, rank_groups
 from sqft.errors import AdapterError
 from sqft.ops import keep_nonzero
@@ -82,11 +83,10 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         """Work out every merged weight before the first one is put in its place, as one may be refused."""
-        for layer in self.model.modules():
-            if isinstance(layer, AdapterLinear) and not layer.merged_adapters:
-                for name in layer.active_adapters if adapter_names is None else adapter_names:
-                    if name in layer.sqft_A:
-                        layer.merged_weight(name)
+        for layer in adapter_layers(self.model).values():
+            for name in layer.active_adapters if adapter_names is None else adapter_names:
+                if name in layer.sqft_A and not layer.merged_adapters:
+                    layer.merged_weight(name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
