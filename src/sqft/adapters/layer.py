@@ -300,7 +300,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
 
         Raises: AdapterError if there are several.
         """
-        names = [name for name in self._names() if name in self.sqft_A]
+        names = [name for name in self.active_names() if name in self.sqft_A]
         if len(names) > 1:
             raise AdapterError(
                 f"{self.module_name} has {len(names)} active adapters; sqft runs one at a time"
@@ -311,7 +311,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         bias = self.base_layer.bias
         return bias if isinstance(bias, Tensor) else None
 
-    def _names(self) -> list[str]:
+    def active_names(self) -> list[str]:
+        """The adapters that are switched on, whether or not this layer has them."""
         return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
 
     def _check_mergeable(self, config: SqftConfig, qparams: QParams | None) -> None:

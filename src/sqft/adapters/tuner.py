@@ -84,8 +84,7 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         """Work out every merged weight before the first one is put in its place, as one may be refused."""
         for layer in adapter_layers(self.model).values():
-            names: list[str] = layer.active_adapters if adapter_names is None else adapter_names
-            for name in names:
+            for name in layer.active_names() if adapter_names is None else adapter_names:
                 if name in layer.sqft_A and not layer.merged_adapters:
                     layer.merged_weight(name)
 
