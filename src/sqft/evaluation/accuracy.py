@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sqft.data import Example
 from sqft.errors import DataError
 from sqft.evaluation.generation import generate_answers, normalize
 from sqft.evaluation.intervals import wilson_interval
-from sqft.evaluation.scoring import Row, score_rows
+from sqft.evaluation.scoring import Row, Scorable, score_rows
 from sqft.progress import SILENT, Progress
 
 __all__ = ["AccuracyResult", "evaluate_accuracy"]
@@ -32,7 +31,7 @@ class AccuracyResult:
 
 
 def evaluate_accuracy(
-    model: nn.Module,
+    model: Scorable,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -98,7 +97,7 @@ def choice_rows(example: Example) -> list[Row]:
 
 
 def score_choices(
-    model: nn.Module,
+    model: Scorable,
     examples: Sequence[Example],
     *,
     batch_size: int = 16,

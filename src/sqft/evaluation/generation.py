@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sqft.data import Example
 from sqft.data.batches import pad_left
-from sqft.evaluation.scoring import evaluating
+from sqft.evaluation.scoring import Runtime, Scorable, evaluating
 from sqft.progress import SILENT, Progress
 
 __all__ = ["generate_answers", "normalize"]
@@ -20,7 +20,7 @@ def normalize(text: str) -> str:
 
 
 def generate_answers(
-    model: nn.Module,
+    model: Scorable,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -46,8 +46,10 @@ def generate_answers(
 
 
 def _generate(
-    model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+    model: Scorable, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> list[str]:
+    if not isinstance(model, nn.Module):
+        return [_generate_one(model, example, tokenizer, max_new_tokens) for example in examples]
     device = next(model.parameters()).device
     step_ids, mask = (part.to(device) for part in pad_left([example.prompt_ids for example in examples]))
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -71,6 +73,17 @@ def _generate(
         mask = torch.cat([mask, mask.new_ones(len(examples), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [answer.text for answer in answers]
+
+
+def _generate_one(
+    runtime: Runtime, example: Example, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> str:
+    answer = _Answer(example.answer, tokenizer)
+    for count, token in enumerate(runtime.greedy(example.prompt_ids), start=1):
+        answer.add(token)
+        if answer.done or count == max_new_tokens:
+            break
+    return answer.text
 
 
 class _Answer:

@@ -7,62 +7,82 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sqft.artifacts import digest_json
 from sqft.errors import DataError, require
+from sqft.evaluation.definitions import find_definition, is_our_own
+from sqft.evaluation.harness_models import wrap_model
+from sqft.evaluation.scoring import Scorable
+from sqft.evaluation.task_data import with_local_data
 from sqft.evaluation.task_files import read_task, sandboxed_templates
+from sqft.progress import SILENT, Progress
 
 __all__ = ["evaluate_tasks", "main_figure"]
 
+YAML = (".yaml", ".yml")
+BOOTSTRAP = 1000  # rounds for the standard errors of metrics that are no mean
+
 
 def evaluate_tasks(
-    model: nn.Module,
+    model: Scorable,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
+    data_dir: Path | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
     batch_size: int = 16,
     max_items: int | None = None,
+    samples: bool = False,
     trust_remote_code: bool = False,
+    progress: Progress = SILENT,
 ) -> dict[str, dict[str, Any]]:
     """Run tasks by name, or by the path of a task's YAML file, with lm-evaluation-harness (extra: eval).
 
-    Only names make the harness read its own list of tasks, which takes some 20 seconds; files do not.
+    Only the definitions named are read. data_dir: take the data of tasks from `data_dir/NAME/SPLIT.jsonl`
+    instead of the hub. num_fewshot: solved examples before each item, in place of the task's own number.
+    chat: put prompts through the tokenizer's chat template. samples: keep every prompt and answer.
     trust_remote_code: let task files name Python code, and data sets and metrics of the hub. Tasks by name
     are those of the installed harness, code and data sets included.
     Returns for each task that was asked for: "version", "num_items", and its figures under the harness's own
-    names "METRIC,FILTER" and "METRIC_stderr,FILTER", in the order in which the task lists its metrics.
+    names "METRIC,FILTER" and "METRIC_stderr,FILTER", in the order in which the task lists its metrics; and
+    "items", what each item gave, with "ids" that tell whether two models answered the same prompts.
 
     Raises: MissingExtraError without lm-eval; DataError for an unknown task, a bad file, missing data, or a
     file that asks for more than it may.
     """
     lm_eval = require("lm_eval", "eval")
-    huggingface = require("lm_eval.models.huggingface", "eval")
     manager_module = require("lm_eval.tasks", "eval")
-    files = {task: Path(task) for task in tasks if task.endswith((".yaml", ".yml"))}
-    names = [task for task in tasks if task not in files]
-    settings = {task: read_task(path, trust_remote_code=trust_remote_code) for task, path in files.items()}
-    # What was read is what runs; only a trusted file is read by the harness itself, with code that it names.
-    wanted = [*names, *(list(files) if trust_remote_code else settings.values())]
-    asked = [*names, *(str(s["task"]) for s in settings.values())]
-    shown = ", ".join(asked)
-    templates = nullcontext() if trust_remote_code or not files else sandboxed_templates()
+    specs: list[Any] = []
+    asked: list[str] = []
+    files = [task for task in tasks if task.endswith(YAML)]
+    for task in tasks:
+        spec = _from_file(Path(task), trust_remote_code) if task in files else _by_name(task, data_dir)
+        if num_fewshot is not None and isinstance(spec, dict):
+            spec["num_fewshot"] = num_fewshot
+        specs.append(spec)
+        asked.append(spec["task"] if isinstance(spec, dict) else Path(spec).stem if task in files else spec)
+    templates = sandboxed_templates() if files and not trust_remote_code else nullcontext()
+    whole_index = any(isinstance(spec, str) and not spec.endswith(YAML) for spec in specs)
     with _quiet(), templates:
-        manager = manager_module.TaskManager(include_defaults=bool(names))
-        unknown = sorted(set(names) - set(manager.all_tasks))
-        if unknown:
-            raise DataError(
-                f"lm-eval knows no task {', '.join(unknown)}; see `lm-eval ls tasks`, or name a YAML file"
-            )
-        harness = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        manager = manager_module.TaskManager(include_defaults=whole_index)
         try:
             results = lm_eval.simple_evaluate(
-                model=harness, tasks=wanted, task_manager=manager, limit=max_items, bootstrap_iters=0
+                model=wrap_model(model, tokenizer, batch_size=batch_size, progress=progress),
+                tasks=specs,
+                task_manager=manager,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat,
+                limit=max_items,
+                bootstrap_iters=BOOTSTRAP,
+                random_seed=None,  # nothing global is touched
+                numpy_random_seed=None,
+                torch_random_seed=None,
             )
         except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"lm-eval cannot run {shown}: {reason}") from error
-    return {task: _figures(task, results) for task in asked if task in results["results"]}
+            raise DataError(_reason(error, ", ".join(asked))) from error
+    return {task: _figures(task, results, samples) for task in asked if task in results["results"]}
 
 
 def main_figure(figures: dict[str, Any]) -> tuple[str, float]:
@@ -79,16 +99,74 @@ def main_figure(figures: dict[str, Any]) -> tuple[str, float]:
     raise DataError(f"lm-eval gave no figure for a task, only {', '.join(figures)}")
 
 
-def _figures(task: str, results: dict[str, Any]) -> dict[str, Any]:
+def _from_file(path: Path, trust_remote_code: bool) -> dict[str, Any]:
+    """What was read is what runs; only a trusted file is read by the harness, with code that it names."""
+    settings = read_task(path, trust_remote_code=trust_remote_code)
+    return _with_functions(path) if trust_remote_code else settings
+
+
+def _by_name(name: str, data_dir: Path | None) -> dict[str, Any] | str:
+    """The definition of a task; the name itself of a group or tag, which the harness resolves."""
+    path = find_definition(name)
+    if path is None:
+        if data_dir is not None:
+            raise DataError(f"{name} is a group of tasks; with data of your own name the tasks one by one")
+        return name
+    fields = _with_functions(path)
+    if data_dir is not None:
+        return with_local_data(fields, data_dir)
+    if is_our_own(path):
+        raise DataError(
+            f"the data of task {name} are not here; name the folder that holds "
+            f"{fields['dataset_path']}/test.jsonl with evaluate.tasks_data, or --tasks-data"
+        )
+    return fields
+
+
+def _with_functions(path: Path) -> dict[str, Any]:
+    loader = require("lm_eval.tasks._yaml_loader", "eval")
+    fields: dict[str, Any] = loader.load_yaml(path, resolve_func=True)
+    return fields
+
+
+def _reason(error: Exception, shown: str) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    names = {base.__name__ for base in type(error).__mro__}
+    if names & {"ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError"}:
+        return (
+            f"the data of {shown} are not here and cannot be fetched ({reason}); give a folder with "
+            "NAME/test.jsonl as evaluate.tasks_data, or --tasks-data"
+        )
+    return f"lm-eval cannot run {shown}: {reason}"
+
+
+def _figures(task: str, results: dict[str, Any], samples: bool) -> dict[str, Any]:
     """The metrics of one task; counts and names that the harness puts between them are left out."""
     found = results["results"][task]
-    items = found.get("sample_len")  # of a group, the harness counts its tasks' items here only
+    count = found.get("sample_len")  # of a group, the harness counts its tasks' items here only
     if task in results["n-samples"]:
-        items = results["n-samples"][task]["effective"]
-    return {name: _plain(value) for name, value in found.items() if "," in name} | {
-        "version": results["versions"].get(task),
-        "num_items": _plain(items),
-    }
+        count = results["n-samples"][task]["effective"]
+    figures = {name: _plain(value) for name, value in found.items() if "," in name}
+    figures |= {"version": results["versions"].get(task), "num_items": _plain(count)}
+    rows = results["samples"].get(task, [])
+    figures["items"] = _items(rows)
+    if samples:
+        kept = ("doc_id", "filter", "doc", "arguments", "target", "resps", "filtered_resps", "metrics")
+        figures["samples"] = [{key: row[key] for key in (*kept, *row["metrics"])} for row in rows]
+    return figures
+
+
+def _items(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """ids: of what was asked and expected; then each metric's value of each item, as "METRIC,FILTER"."""
+    items: dict[str, list[Any]] = {"ids": []}
+    for row in rows:
+        if row["filter"] == rows[0]["filter"]:
+            items["ids"].append(digest_json([row["prompt_hash"], row["doc_hash"], row["target_hash"]])[:16])
+        for metric in row["metrics"]:
+            value = _plain(row[metric])
+            if isinstance(value, int | float):
+                items.setdefault(f"{metric},{row['filter']}", []).append(float(value))
+    return items
 
 
 def _plain(value: Any) -> Any:

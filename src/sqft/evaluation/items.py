@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sqft.data import Example
@@ -14,13 +13,14 @@ from sqft.evaluation.accuracy import (
     score_choices,
 )
 from sqft.evaluation.loss import LossResult, choice_loss, evaluate_loss
+from sqft.evaluation.scoring import Scorable
 from sqft.progress import SILENT, Progress
 
 __all__ = ["evaluate_items"]
 
 
 def evaluate_items(
-    model: nn.Module,
+    model: Scorable,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sqft.data import Example
 from sqft.errors import DataError
 from sqft.evaluation.accuracy import has_choices, score_choices
 from sqft.evaluation.intervals import ratio_interval
-from sqft.evaluation.scoring import Row, score_rows
+from sqft.evaluation.scoring import Row, Scorable, score_rows
 from sqft.progress import SILENT, Progress
 
 __all__ = ["LossResult", "PerplexityResult", "evaluate_loss", "evaluate_perplexity"]
@@ -47,7 +46,7 @@ class PerplexityResult:
 
 
 def evaluate_loss(
-    model: nn.Module,
+    model: Scorable,
     examples: Sequence[Example],
     *,
     loss_on: Literal["answer", "text"] = "answer",
@@ -92,7 +91,7 @@ def loss_of(scores: Sequence[Sequence[float]]) -> LossResult:
 
 
 def evaluate_perplexity(
-    model: nn.Module,
+    model: Scorable,
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,

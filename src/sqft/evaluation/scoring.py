@@ -1,8 +1,10 @@
 """Log-probabilities of given tokens at given positions, in batches."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from sqft.data.batches import pad_right
 from sqft.errors import ModelError
 from sqft.progress import SILENT, Progress
 
-__all__ = ["Row", "evaluating", "score_rows"]
+__all__ = ["Row", "Runtime", "Scorable", "evaluating", "score_rows"]
 
 LOGIT_ROWS = 2048  # rows of logits held at once; 2048 of 50,000 float32 are 400 MB
 
@@ -27,8 +29,23 @@ class Row:
     wanted: Sequence[tuple[int, int]]
 
 
+class Runtime(Protocol):
+    """A model that another program runs, one sequence at a time: llama.cpp, OpenVINO."""
+
+    max_length: int
+
+    def score(self, ids: Sequence[int], wanted: Sequence[tuple[int, int]]) -> list[float]:
+        """log P(t | ids[0 .. p]) of every (p, t)."""
+
+    def greedy(self, ids: Sequence[int]) -> Iterator[int]:
+        """The most likely next token, again and again, the end token included."""
+
+
+Scorable = nn.Module | Runtime
+
+
 def score_rows(
-    model: nn.Module,
+    model: Scorable,
     rows: Sequence[Row],
     *,
     batch_size: int = 16,
@@ -53,7 +70,13 @@ def score_rows(
     scores: list[list[float]] = [[] for _ in rows]
     with evaluating(model), progress.task(description, len(passes)) as advance:
         for batch in _batches(passes, batch_size):
-            for number, values in zip(batch, _score(model, [passes[i] for i in batch]), strict=True):
+            found = _score(model, [passes[i] for i in batch])
+            for number, values in zip(batch, found, strict=True):
+                if not all(map(math.isfinite, values)):
+                    raise ModelError(
+                        "the model's logits are not finite numbers; its weights are damaged, or overflow the "
+                        "dtype"
+                    )
                 start = 0
                 for index in groups[number]:
                     end = start + len(rows[index].wanted)
@@ -73,7 +96,9 @@ def _carriers(rows: Sequence[Row]) -> list[int]:
     return carriers
 
 
-def _score(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:
+def _score(model: Scorable, rows: Sequence[Row]) -> list[list[float]]:
+    if not isinstance(model, nn.Module):
+        return [model.score(row.ids, row.wanted) for row in rows]
     device = next(model.parameters()).device
     input_ids, attention_mask = (part.to(device) for part in pad_right([row.ids for row in rows]))
     positions = sorted({position for row in rows for position, _ in row.wanted})
@@ -87,10 +112,6 @@ def _score(model: nn.Module, rows: Sequence[Row]) -> list[list[float]]:
     triples = [(r, column[p], t) for r, row in enumerate(rows) for p, t in row.wanted]
     r, c, t = torch.tensor(triples, device=device).unbind(1)
     values = (logits[r, c, t] - logits.logsumexp(dim=-1)[r, c]).double().cpu()
-    if not torch.isfinite(values).all():
-        raise ModelError(
-            "the model's logits are not finite numbers; its weights are damaged, or overflow the dtype"
-        )
     split = values.split([len(row.wanted) for row in rows])
     return [part.tolist() for part in split]
 
@@ -111,8 +132,11 @@ def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Scorable) -> Iterator[None]:
     """Without gradients and dropout; the model's mode is put back."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
     training = model.training
     model.eval()
     try:
