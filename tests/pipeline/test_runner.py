@@ -1,5 +1,6 @@
 """Identities, reuse, locks and damage, on a recipe that only compresses by magnitude."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,24 @@ def test_evaluation_follows_the_content_of_its_text(values: dict[str, Any], tmp_
     text.write_text("two")
     assert keys_of(values)["evaluate-base"] != before["evaluate-base"]
     assert keys_of(values)["quantize"] == before["quantize"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_evaluation_follows_the_data_of_its_tasks(values: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "sets" / "svamp"
+    folder.mkdir(parents=True)
+    values["evaluate"] = {"tasks": ["svamp"], "tasks_data": str(tmp_path / "sets"), "models": ["base"]}
+    with pytest.raises(DataError, match="data of task svamp are not here"):
+        keys_of(values)
+    record = {"question": "what is 3 plus 4?", "answer": 7}
+    (folder / "test.jsonl").write_text(json.dumps(record))
+    before = keys_of(values)
+    (folder / "test.jsonl").write_text(json.dumps(record | {"answer": 8}))
+    assert keys_of(values)["evaluate-base"] != before["evaluate-base"]
+    assert keys_of(values)["quantize"] == before["quantize"]
+    (row,) = run_recipe(parse_recipe(values)).data.models
+    assert list(row.tasks) == ["svamp (acc)"]
 
 
 def test_calibration_enters_by_content(values: dict[str, Any], tmp_path: Path) -> None:

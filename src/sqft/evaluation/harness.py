@@ -14,11 +14,11 @@ from sqft.errors import DataError, require
 from sqft.evaluation.definitions import find_definition, is_our_own
 from sqft.evaluation.harness_models import wrap_model
 from sqft.evaluation.scoring import Scorable
-from sqft.evaluation.task_data import with_local_data
+from sqft.evaluation.task_data import local_files, with_local_data
 from sqft.evaluation.task_files import read_task, sandboxed_templates
 from sqft.progress import SILENT, Progress
 
-__all__ = ["evaluate_tasks", "main_figure"]
+__all__ = ["evaluate_tasks", "main_figure", "task_files"]
 
 YAML = (".yaml", ".yml")
 BOOTSTRAP = 1000  # rounds for the standard errors of metrics that are no mean
@@ -83,6 +83,19 @@ def evaluate_tasks(
         except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
             raise DataError(_reason(error, ", ".join(asked))) from error
     return {task: _figures(task, results, samples) for task in asked if task in results["results"]}
+
+
+def task_files(tasks: Sequence[str], data_dir: Path) -> dict[str, Path]:
+    """The files below `data_dir` that tasks read, by "TASK/SPLIT".
+
+    Raises: MissingExtraError without lm-eval; DataError for an unknown task, or one without its files.
+    """
+    found: dict[str, Path] = {}
+    for task in tasks:
+        path = find_definition(task)
+        files = local_files(_with_functions(path), data_dir) if path is not None else {}
+        found |= {f"{task}/{split}": file for split, file in files.items()}
+    return found
 
 
 def main_figure(figures: dict[str, Any]) -> tuple[str, float]:

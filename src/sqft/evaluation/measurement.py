@@ -65,9 +65,12 @@ def measure_model(
             model,
             tokenizer,
             section.tasks,
+            data_dir=Path(section.tasks_data) if section.tasks_data else None,
+            num_fewshot=section.num_fewshot,
             batch_size=section.batch_size,
             max_items=section.max_items,
             trust_remote_code=trust_remote_code,
+            progress=progress,
         )
         main = {task: main_figure(figures) for task, figures in results.items()}
         row["tasks"] = {f"{task} ({metric})": value for task, (metric, value) in main.items()}

@@ -215,7 +215,17 @@ def _texts_key(recipe: Recipe) -> str:
     tasks = [
         _content(task, "evaluate.tasks") if Path(task).suffix in YAML else task for task in section.tasks
     ]
-    return digest_json({"perplexity": _content(section.perplexity, "evaluate.perplexity"), "tasks": tasks})
+    texts: dict[str, Any] = {
+        "perplexity": _content(section.perplexity, "evaluate.perplexity"),
+        "tasks": tasks,
+    }
+    if section.tasks_data is not None:
+        from sqft.evaluation import task_files
+
+        named = [task for task in section.tasks if Path(task).suffix not in YAML]
+        files = task_files(named, Path(section.tasks_data))
+        texts["data"] = {name: digest_file(path) for name, path in files.items()}
+    return digest_json(texts)
 
 
 def _calibration_key(recipe: Recipe, data_key: str) -> str:

@@ -105,7 +105,7 @@ def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:
     if section.perplexity or section.tasks:
         inputs.append("texts")
     settings = {
-        "evaluate": section.model_dump(mode="json", exclude={"models", "perplexity", "tasks"}),
+        "evaluate": section.model_dump(mode="json", exclude={"models", "perplexity", "tasks", "tasks_data"}),
         "model": model,
     }
     packages = ("ops", "models", "data", "adapters", "evaluation")

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sqft.sections.base import Positive, Section
 
@@ -30,6 +30,18 @@ class EvaluateSection(Section):
     tasks: list[str] = Field(
         [], description="Tasks of lm-evaluation-harness, by name or YAML file (extra: eval)."
     )
+    tasks_data: str | None = Field(
+        None, description="A folder with NAME/test.jsonl of each task, in place of data sets of the hub."
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, description="Solved examples before each item of a task; default: the task's own number."
+    )
+
+    @model_validator(mode="after")
+    def _tasks(self) -> "EvaluateSection":
+        if not self.tasks and (self.tasks_data is not None or self.num_fewshot is not None):
+            raise ValueError("tasks_data and num_fewshot are about tasks; name some")
+        return self
 
 
 class ExportSection(Section):
