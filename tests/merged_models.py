@@ -25,6 +25,7 @@ from sqft.ops import (
     decode_latent,
     encode_latent,
     keep_nonzero,
+    mask_pattern,
     mask_rows,
     pack_mask,
     quantize,
@@ -52,6 +53,7 @@ def write_merge(
     symmetric: bool = True,
     scale_bits: int = 8,
     sparsity: float = 0.5,
+    pattern: str | None = None,
     stored_masks: bool = True,
 ) -> MergedDirectories:
     """Sparsify (and quantize) the linears of a tiny dense model, adapt all but the output ones, merge.
@@ -70,7 +72,10 @@ def write_merge(
     for name in names:
         weight = state[f"{name}.weight"]
         rows, columns = weight.shape
-        mask = mask_rows(torch.rand(rows, columns, generator=generator), sparsity if stored_masks else 0.0)
+        scores = torch.rand(rows, columns, generator=generator)
+        mask = (
+            mask_pattern(scores, pattern) if pattern else mask_rows(scores, sparsity if stored_masks else 0)
+        )
         if stored_masks:
             masks[name] = mask
         elif name == adapted[0]:

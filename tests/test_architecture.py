@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "sqft"
 TIERS = [
-    {"errors", "progress", "artifacts", "sections", "untrusted", "kernels"},
+    {"errors", "progress", "artifacts", "patterns", "sections", "untrusted", "kernels"},
     {"ops"},
     {"models", "data"},
     {"compression", "adapters", "formats"},
@@ -21,7 +21,7 @@ TIERS = [
 TIER = {name: place for place, names in enumerate(TIERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
 # Plain values and errors that everything of the lowest tier may share.
-FOUNDATION = {"errors", "progress", "artifacts", "sections", "untrusted"}
+FOUNDATION = {"errors", "progress", "artifacts", "patterns", "sections", "untrusted"}
 # sqft itself, and `python -m sqft`, stand above all: they only hand on.
 ENTRANCES = {SOURCE / "__init__.py", SOURCE / "__main__.py"}
 

@@ -99,10 +99,31 @@ def test_a_changed_mask_bit_is_caught(merge_copy: Merge, quantized: bool) -> Non
     assert "zeros" in failed(directory, redigest=True)
 
 
-def test_a_broken_pattern_is_caught(merge_copy: Merge) -> None:
-    directory = merge_copy().merged
-    (directory / "sqft.json").write_text(json.dumps({"pattern": "1:4"}))
+@pytest.mark.parametrize(
+    ("made", "stated"),
+    [
+        (None, "1:4"),
+        ("2:4", "1:4"),
+        ("16:32", "16:32 window 2"),
+        ("16:32", "16:32 window 3"),
+        ("16:32 window 3", "16:32 window 2"),
+        ("4:16", "16:32 window 2"),
+        ("12:32", "12:32 window 3-3-2"),
+    ],
+)
+def test_a_broken_pattern_is_caught(merge_copy: Merge, made: str | None, stated: str) -> None:
+    directory = merge_copy(pattern=made).merged
+    (directory / "sqft.json").write_text(json.dumps({"pattern": stated}))
     assert failed(certify(directory)) == {"zeros"}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "16:32 window 2", "16:32 window 3", "12:32 window 3-3-2"])
+def test_a_pattern_that_holds_is_stated(merge_copy: Merge, pattern: str) -> None:
+    directory = merge_copy(pattern=pattern).merged
+    (directory / "sqft.json").write_text(json.dumps({"pattern": pattern}))
+    (zeros,) = [check for check in check_integrity(certify(directory)) if check.name == "zeros"]
+    assert zeros.passed
+    assert zeros.detail.endswith(f"pattern {pattern}")
 
 
 def test_another_tokenizer_is_caught(merge_copy: Merge) -> None:

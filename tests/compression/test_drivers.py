@@ -27,6 +27,7 @@ from sqft.models import (
     target_linears,
 )
 from sqft.ops import dequantize, latent_codes
+from sqft.ops.pattern import fits_pattern
 from sqft.sections import QuantizeSection, SparsifySection
 
 ALL = ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2"]
@@ -107,12 +108,12 @@ def test_every_architecture_becomes_sparse(
 
 
 @pytest.mark.parametrize("method", sorted(SPARSIFIERS))
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "16:32 window 2"])
 def test_patterns(tiny_model_dir: Maker, tmp_path: Path, method: str, pattern: str) -> None:
     sparsify(tiny_model_dir("llama"), tmp_path / "out", method=method, pattern=pattern)
-    kept, block = (int(n) for n in pattern.split(":"))
-    for mask in read_masks(tmp_path / "out").values():
-        assert (mask.unflatten(1, (-1, block)).sum(-1) == kept).all()
+    masks = read_masks(tmp_path / "out")
+    assert masks
+    assert all(fits_pattern(mask, pattern) for mask in masks.values())
 
 
 def test_wanda_equals_a_literal_one(tiny_model_dir: Maker, tmp_path: Path) -> None:

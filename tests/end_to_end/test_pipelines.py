@@ -11,7 +11,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import sqft.adapters
+from sqft.cli import run_command_line
 from sqft.models import load_model, load_trainable, read_masks, read_quantized
+from sqft.ops.pattern import fits_pattern
 from sqft.pipeline import RunResult, parse_recipe, run_recipe
 from tests.end_to_end.conftest import PIPELINES
 
@@ -108,3 +110,23 @@ def test_dense_quantization_aware_training_needs_no_mask(
     assert result.data.passed
     assert rows["adapted"].loss == pytest.approx(rows["merged"].loss, rel=1e-5)
     assert rows["dense_tuned"].loss < rows["base"].loss
+
+
+def test_windows_are_kept_from_pruning_to_the_certificate(
+    recipe_values: Callable[..., dict[str, Any]],
+    tiny_model_dir: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = recipe_values("qa_sparse_peft", tiny_model_dir("llama"))
+    values["sparsify"] = {"method": "sparsegpt", "target": "cpu", "swaps": 3, "refit": 3}
+    values["quantize"] |= {"refit": 3, "descent": 1}
+    values["evaluate"] = {"models": ["merged"]}
+    result = run_recipe(parse_recipe(values))
+    assert result.data.passed
+    assert result.model_dir is not None
+    assert all(fits_pattern(mask, "16:32 window 2") for mask in read_masks(result.model_dir).values())
+    assert json.loads((result.model_dir / "sqft.json").read_text())["pattern"] == "16:32 window 2"
+    assert run_command_line(["inspect", str(result.model_dir)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "_proj" in line]
+    assert rows
+    assert all("16:32 window 2" in row for row in rows)

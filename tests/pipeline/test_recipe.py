@@ -28,6 +28,36 @@ def test_a_pattern_needs_no_quotes(tmp_path: Path) -> None:
     assert changed.pattern == "4:8"
 
 
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({}, "16:32 window 2"),
+        ({"sparsity": 0.625}, "12:32 window 3-3-2"),
+        ({"sparsity": 0.75}, "4:16"),
+        ({"pattern": "16:32  window 3"}, "16:32 window 3"),
+    ],
+)
+def test_the_target_cpu_chooses_a_pattern(settings: dict[str, object], pattern: str) -> None:
+    recipe = parse_recipe({"model": "m", "data": DATA, "sparsify": {"target": "cpu", **settings}})
+    assert recipe.pattern == pattern
+    written = recipe.model_dump(mode="json", exclude_none=True)
+    assert parse_recipe(written) == recipe
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sparsity": 0.6}, "for sparsity 0.5, 0.625, 0.75, not for 0.6"),
+        ({"sparsity": "much"}, "not for much"),
+        ({"pattern": "1:4"}, "no fast kernel for pattern 1:4, but for 2:4"),
+        ({"budget": "owl"}, "leave budget at uniform"),
+    ],
+)
+def test_a_target_that_cannot_be_met_is_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe({"model": "m", "data": DATA, "sparsify": {"target": "cpu", **settings}})
+
+
 def test_every_error_is_reported_with_its_path() -> None:
     values = {
         "model": "m",

@@ -159,14 +159,29 @@ def _zeros(model: StoredModel, name: str, quantized: bool) -> NDArray[np.bool_]:
 
 
 def _check_pattern(name: str, mask: NDArray[np.bool_], pattern: str) -> None:
-    kept, _, block = pattern.partition(":")
-    if mask.shape[1] % int(block):
+    """N:M, at most N kept of M neighbours; with windows exactly N, the j-th in its window."""
+    shape, _, window = pattern.partition(" window ")
+    kept, block = (int(number) for number in shape.split(":"))
+    if mask.shape[1] % block:
         raise CertificateError(f"the pattern {pattern} does not fit {name}")
-    worst = int(mask.reshape(len(mask), -1, int(block)).sum(-1).max())
-    if worst > int(kept):
+    blocks = mask.reshape(-1, block)
+    counts = blocks.sum(-1)
+    if counts.max() > kept or (window and counts.min() < kept):
+        worst = counts.max() if counts.max() > kept else counts.min()
         raise CertificateError(
             f"{name} keeps {worst} weights of {block} neighbours, its pattern is {pattern}"
         )
+    if window:
+        bits = [int(number) for number in window.split("-")]
+        columns = blocks.nonzero()[1].reshape(-1, kept)
+        for j in range(kept):
+            width = 2 ** bits[j * len(bits) // kept]
+            start = min(max(((2 * j + 1) * block - width * kept) // (2 * kept), 0), block - width)
+            outside = int(((columns[:, j] < start) | (columns[:, j] >= start + width)).sum())
+            if outside:
+                raise CertificateError(
+                    f"{outside} blocks of {name} keep a weight outside its window, the pattern is {pattern}"
+                )
 
 
 def _check_logits(directory: Path, trust_remote_code: bool) -> str:

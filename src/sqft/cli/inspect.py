@@ -18,7 +18,7 @@ __all__ = ["LayerFacts", "inspect", "inspect_layers"]
 class LayerFacts:
     """What a model directory holds of one linear.
 
-    mask_sparsity, error: None where nothing is recorded. pattern: N:M of the mask, None where it has none.
+    mask_sparsity, error: None where nothing is recorded. pattern: of the mask, None where it has none.
     """
 
     name: str
@@ -78,7 +78,7 @@ def inspect(
 def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[LayerFacts]:
     """The facts of the named linears, read one at a time."""
     from sqft.models import StoredMasks
-    from sqft.ops.mask import find_pattern
+    from sqft.ops.pattern import find_pattern
 
     masks = StoredMasks(checkpoint.directory)
     errors = _recorded_errors(checkpoint.directory)

@@ -6,7 +6,7 @@ from torch import nn
 
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, check_fused_groups, target_linears
-from sqft.ops.mask import parse_pattern
+from sqft.ops.pattern import parse_pattern
 from sqft.sections import QuantizeSection, SparsifySection
 
 __all__ = ["check_not_quantized", "choose_layers"]
@@ -43,7 +43,7 @@ def _check_width(name: str, columns: int, section: SparsifySection | QuantizeSec
             f"{name}: group size {section.group_size} does not divide its width {columns}; "
             "choose one that does, or -1 for one group a row"
         )
-    if section.pattern is not None and columns % parse_pattern(section.pattern)[1]:
+    if section.pattern is not None and columns % parse_pattern(section.pattern).block:
         raise CompressionError(
             f"{name}: pattern {section.pattern} does not fit a width of {columns}; skip it"
         )

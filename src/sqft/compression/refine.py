@@ -8,11 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sqft.ops.adapted import exact_float32
+from sqft.ops.pattern import allowed_swaps, parse_pattern
+from sqft.patterns import Pattern
 
 __all__ = ["fit_kept_weights", "swap_mask"]
 
 CANDIDATES = 16
 ROWS = 1024
+PAIRS = 1 << 26  # of columns of a block, in all rows that are looked at together
 
 
 def fit_kept_weights(
@@ -54,26 +57,30 @@ def swap_mask(
     hessian: Float[Tensor, "in in"],
     *,
     max_swaps: int,
-    pattern_block: int | None = None,
+    pattern: str | None = None,
 ) -> Bool[Tensor, "out in"]:
     """Swap a kept and a pruned weight of a row while that lowers its error, at most `max_swaps` times.
 
     With e = the pruned weights and g = H e, taking p back and pruning q instead changes the error by
-    (w_p² H_pp - 2 w_p g_p) + (w_q² H_qq + 2 w_q g_q) - 2 w_p w_q H_pq. pattern_block: swap inside blocks of
-    so many neighbours only, which keeps an N:M pattern.
+    (w_p² H_pp - 2 w_p g_p) + (w_q² H_qq + 2 w_q g_q) - 2 w_p w_q H_pq. pattern: swap inside its blocks only,
+    and where it has windows only what leaves every kept weight in its own.
 
     Source: Zimmer et al., SparseSwaps, arXiv 2512.10922, section 3. Differs from the paper: of each row only
-    the 16 best weights to take back and the 16 best to prune are paired, not all (with pattern_block: all).
+    the 16 best weights to take back and the 16 best to prune are paired, not all (with a pattern: all).
     """
+    form = None if pattern is None else parse_pattern(pattern)
+    step = ROWS if form is None else max(1, min(ROWS, PAIRS // (weight.shape[1] * form.block)))
     parts = []
-    for start in range(0, weight.shape[0], ROWS):
-        rows = slice(start, start + ROWS)
-        swap = _swap_rows if pattern_block is None else _swap_in_blocks
-        parts.append(swap(weight[rows].float(), mask[rows].clone(), hessian, max_swaps, pattern_block or 0))
+    for start in range(0, weight.shape[0], step):
+        values, kept = weight[start : start + step].float(), mask[start : start + step].clone()
+        if form is None:
+            parts.append(_swap_rows(values, kept, hessian, max_swaps))
+        else:
+            parts.append(_swap_in_blocks(values, kept, hessian, max_swaps, form))
     return torch.cat(parts)
 
 
-def _swap_rows(weight: Tensor, mask: Tensor, hessian: Tensor, max_swaps: int, _: int) -> Tensor:
+def _swap_rows(weight: Tensor, mask: Tensor, hessian: Tensor, max_swaps: int) -> Tensor:
     gradient = torch.where(mask, 0.0, weight) @ hessian
     square = weight.square() * hessian.diagonal()
     count = min(CANDIDATES, weight.shape[1])
@@ -91,7 +98,8 @@ def _swap_rows(weight: Tensor, mask: Tensor, hessian: Tensor, max_swaps: int, _:
     return mask
 
 
-def _swap_in_blocks(weight: Tensor, mask: Tensor, hessian: Tensor, max_swaps: int, block: int) -> Tensor:
+def _swap_in_blocks(weight: Tensor, mask: Tensor, hessian: Tensor, max_swaps: int, form: Pattern) -> Tensor:
+    block = form.block
     gradient = torch.where(mask, 0.0, weight) @ hessian
     square = weight.square() * hessian.diagonal()
     columns = torch.arange(weight.shape[1], device=weight.device).view(-1, block)
@@ -102,7 +110,11 @@ def _swap_in_blocks(weight: Tensor, mask: Tensor, hessian: Tensor, max_swaps: in
         cross = 2 * weight * gradient
         take = torch.where(mask, torch.inf, square - cross).unflatten(1, (-1, block))
         drop = torch.where(mask, square + cross, torch.inf).unflatten(1, (-1, block))
-        change = (take[..., :, None] + drop[..., None, :] - 2 * products).flatten(1)
+        change = take[..., :, None] + drop[..., None, :] - 2 * products
+        allowed = allowed_swaps(mask, form)
+        if allowed is not None:
+            change = change.masked_fill_(~allowed, torch.inf)
+        change = change.flatten(1)
         best, at = change.min(1)
         if not bool((best < 0).any()):
             break

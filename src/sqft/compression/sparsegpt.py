@@ -11,7 +11,7 @@ from sqft.compression.obs import BLOCK, Grid, ObsResult, obs_pass
 from sqft.compression.scale_search import GridOptions, search_qparams
 from sqft.compression.statistics import Hessian
 from sqft.ops import mask_pattern, mask_rows, quantize
-from sqft.ops.mask import parse_pattern
+from sqft.ops.pattern import parse_pattern
 
 __all__ = ["prune_and_round", "sparsegpt"]
 
@@ -69,10 +69,10 @@ def prune_and_round(
 
 def _mask_chooser(sparsity: float, pattern: str | None) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
     if pattern is not None:
-        block = parse_pattern(pattern)[1]
+        block = parse_pattern(pattern).block
 
         def choose_pattern(values: Tensor, diagonal: Tensor) -> Tensor:
-            return mask_pattern((values / diagonal[:, None]).square().T, pattern).T
+            return mask_pattern((values / diagonal[:, None]).abs().T, pattern).T
 
         return choose_pattern, block
 

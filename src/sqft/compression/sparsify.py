@@ -26,7 +26,8 @@ from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter
 from sqft.ops import keep_nonzero, mask_pattern, mask_rows
 from sqft.ops.adapted import exact_float32
-from sqft.ops.mask import existing_mask, parse_pattern
+from sqft.ops.mask import existing_mask
+from sqft.ops.pattern import parse_pattern
 from sqft.progress import SILENT, Progress
 from sqft.sections import SparsifySection
 
@@ -141,7 +142,7 @@ def needed_statistic(section: SparsifySection) -> Callable[[int, torch.device], 
 def choose_mask(
     scores: Float[Tensor, "out in"], sparsity: float, pattern: str | None
 ) -> Bool[Tensor, "out in"]:
-    """The mask of the highest scores: N:M with a pattern, else `sparsity` of each row pruned."""
+    """The mask of the highest scores: in the pattern, or else with `sparsity` of each row pruned."""
     return mask_rows(scores, sparsity) if pattern is None else mask_pattern(scores, pattern)
 
 
@@ -159,8 +160,7 @@ def prune(
         return pruned
     hessian = statistic.damped(section.damping)
     if section.swaps:
-        block = None if section.pattern is None else parse_pattern(section.pattern)[1]
-        mask = swap_mask(target, pruned.mask, hessian, max_swaps=section.swaps, pattern_block=block)
+        mask = swap_mask(target, pruned.mask, hessian, max_swaps=section.swaps, pattern=section.pattern)
         if METHODS[section.method].updates:
             factor, _ = statistic.inverse_factor(section.damping)
             swapped = replace(pruned, weight=obs_pass(target, factor, mask=mask).weight, mask=mask)
@@ -216,8 +216,7 @@ def _sparsities(
 def _check_existing_zeros(name: str, weight: Tensor, sparsity: float, pattern: str | None) -> None:
     """Raises: CompressionError if a weight has more zeros than it is to have: some would be filled."""
     if pattern is not None:
-        kept, block = parse_pattern(pattern)
-        sparsity = 1 - kept / block
+        sparsity = parse_pattern(pattern).sparsity
     if existing_mask(weight) is not None and (zeros := float((weight == 0).float().mean())) > sparsity:
         raise CompressionError(
             f"{name} arrives with {zeros:.1%} zeros, and {sparsity:.1%} would fill some; ask for more, "

@@ -3,7 +3,8 @@
 from sqft.ops.adapted import adapted_codes, adapted_weight
 from sqft.ops.grid import QParams, compute_qparams, dequantize, fake_quantize, quantize
 from sqft.ops.latent import decode_latent, encode_latent, latent_codes
-from sqft.ops.mask import keep_nonzero, mask_pattern, mask_rows, pack_mask, unpack_mask
+from sqft.ops.mask import keep_nonzero, mask_rows, pack_mask, unpack_mask
+from sqft.ops.pattern import mask_pattern
 
 __all__ = [
     "QParams",

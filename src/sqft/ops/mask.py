@@ -7,20 +7,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from sqft import sections
-from sqft.errors import CompressionError
-
-__all__ = [
-    "STRAY_ZEROS",
-    "existing_mask",
-    "find_pattern",
-    "keep_nonzero",
-    "mask_pattern",
-    "mask_rows",
-    "pack_mask",
-    "parse_pattern",
-    "unpack_mask",
-]
+__all__ = ["STRAY_ZEROS", "existing_mask", "keep_nonzero", "mask_rows", "pack_mask", "unpack_mask"]
 
 # A dense checkpoint has a stray exact zero here and there; beyond this share a weight counts as sparse.
 STRAY_ZEROS = 0.01
@@ -59,49 +46,6 @@ def _prune_lowest(scores: Tensor, pruned: int) -> Tensor:
         order = torch.argsort(scores[tied], dim=1, stable=True)
         mask[tied] = torch.zeros_like(mask[tied]).scatter_(1, order[:, pruned:], True)
     return mask
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Read "2:4" as (2, 4), by the rule of `sections.parse_pattern`.
-
-    Raises: CompressionError for anything else than N:M with 0 < N <= M.
-    """
-    try:
-        return sections.parse_pattern(pattern)
-    except ValueError as error:
-        raise CompressionError(f"pattern '{pattern}': {error}") from None
-
-
-def mask_pattern(scores: Float[Tensor, "out in"], pattern: str) -> Bool[Tensor, "out in"]:
-    """Keep the N highest scores of every M neighbours in a row.
-
-    Raises: CompressionError if M does not divide the number of columns.
-    """
-    kept, block = parse_pattern(pattern)
-    if scores.shape[1] % block:
-        raise CompressionError(
-            f"pattern {pattern} does not fit a width of {scores.shape[1]}: {block} does not divide it"
-        )
-    mask = torch.empty_like(scores, dtype=torch.bool)
-    step = max(1, AT_ONCE // max(scores.shape[1], 1))
-    for start in range(0, scores.shape[0], step):
-        blocks = scores[start : start + step].unflatten(1, (-1, block))
-        order = torch.argsort(blocks, dim=-1, descending=True, stable=True)
-        part = torch.zeros_like(blocks, dtype=torch.bool)
-        mask[start : start + step] = part.scatter_(-1, order[..., :kept], True).flatten(1)
-    return mask
-
-
-def find_pattern(mask: Bool[Tensor, "out in"]) -> str | None:
-    """The N:M of least M up to 32 of which a mask keeps exactly N in every M neighbours, if there is one."""
-    for block in (2, 4, 8, 16, 32):
-        if mask.shape[1] % block or not mask.numel():
-            return None
-        counts = mask.unflatten(1, (-1, block)).sum(-1, dtype=torch.uint8)
-        kept = int(counts[0, 0])
-        if 0 < kept < block and bool((counts == kept).all()):
-            return f"{kept}:{block}"
-    return None
 
 
 def pack_mask(mask: Bool[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:

@@ -7,7 +7,7 @@ Rules that concern two sections stand in `pipeline/recipe.py`.
 
 from sqft.sections.adapters import AdapterMethod, AdapterSection, SearchSection, TrainSection
 from sqft.sections.base import Section
-from sqft.sections.compression import QuantizeSection, SparsifySection, parse_pattern
+from sqft.sections.compression import QuantizeSection, SparsifySection
 from sqft.sections.inputs import CalibrationSection, DataSection, ModelSection
 from sqft.sections.outputs import EvaluateSection, ExportFormat, ExportSection, ReportedModel
 from sqft.sections.runtime import RuntimeSection
@@ -28,5 +28,4 @@ __all__ = [
     "Section",
     "SparsifySection",
     "TrainSection",
-    "parse_pattern",
 ]

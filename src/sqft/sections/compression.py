@@ -1,32 +1,21 @@
 """What compression does to the weights: which become zero, and the grid that the others are rounded to."""
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from sqft import patterns
 from sqft.sections.base import Fraction, Section
 
-__all__ = ["QuantizeSection", "SparsifySection", "parse_pattern"]
-
-
-def parse_pattern(pattern: str) -> tuple[int, int]:
-    """Read "2:4" as (2, 4): at most 2 kept weights in every 4 neighbours of a row.
-
-    Raises: ValueError for anything else than N:M with 0 < N <= M.
-    """
-    match = re.fullmatch(r"([0-9]+):([0-9]+)", pattern)
-    if match is None or not 0 < int(match[1]) <= int(match[2]):
-        raise ValueError("write N:M with 0 < N <= M, for instance '2:4'")
-    return int(match[1]), int(match[2])
+__all__ = ["QuantizeSection", "SparsifySection"]
 
 
 def _check_pattern(value: str) -> str:
-    parse_pattern(value)
-    return value
+    return str(patterns.Pattern.parse(value))
 
 
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
+SparsifyTarget = Literal["cpu"]
 QuantizeTarget = Literal["gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gptq", "openvino"]
 # What a target fixes, and what it takes unless the recipe says otherwise. GGUF has blocks of 32.
 TARGET_GRIDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -46,7 +35,10 @@ class SparsifySection(Section):
         0.5, description="Fraction of zeros; with a pattern it follows from the pattern."
     )
     pattern: Pattern | None = Field(
-        None, description="N:M, at most N kept of every M neighbours, for instance 2:4."
+        None, description="N:M, N kept of every M neighbours, as 2:4; N:M window B, as 16:32 window 2."
+    )
+    target: SparsifyTarget | None = Field(
+        None, description="cpu: the pattern that CPUs decode fastest, at sparsity 0.5, 0.625 or 0.75."
     )
     target_modules: list[str] | None = Field(
         None,
@@ -70,6 +62,25 @@ class SparsifySection(Section):
         False, description="Inside a block, later layers see the compressed earlier ones; more passes."
     )
     damping: float = Field(0.01, gt=0, le=1, description="Share of the Hessian's mean diagonal added to it.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _target(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("target") != "cpu" or values.get("pattern") is not None:
+            return values
+        sparsity = values.get("sparsity", 0.5)
+        if not isinstance(sparsity, float) or sparsity not in patterns.CPU_PATTERNS:
+            known = ", ".join(map(str, patterns.CPU_PATTERNS))
+            raise ValueError(f"target cpu has a pattern for sparsity {known}, not for {sparsity}")
+        others = {name: value for name, value in values.items() if name != "sparsity"}
+        return others | {"pattern": patterns.CPU_PATTERNS[sparsity]}
+
+    @model_validator(mode="after")
+    def _decoded(self) -> "SparsifySection":
+        if self.target == "cpu" and self.pattern not in patterns.CPU_DECODED:
+            known = ", ".join(patterns.CPU_DECODED)
+            raise ValueError(f"target cpu has no fast kernel for pattern {self.pattern}, but for {known}")
+        return self
 
     @model_validator(mode="after")
     def _budget(self) -> "SparsifySection":
@@ -114,7 +125,7 @@ class QuantizeSection(Section):
         False, description="Inside a block, later layers see the compressed earlier ones; more passes."
     )
     sparsity: Fraction = Field(0.5, description="Fraction of zeros, for method joint only.")
-    pattern: Pattern | None = Field(None, description="N:M, for method joint only.")
+    pattern: Pattern | None = Field(None, description="As in sparsify, for method joint only.")
     target_modules: list[str] | None = Field(None, description="As in sparsify.")
     skip_modules: list[str] = Field([], description="Names, ends or patterns of linears to leave in 16 bits.")
     target: QuantizeTarget | None = Field(
