@@ -109,7 +109,10 @@ def test_an_update_smaller_than_a_step_is_erased_and_refused(merged_dir: MergedD
     with pytest.raises(ExportError, match=r"the best rung, round, retains .* serve it unmerged"):
         merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
-    result = merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+    with pytest.raises(ExportError, match=r"keeps \d\.\d% of the update .* the base would be written"):
+        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", least=0.0)
     assert result.rungs[0].loss is None
     assert all(layer.erased > 0.9 for layer in result.erasure)
     assert all(layer.update_in_steps is not None and layer.update_in_steps < 0.1 for layer in result.erasure)
@@ -160,7 +163,7 @@ def test_an_adapter_is_measured_on_the_base_it_was_trained_on(
 def test_a_gptq_base_gives_an_integer_or_a_16_bit_model(merged_dir: MergedDir, tmp_path: Path) -> None:
     export_model(merged_dir(), "gptq", tmp_path / "gptq")
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=3)
-    merge_foreign(tmp_path / "gptq", adapter_dir, tmp_path / "kept")
+    merge_foreign(tmp_path / "gptq", adapter_dir, tmp_path / "kept", least=0.0)
     for name, weight in read_quantized(merged_dir()).items():
         assert torch.equal(read_quantized(tmp_path / "kept")[name].qparams.scale, weight.qparams.scale)
     result = merge_foreign(tmp_path / "gptq", adapter_dir, tmp_path / "dense", dequantize=True)
@@ -218,7 +221,7 @@ def test_rungs_without_what_they_need_are_named(merged_dir: MergedDir, tmp_path:
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
     with pytest.raises(ExportError, match=r"feedback, polish: calibration data is needed \(--data\)"):
         merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", rungs=["feedback", "polish"])
-    result = merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", rungs=["round", "polish"])
+    result = merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", rungs=["round", "polish"], least=0.0)
     assert result.skipped == {"polish": "needs calibration data"}
     dense = merge_foreign(
         merged_dir(quantized=False),
@@ -233,7 +236,7 @@ def test_rungs_without_what_they_need_are_named(merged_dir: MergedDir, tmp_path:
 
 def test_the_record_names_base_and_adapter(merged_dir: MergedDir, tmp_path: Path) -> None:
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
-    merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+    merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", least=0.0)
     sources = json.loads((tmp_path / "out" / "sqft_merge.json").read_text())["sources"]
     for directory, part, name in (
         (merged_dir(), "base", "model.safetensors"),

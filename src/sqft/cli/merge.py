@@ -43,7 +43,9 @@ def merge(
     ] = False,
     rungs: Annotated[str, typer.Option(help="Rungs to climb, in order.")] = "round,feedback,refit,polish",
     enough: Annotated[float, typer.Option(help="Stop at this share of the adapter's gain.")] = 0.95,
-    least: Annotated[float, typer.Option(help="Refuse the merge below this share.")] = 0.5,
+    least: Annotated[
+        float, typer.Option(help="Refuse below this share of the gain, or without --data of the update.")
+    ] = 0.5,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
     steps: Annotated[int, typer.Option(help="Steps of the polish.")] = 60,

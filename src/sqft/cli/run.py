@@ -1,5 +1,6 @@
 """`sqft run`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,18 +50,20 @@ def print_result(result: "RunResult") -> None:
         print(f"model:       {result.model_dir}")
     if result.adapter_dir is not None:
         print(f"adapter:     {result.adapter_dir}")
-    if result.model_dir is not None:
-        print_usage(result)
+    print_usage(result)
 
 
 def print_usage(result: "RunResult") -> None:
     """What to type next: open the model, and prove again that it is the one that was trained."""
-    model, adapter = result.model_dir, result.adapter_dir
-    if result.data.checks is None and adapter is not None:
-        print("\nuse it:      from peft import PeftModel; from sqft import load_model")
-        print(f"             model = PeftModel.from_pretrained(load_model({str(model)!r}), {str(adapter)!r})")
+    from sqft.runtimes.commands import opening_code
+
+    merged = result.data.checks is not None
+    model = result.model_dir or result.base_dir
+    if model is None:
         return
-    print("\nuse it:      from transformers import AutoModelForCausalLM")
-    print(f"             model = AutoModelForCausalLM.from_pretrained({str(model)!r})")
-    if result.data.checks is not None:
-        print(f"verify it:   sqft verify {model} --base {result.base_dir} --adapter {adapter}")
+    print()
+    for place, line in enumerate(opening_code(model, None if merged else result.adapter_dir)):
+        print(f"{'' if place else 'use it:':<12} {line}")
+    if merged:
+        words = ["sqft", "verify", str(model), "--base", str(result.base_dir)]
+        print(f"verify it:   {shlex.join([*words, '--adapter', str(result.adapter_dir)])}")

@@ -88,12 +88,14 @@ def merge_foreign(
     """Merge a LoRA, rsLoRA or DoRA adapter into a GPTQ, AWQ, compressed-tensors or 16-bit (sparse) base.
 
     calibration: token ids for feedback, refit and polish. measure: the loss of a model, lower is better;
-    without it only the first rung is climbed. trained_on: the base that the adapter was trained on, if it is
-    another one, as `convert_training_base` takes it: the adapter's gain is measured there. dequantize: take a
-    GPTQ, AWQ or NF4 base as 16-bit weights. The ladder ends at the first rung that retains `enough` of the
-    adapter's gain; the best rung is written, unless it retains less than `least`. on_erasure and
-    on_losses (base, unmerged, trained_on) are called before the first rung, on_rung after each and on_skipped
-    (rung, reason) for those left out, so that all is known where the merge is then refused.
+    without it only the first rung is climbed, and refused where plain rounding keeps less than `least` of
+    the update itself, as it does of an ordinary adapter on an integer grid. trained_on: the base that the
+    adapter was trained on, if it is another one, as `convert_training_base` takes it: the adapter's gain
+    is measured there. dequantize: take a GPTQ, AWQ or NF4 base as 16-bit weights. The ladder ends at the
+    first rung that retains `enough` of the adapter's gain; the best rung is written, unless it retains
+    less than `least`. on_erasure and on_losses (base, unmerged, trained_on) are called before the first
+    rung, on_rung after each and on_skipped (rung, reason) for those left out, so that all is known where
+    the merge is then refused.
     Converting, round and writing hold one linear in memory, feedback and refit one block; polish and
     measuring hold whole models.
 
@@ -132,6 +134,8 @@ def merge_foreign(
                 erasure.append(layer_erasure(*layer))
                 advance(1)
         on_erasure(erasure)
+        if measure is None:
+            _check_kept(erasure, least)
         _write_adapted(checkpoint, adapter, work / "adapted")
         climb = Climb(checkpoint, adapter, masks, work, calibration, polish_steps, seed, progress)
         base_loss = _finite_loss(measure, source, "the base")
@@ -174,6 +178,22 @@ def merge_foreign(
         )
         write_json(partial / MERGE, result.as_dict())
     return result
+
+
+def _check_kept(layers: list[LayerErasure], least: float) -> None:
+    """Refuse a merge that nobody measures and that would all but ship the base.
+
+    What is kept of a layer is 1 - erased; layers count alike, as in the mean that is told.
+
+    Raises: ExportError.
+    """
+    kept = 1 - sum(layer.erased for layer in layers) / max(len(layers), 1)
+    if kept < least:
+        raise ExportError(
+            f"plain rounding keeps {max(kept, 0):.1%} of the update (at least {least:.0%} is asked), so that "
+            "the base would be written; give items to measure on (--data), with which further rungs are "
+            "climbed, or serve the adapter unmerged"
+        )
 
 
 def _digests(directory: Path) -> dict[str, str]:

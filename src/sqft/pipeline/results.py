@@ -37,8 +37,18 @@ class RunResult:
     stages: list[FinishedStage]
 
 
-def write_results(recipe: Recipe, stages: list[FinishedStage], directory: Path, seconds: float) -> RunResult:
-    """Publish the final model below `directory`, and write report.json and report.html there."""
+def write_results(
+    recipe: Recipe,
+    stages: list[FinishedStage],
+    directory: Path,
+    seconds: float,
+    *,
+    model_directory: Path,
+) -> RunResult:
+    """Publish the final model below `directory`, and write report.json and report.html there.
+
+    model_directory: the recipe's model, on which adapters stand where nothing compresses it.
+    """
     by_name = {stage.name: stage for stage in stages}
     directory.mkdir(parents=True, exist_ok=True)
     final = by_name.get(recipe.final_stage)
@@ -51,8 +61,10 @@ def write_results(recipe: Recipe, stages: list[FinishedStage], directory: Path, 
         _publish(by_name["search"].directory / "adapter", adapter_dir)
     data = report_data(recipe, stages, seconds, model_dir)
     report_json, report_html = write_report(data, directory)
-    base = by_name.get(recipe.base_stage)
-    base_dir = base.directory if base and recipe.adapters else None
+    base_dir = None
+    if recipe.adapters:
+        base = by_name.get(recipe.base_stage)
+        base_dir = base.directory if base else model_directory
     return RunResult(data, report_json, report_html, model_dir, adapter_dir, base_dir, stages)
 
 

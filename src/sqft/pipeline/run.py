@@ -47,7 +47,10 @@ def run_recipe(recipe: Recipe, *, progress: Progress = SILENT) -> RunResult:
     with open_workspace(Path(recipe.runtime.workspace)) as workspace:
         model_directory = resolve_model(recipe.model, workspace.models, progress)
         stages = run_stages(recipe, workspace, model_directory, device=device, progress=progress)
-        return write_results(recipe, stages, workspace.root / recipe.name, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return write_results(
+            recipe, stages, workspace.root / recipe.name, seconds, model_directory=model_directory
+        )
 
 
 def resolve_device(name: str) -> str:

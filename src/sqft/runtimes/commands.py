@@ -1,10 +1,11 @@
 """How to serve an artefact with its runtime's own server, and what every runtime does with zeros."""
 
 import importlib.util
+import json
 import shlex
 from pathlib import Path
 
-__all__ = ["RUNTIME_ZEROS", "serving_commands"]
+__all__ = ["RUNTIME_ZEROS", "opening_code", "serving_commands"]
 
 RUNTIME_ZEROS = {
     "llama.cpp": "stores and multiplies zeros like any other weight",
@@ -13,6 +14,7 @@ RUNTIME_ZEROS = {
     "vllm": "stores and multiplies zeros like any other weight (not run here)",
 }
 
+DEQUANTIZED = "quantization_config=CompressedTensorsConfig(dequantize=True)"
 TRIED = "tried with SmolLM2-135M"  # docs/results/deploy.md
 
 
@@ -44,6 +46,30 @@ def serving_commands(
         modules = shlex.quote(f"tuned={directory}")
         return [_vllm(f"{served} --enable-lora --lora-modules {modules}")]
     return [_vllm(place), f"transformers serve {place}  # {TRIED}; needs pip install 'transformers[serving]'"]
+
+
+def opening_code(model: Path, adapter: Path | None = None) -> list[str]:
+    """Lines of Python that open a model directory, with a plain LoRA beside it if there is one.
+
+    Without an adapter transformers alone opens it. With one on an integer base stock PEFT needs float
+    weights, which `sqft.models.load_model` gives exactly.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization_config")
+    if adapter is not None and quantization is not None:
+        imports = ["from peft import PeftModel", "from sqft.models import load_model"]
+        opened = f"load_model({str(model)!r})"
+    else:
+        groups = (quantization or {}).get("config_groups", {}).values()
+        symmetric = all(group["weights"]["symmetric"] for group in groups)
+        names = ["AutoModelForCausalLM", *([] if symmetric else ["CompressedTensorsConfig"])]
+        imports = [f"from transformers import {', '.join(names)}"]
+        imports = imports if adapter is None else ["from peft import PeftModel", *imports]
+        options = "" if symmetric else f", {DEQUANTIZED}"
+        opened = f"AutoModelForCausalLM.from_pretrained({str(model)!r}{options})"
+    if adapter is not None:
+        opened = f"PeftModel.from_pretrained({opened}, {str(adapter)!r})"
+    return [*imports, f"model = {opened}"]
 
 
 def _vllm(arguments: str, needs: str = "") -> str:
