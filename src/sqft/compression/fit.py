@@ -1,15 +1,18 @@
 """Which layers a section means, and whether it fits them: shapes alone, before any weight is read."""
 
+import math
 from collections.abc import Mapping
 
 from torch import nn
 
 from sqft.errors import CompressionError
-from sqft.models import Checkpoint, check_fused_groups, target_linears
+from sqft.models import Checkpoint, check_fused_groups, fused_weights, target_linears
 from sqft.ops.pattern import parse_pattern
 from sqft.sections import QuantizeSection, SparsifySection
 
 __all__ = ["check_not_quantized", "choose_layers"]
+
+LARGEST_FUSED = 0.25  # share of the blocks' weights that may lie outside linears before a user must agree
 
 
 def check_not_quantized(checkpoint: Checkpoint) -> None:
@@ -26,8 +29,11 @@ def choose_layers(
     """Full names of the linears to compress. shapes: (out, in) by name.
 
     Raises: ModelError for an unknown name, or if a group that runtimes fuse is split; CompressionError if
-    nothing is left, or a group size or pattern does not fit a width.
+    nothing is left, a group size or pattern does not fit a width, or most weights are no linears and the
+    section does not name what to compress.
     """
+    if section.target_modules is None:
+        _check_fused_weights(skeleton, shapes)
     chosen = list(target_linears(skeleton, section.target_modules, section.skip_modules))
     check_fused_groups(chosen, target_linears(skeleton, None, []))
     if not chosen:
@@ -35,6 +41,18 @@ def choose_layers(
     for name in chosen:
         _check_width(name, shapes[name][1], section)
     return chosen
+
+
+def _check_fused_weights(skeleton: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
+    fused = {name: parameter.numel() for name, parameter in fused_weights(skeleton).items()}
+    linear = sum(math.prod(shapes[name]) for name in target_linears(skeleton, None, []))
+    share = sum(fused.values()) / (sum(fused.values()) + linear)
+    if share > LARGEST_FUSED:
+        largest = max(fused, key=lambda name: fused[name])
+        raise CompressionError(
+            f"{share:.0%} of the weights in the blocks are no linear layers ({largest} and others), and "
+            "would stay dense; name the linears to compress in target_modules if that is meant"
+        )
 
 
 def _check_width(name: str, columns: int, section: SparsifySection | QuantizeSection) -> None:

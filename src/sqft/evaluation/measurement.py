@@ -1,6 +1,7 @@
 """The figures of one model: loss, accuracy, perplexity, sparsity, size."""
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sqft.evaluation.harness import evaluate_tasks, main_figure
 from sqft.evaluation.items import evaluate_items
 from sqft.evaluation.loss import evaluate_perplexity
 from sqft.evaluation.paired import compare_correct, paired_difference
-from sqft.models import target_linears
+from sqft.models import fused_weights, target_linears
 from sqft.progress import Progress
 from sqft.sections import EvaluateSection
 
@@ -79,15 +80,22 @@ def measure_model(
 
 
 def zero_share(model: nn.Module) -> float:
-    """The share of exact zeros among the weights of the linears inside the decoder blocks."""
+    """The share of exact zeros among the weights inside the decoder blocks: linears, and fused experts."""
+    linears = target_linears(model, None, []).items()
+    weights = chain(
+        (base_weight(module) for name, module in linears if not _of_adapter(name)),
+        (weight for name, weight in fused_weights(model).items() if not _of_adapter(name)),
+    )
     zeros = total = 0
-    for name, module in target_linears(model, None, []).items():
-        if ".lora_" in name:  # stock PEFT's own linears beside the base
-            continue
-        weight = base_weight(module)
+    for weight in weights:
         zeros += int((weight == 0).sum())
         total += weight.numel()
     return zeros / total if total else 0.0
+
+
+def _of_adapter(name: str) -> bool:
+    """Whether a weight belongs to an adapter beside the base, stock PEFT's or ours."""
+    return ".lora_" in name or ".sqft_" in name
 
 
 def size_on_disk(directory: Path) -> int:

@@ -1,6 +1,12 @@
 """Model directories: finding, opening, loading and writing them."""
 
-from sqft.models.blocks import check_fused_groups, decoder_blocks, matches_name, target_linears
+from sqft.models.blocks import (
+    check_fused_groups,
+    decoder_blocks,
+    fused_weights,
+    matches_name,
+    target_linears,
+)
 from sqft.models.checkpoint import Checkpoint, open_checkpoint
 from sqft.models.existing import ExistingMasks
 from sqft.models.loading import load_model, load_tokenizer, load_trainable, read_quantized
@@ -28,6 +34,7 @@ __all__ = [
     "StoredMasks",
     "check_fused_groups",
     "decoder_blocks",
+    "fused_weights",
     "load_model",
     "load_tokenizer",
     "load_trainable",

@@ -7,7 +7,7 @@ from torch import nn
 
 from sqft.errors import ModelError
 
-__all__ = ["check_fused_groups", "decoder_blocks", "matches_name", "target_linears"]
+__all__ = ["check_fused_groups", "decoder_blocks", "fused_weights", "matches_name", "target_linears"]
 
 # Runtimes fuse these into one matrix, so they are compressed alike or not at all.
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -65,6 +65,20 @@ def target_linears(
         for name, module in linears.items()
         if (targets is None or any(matches_name(name, t) for t in targets))
         and not any(matches_name(name, s) for s in skip)
+    }
+
+
+def fused_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights in the decoder blocks that are matrices of no linear, by full name.
+
+    They are the experts of a mixture that the architecture keeps in one tensor, which nothing compresses, and
+    small things such as a router.
+    """
+    return {
+        f"{block_name}.{name}": parameter
+        for block_name, block in decoder_blocks(model).items()
+        for name, parameter in block.named_parameters()
+        if parameter.ndim > 1 and not is_linear(block.get_submodule(name.rpartition(".")[0]))
     }
 
 
