@@ -12,12 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from benchmarks.gpu.interpreter import use_interpreter
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported, by whichever test
+    use_interpreter()  # before what follows imports Triton
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 ARCHITECTURES = ["llama", "mistral", "phi3"]
 MORE_ARCHITECTURES = ["qwen2", "qwen3", "gemma2"]

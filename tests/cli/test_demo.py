@@ -29,6 +29,7 @@ def test_every_size_is_a_valid_recipe(name: str) -> None:
 def test_the_demo_runs_on_a_tiny_model(
     tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    pytest.importorskip("reasoning_gym")
     values = demo_values("demo-small") | {"model": str(tiny_model_dir("llama"))}
     monkeypatch.setattr("sqft.cli.demo.demo_values", lambda name: values)
     assert run_command_line(["demo", "--small", "--workspace", str(tmp_path)]) == 0

@@ -396,7 +396,9 @@ def test_gguf_file(tiny_model_dir: Maker, tmp_path: Path) -> None:
     # transformers adds an <|endoftext|> past the end where there is none
     writer.add_token_list([token.replace("<|user|>", "<|endoftext|>") for token, _ in vocabulary])
     writer.add_token_merges([" ".join(m) for m in json.loads((directory / "tokenizer.json").read_text())["model"]["merges"]])  # noqa: E501  # fmt: skip
-    writer.add_eos_token_id(1)
+    for add_token_id in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+        add_token_id(1)  # transformers 5.17 wants all of them, as real files have them
+    writer.add_pad_token_id(0)
     writer.add_chat_template("{{ messages }}")
     names = {
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "self_attn.q_proj": "attn_q",

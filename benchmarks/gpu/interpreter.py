@@ -1,0 +1,32 @@
+"""Triton's interpreter, in which its kernels run without a GPU."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+__all__ = ["use_interpreter"]
+
+
+def use_interpreter() -> None:
+    """Run Triton's kernels in its interpreter from now on; call it before anything imports Triton.
+
+    Up to Triton 3.6 the interpreter turns arrays of one element into loop bounds, which NumPy refuses from
+    2.4 on; it is mended here.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import triton
+        from triton.runtime import interpreter
+    except ImportError:  # without Triton there is nothing to interpret
+        return
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release > (3, 6) or np.lib.NumpyVersion(np.__version__) < "2.4.0":
+        return
+    plain = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
