@@ -119,6 +119,16 @@ def merged_dir(
     return make
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The test runs on the CPU, with Triton's interpreter, and with `pytest -m gpu` on a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU that torch can use")
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is off where there is a GPU; pytest -m gpu runs this on it")
+    return str(request.param)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test draws the same random numbers, whatever ran before it."""

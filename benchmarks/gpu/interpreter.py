@@ -3,16 +3,14 @@
 import os
 from typing import Any
 
-import numpy as np
-
 __all__ = ["use_interpreter"]
 
 
 def use_interpreter() -> None:
     """Run Triton's kernels in its interpreter from now on; call it before anything imports Triton.
 
-    Up to Triton 3.6 the interpreter turns arrays of one element into loop bounds, which NumPy refuses from
-    2.4 on; it is mended here.
+    Up to Triton 3.6 the interpreter makes loop bounds of arrays with one element in a way that NumPy warns of,
+    and refuses from 2.4 on; it is mended here.
     """
     os.environ["TRITON_INTERPRET"] = "1"
     try:
@@ -21,7 +19,7 @@ def use_interpreter() -> None:
     except ImportError:  # without Triton there is nothing to interpret
         return
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if release > (3, 6) or np.lib.NumpyVersion(np.__version__) < "2.4.0":
+    if release > (3, 6):
         return
     plain = interpreter._patch_lang_tensor
 

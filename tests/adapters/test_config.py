@@ -16,7 +16,7 @@ from sqft.ops.adapted_linear import adapted_linear
     [
         ({"gradient": "lowrnk"}, "choose from exact, lowrank, hybrid"),
         ({"dropout_kind": "tokens"}, "choose from column, token"),
-        ({"kernels": "cuda"}, "choose from torch, triton"),
+        ({"kernels": "cuda"}, "choose from auto, torch, triton"),
         ({"storage_dtype": "bf16"}, "choose from float32, bfloat16, float16"),
         ({"dropout": 1.5}, "dropout 1.5 must be from 0 to below 1"),
         ({"hybrid_steps": 0}, "hybrid_steps 0 must be at least 1"),

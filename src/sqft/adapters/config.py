@@ -8,7 +8,8 @@ import torch
 from peft import PeftConfig
 
 from sqft.errors import AdapterError
-from sqft.ops.adapted_linear import GRADIENTS, KERNELS, check_choice
+from sqft.ops.adapted_linear import GRADIENTS, check_choice
+from sqft.ops.kernel_use import KERNELS
 
 __all__ = ["DEFAULT_TARGETS", "METHODS", "PEFT_TYPE", "SqftConfig"]
 
@@ -46,7 +47,8 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     target_modules: name ends that match whole components; full names once the adapter is attached.
     rank_groups: name ends that share a rank inside a block; None: q, k, v together, others alone.
     gradient: exact, lowrank, or hybrid (exact every `hybrid_steps`-th step).
-    kernels: torch, or triton on an NVIDIA GPU (elsewhere it is torch, with a warning).
+    kernels: auto, what was measured to be faster on this kind of card; torch; or triton on an NVIDIA GPU
+        (elsewhere it is torch, with a warning).
     storage_dtype: the dtype merged weights are stored in. None takes, when the adapter is attached, that of
         the weights; for sparse_peft, which trains on rounded weights, the narrowest one that holds them all:
         bfloat16 for a bfloat16 checkpoint opened in float32.
@@ -66,7 +68,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     rank_groups: list[list[str]] | None = None
     gradient: Literal["exact", "lowrank", "hybrid"] = "exact"
     hybrid_steps: int = 4
-    kernels: Literal["torch", "triton"] = "torch"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
     storage_dtype: str | None = None
     modules_to_save: list[str] | None = None
     identity: dict[str, str] = field(default_factory=dict)
@@ -96,9 +98,9 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
                 raise AdapterError(f"{name} {getattr(self, name)} must be {wanted}")
         if self.method == "lora" and self.gradient != "exact":
             raise AdapterError(f"gradient '{self.gradient}' has no meaning for lora; leave it at exact")
-        if self.method == "lora" and self.kernels != "torch":
-            raise AdapterError(f"kernels '{self.kernels}' has no meaning for lora; leave it at torch")
-        if self.token_dropout and (self.gradient != "exact" or self.kernels != "torch"):
+        if self.method == "lora" and self.kernels == "triton":
+            raise AdapterError("kernels 'triton' has no meaning for lora; leave it at auto")
+        if self.token_dropout and (self.gradient != "exact" or self.kernels == "triton"):
             raise AdapterError(
                 "token dropout takes two products, whose gradient is exact and by torch; "
                 "set dropout_kind: column, or leave gradient and kernels alone"

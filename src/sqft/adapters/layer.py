@@ -30,7 +30,8 @@ from sqft.ops import (
     fake_quantize,
 )
 from sqft.ops.adapted import low_rank_delta
-from sqft.ops.adapted_linear import adapted_linear, frozen_linear, triton_usable
+from sqft.ops.adapted_linear import adapted_linear, frozen_linear
+from sqft.ops.kernel_use import kernels_for
 from sqft.ops.mask import STRAY_ZEROS
 from sqft.ops.weight_blocks import WeightBlocks
 
@@ -138,16 +139,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         config, qparams = self.settings[name], base_qparams(self)
         lora_A, lora_B = self.active_slice(name)
         storage = config.rounding_dtype if qparams is None else None
+        base = base_tensor(self)
+        used = kernels_for(config.kernels, base.device, base.shape, quantized=qparams is not None)
         with torch.no_grad():
-            blocks = WeightBlocks(
-                base_tensor(self),
-                lora_A,
-                lora_B,
-                config.scaling,
-                qparams,
-                storage,
-                config.kernels == "triton" and triton_usable(lora_A.device),
-            )
+            blocks = WeightBlocks(base, lora_A, lora_B, config.scaling, qparams, storage, used)
             return blocks.build(slice(0, self.out_features), torch.float32)
 
     def merged_weight(self, name: str | None = None) -> MergedWeight:

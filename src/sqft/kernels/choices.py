@@ -12,7 +12,17 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any, Literal
 
-__all__ = ["Choice", "Tiling", "choose_kernels", "choose_loss"]
+__all__ = [
+    "GRADIENT_TILING",
+    "PRODUCT_TILING",
+    "TORCH",
+    "WEIGHT_TILING",
+    "Choice",
+    "Tiling",
+    "choose_kernels",
+    "choose_loss",
+    "table_row",
+]
 
 
 @dataclass(frozen=True)
@@ -44,21 +54,15 @@ class Choice:
     """What builds the weight, and what contracts its gradient; None is torch.
 
     product: the gradient of the weight is multiplied by torch and read once, in place of being multiplied in
-    the kernel.
+    the kernel. The gradient's kernel needs what the weight's finds out: it is never without it.
     """
 
     weight: Tiling | None = None
     gradient: Tiling | None = None
     product: bool = False
 
-    @property
-    def is_torch(self) -> bool:
-        """Whether no kernel is used at all."""
-        return self.weight is None and self.gradient is None
-
 
 TORCH = Choice()
-ALL_TRITON = Choice(WEIGHT_TILING, GRADIENT_TILING)
 
 
 def choose_kernels(capability: str, shape: tuple[int, int], *, quantized: bool, wanted: str) -> Choice:

@@ -10,9 +10,9 @@ A tile of the adapted weight is computed in float32 with true division and witho
 `ops.adapted` defines it. Partial sums are added in a fixed order, so results do not change from run to run.
 How the tiles are cut is a `Tiling`, which `kernels.choices` takes from its table for each shape.
 
-State: checked in Triton's interpreter and compiled for sm_90; not yet run on a GPU. The interpreter multiplies
-the bits of bfloat16 as whole numbers, so there (WIDEN) operands are widened to float32 first, which changes no
-product.
+State: checked in Triton's interpreter and compiled for sm_90; not yet run on a GPU. The interpreter
+multiplies the bits of bfloat16 as whole numbers, so there (WIDEN) operands are widened to float32 first, and
+no product changes.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -84,8 +84,8 @@ def _weight_kernel(
         delta = tl.dot(b, a, acc=delta, input_precision=PRECISION)
     weight = base + tl.where(keep, delta * scaling, 0.0)
     if QUANT:
-        # weight / scale, correctly rounded: one step of Newton with the rounded inverse (Markstein). Then half
-        # to even, by adding 1.5 * 2^23.
+        # weight / scale, correctly rounded: a step of Newton with the rounded inverse (Markstein). Then
+        # rounded half to even, by adding 1.5 * 2^23.
         quotient = weight * inverse
         quotient = tl.fma(tl.fma(-quotient, scale, weight), inverse, quotient)
         steps = (quotient + 12582912.0) - 12582912.0

@@ -16,11 +16,7 @@ Source: SQFT, arXiv 2410.03750, equations 1 to 4; the lowrank gradient is that o
 Differs from the paper: the published layer multiplies twice and keeps the update and the mask for backward.
 """
 
-import logging
-import os
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -30,15 +26,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sqft.errors import AdapterError
+from sqft.kernels.choices import TORCH, Choice
 from sqft.ops.adapted import exact_float32
 from sqft.ops.grid import QParams
+from sqft.ops.kernel_use import KERNELS, kernels_for
 from sqft.ops.weight_blocks import WeightBlocks
 
-__all__ = ["GRADIENTS", "KERNELS", "adapted_linear", "check_choice", "frozen_linear", "triton_usable"]
+__all__ = ["GRADIENTS", "adapted_linear", "check_choice", "frozen_linear"]
 
-GRADIENTS, KERNELS = ("exact", "lowrank"), ("torch", "triton")
-
-logger = logging.getLogger(__name__)
+GRADIENTS = ("exact", "lowrank")
 
 
 def adapted_linear(
@@ -52,7 +48,7 @@ def adapted_linear(
     qparams: QParams | None = None,
     storage_dtype: torch.dtype | None = None,
     gradient: Literal["exact", "lowrank"] = "exact",
-    kernels: Literal["torch", "triton"] = "torch",
+    kernels: Literal["auto", "torch", "triton"] = "auto",
 ) -> Float[Tensor, "*batch out"]:
     """Multiply with the adapted weight; differentiable in x, A, B, the bias, and the scale of the grid.
 
@@ -60,17 +56,21 @@ def adapted_linear(
     runs in the dtype of x, or in the autocast dtype; the weight is computed in float32 whatever that is.
     gradient: exact, or lowrank, which leaves the mask and the clamp out of the gradients of A and B.
     kernels: triton builds the weight and contracts its gradient by the kernels of `sqft.kernels`; where they
-        cannot run (no NVIDIA GPU, no Triton) it is torch, and a warning says so once.
+        cannot run (no NVIDIA GPU, no Triton) it is torch, and a warning says so once. auto: what the table in
+        `kernels.choices` says is faster for the shape on this kind of card; torch for trainable scales.
 
     Raises: AdapterError for an unknown choice, and for the gradient of a scale with gradient="lowrank" or
     kernels="triton".
     """
     check_choice("gradient", gradient, GRADIENTS)
     check_choice("kernels", kernels, KERNELS)
-    triton = kernels == "triton" and triton_usable(x.device)
-    if triton and qparams is not None and qparams.scale.requires_grad:
+    trains_scale = qparams is not None and qparams.scale.requires_grad
+    if trains_scale and kernels == "triton":
         raise AdapterError("trainable scales need the torch operation; set kernels: torch")
-    if gradient == "lowrank" and qparams is not None and qparams.scale.requires_grad:
+    used = TORCH
+    if not trains_scale:
+        used = kernels_for(kernels, x.device, base.shape, quantized=qparams is not None)
+    if trains_scale and gradient == "lowrank":
         raise AdapterError("trainable scales need the exact gradient; set gradient: exact")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -81,7 +81,7 @@ def adapted_linear(
         storage_dtype,
         gradient == "exact",
         dtype,
-        triton,
+        used,
     )
     scale, zero_point = (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
     out: Tensor = _AdaptedLinear.apply(x, base, lora_A, lora_B, bias, scale, zero_point, plan)
@@ -92,25 +92,6 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises: AdapterError if a setting is none of its choices."""
     if value not in choices:
         raise AdapterError(f"{name} '{value}' is unknown; choose from {', '.join(choices)}")
-
-
-def triton_usable(device: torch.device) -> bool:
-    """Whether the Triton kernels run on tensors of a device: on an NVIDIA GPU, or in Triton's interpreter."""
-    reason = _no_triton(device.type, os.environ.get("TRITON_INTERPRET", ""))
-    return reason is None
-
-
-@lru_cache
-def _no_triton(device: str, interpreter: str) -> str | None:
-    """Why the kernels do not run, told once; None if they do."""
-    reason = None
-    if find_spec("triton") is None:
-        reason = "Triton is not installed (pip install 'sqft[triton]')"
-    elif device != "cuda" and interpreter in ("", "0"):
-        reason = f"they need an NVIDIA GPU, and tensors are on {device}"
-    if reason is not None:
-        logger.warning("kernels: triton is left out, torch computes the same: %s", reason)
-    return reason
 
 
 def frozen_linear(
@@ -142,7 +123,7 @@ class _Plan:
     storage_dtype: torch.dtype | None
     exact: bool
     dtype: torch.dtype
-    triton: bool
+    kernels: Choice
 
     def blocks(
         self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor | None, zero_point: Tensor | None
@@ -150,7 +131,7 @@ class _Plan:
         grid = None
         if scale is not None and zero_point is not None:
             grid = QParams(scale.detach(), zero_point, self.bits, self.symmetric)
-        return WeightBlocks(base, lora_A, lora_B, self.scaling, grid, self.storage_dtype, self.triton)
+        return WeightBlocks(base, lora_A, lora_B, self.scaling, grid, self.storage_dtype, self.kernels)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -212,18 +193,18 @@ def _backward_block(
     plan: _Plan,
 ) -> None:
     """Add what a block of rows of the weight contributes to every gradient."""
-    dy_rows = dy[:, rows]
-    if plan.triton and dA is not None and dB is not None and plan.exact:
-        part, dB[rows] = blocks.contract_gradient(rows, dy_rows, x)
+    dy_rows, gradient = dy[:, rows], None
+    if plan.exact and dA is not None and dB is not None and plan.kernels.gradient is not None:
+        weight, keep = blocks.build_with_mask(rows, plan.dtype)
+        part, dB[rows] = blocks.contract_gradient(rows, dy_rows, x, keep)
         dA.add_(part)
-        gradient = None
     else:
         gradient = torch.mm(dy_rows.t(), x) if plan.exact and dB is not None else None
-    with exact_float32(x.device):
-        if gradient is not None and dscale is not None:
-            term = blocks.scale_term(rows)
-            dscale[rows] = (gradient.float().view_as(term) * term).sum(-1)
-        weight = blocks.build(rows, plan.dtype, gradient)
+        with exact_float32(x.device):
+            if gradient is not None and dscale is not None:
+                term = blocks.scale_term(rows)
+                dscale[rows] = (gradient.float().view_as(term) * term).sum(-1)
+            weight = blocks.build(rows, plan.dtype, gradient)
     if dx is not None and rows.start == 0:
         torch.mm(dy_rows, weight, out=dx)
     elif dx is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqft.kernels.choices import TORCH, Choice
 from sqft.ops.grid import QParams
 
 __all__ = ["WeightBlocks", "cache_blocks", "row_blocks", "transient_blocks"]
@@ -17,8 +18,9 @@ __all__ = ["WeightBlocks", "cache_blocks", "row_blocks", "transient_blocks"]
 # Elements of a float32 block that the elementwise passes walk over: on a CPU it lies in a core's cache, on a
 # GPU it bounds their four temporaries (64 MiB), so that no frozen base is ever widened as a whole.
 CACHE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}
-# Elements of the two transients of a backward block (weight and gradient); at least MIN_ROWS rows.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+# Elements of the two transients of a backward block (weight and gradient); at least MIN_ROWS rows. On a GPU
+# any layer of an 8B model is one block (117 MB in 16 bits): dX is one product, not a sum of rounded ones.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 MIN_ROWS = 256
 
 
@@ -30,7 +32,7 @@ def row_blocks(rows: int, columns: int, elements: int, minimum: int = 1) -> list
 
 def transient_blocks(rows: int, columns: int, device: str) -> list[slice]:
     """The row blocks of a backward pass over a weight, on a kind of device."""
-    return row_blocks(rows, columns, BLOCK_ELEMENTS.get(device, 1 << 24), MIN_ROWS)
+    return row_blocks(rows, columns, BLOCK_ELEMENTS.get(device, 1 << 26), MIN_ROWS)
 
 
 def cache_blocks(rows: int, columns: int, device: str) -> list[slice]:
@@ -42,7 +44,7 @@ def cache_blocks(rows: int, columns: int, device: str) -> list[slice]:
 class WeightBlocks:
     """Builds rows of the adapted weight from a base, which is a float weight or an integer latent.
 
-    storage_dtype: round to this 16-bit type; qparams: round to this grid.
+    storage_dtype: round to this 16-bit type; qparams: round to this grid; kernels: what builds and contracts.
     """
 
     base: Tensor
@@ -51,7 +53,7 @@ class WeightBlocks:
     scaling: float
     qparams: QParams | None
     storage_dtype: torch.dtype | None
-    triton: bool = False
+    kernels: Choice = TORCH
 
     def transient_blocks(self) -> list[slice]:
         """The row blocks of a backward pass."""
@@ -63,8 +65,12 @@ class WeightBlocks:
 
         gradient: that of these rows; multiplied in place by the mask, and by 0 where a code was clamped.
         """
-        if self.triton and gradient is None:
-            return self._build_triton(rows, dtype)
+        if self.kernels.weight is not None:
+            if gradient is None:
+                return self._build_triton(rows, dtype, None)
+            weight, keep = self.build_with_mask(rows, dtype)
+            gradient.mul_(keep != 0)
+            return weight
         weight = torch.empty(rows.stop - rows.start, self.base.shape[1], dtype=dtype, device=self.base.device)
         lora_A, lora_B = self.lora_A.float(), self.lora_B[rows].float()
         for part in cache_blocks(len(weight), self.base.shape[1], self.base.device.type):
@@ -84,10 +90,31 @@ class WeightBlocks:
                 target.copy_(block)
         return weight
 
-    def _build_triton(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def build_with_mask(self, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows of the weight by the kernel, and a tensor that is not 0 where a weight has a gradient."""
+        if self.qparams is None:
+            return self._build_triton(rows, dtype, None), self.base[rows]
+        keep = torch.empty(self.base[rows].shape, dtype=torch.uint8, device=self.base.device)
+        return self._build_triton(rows, dtype, keep), keep
+
+    def contract_gradient(self, rows: slice, dy: Tensor, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of A and of these rows of B by the kernel; dy (tokens, rows), x (tokens, in)."""
+        from sqft.kernels.tiles import contract_gradient, contract_product
+
+        assert self.kernels.gradient is not None
+        settings: dict[str, Any] = {"scaling": self.scaling, "tiling": self.kernels.gradient}
+        if self.kernels.product:
+            return contract_product(torch.mm(dy.t(), x), keep, self.lora_A, self.lora_B[rows], **settings)
+        return contract_gradient(dy, x, keep, self.lora_A, self.lora_B[rows], **settings)
+
+    def _build_triton(self, rows: slice, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
         from sqft.kernels.tiles import build_weight
 
-        settings = self._grid_rows(rows)
+        assert self.kernels.weight is not None
+        grid: dict[str, Any] = {}
+        if self.qparams is not None:
+            grid = {"scale": self.qparams.scale[rows], "zero_point": self.qparams.zero_point[rows]}
+            grid |= {"max_code": self.qparams.max_code, "symmetric": self.qparams.symmetric}
         return build_weight(
             self.base[rows],
             self.lora_A,
@@ -95,23 +122,10 @@ class WeightBlocks:
             scaling=self.scaling,
             dtype=dtype,
             storage_dtype=self.storage_dtype,
-            **settings,
+            keep=keep,
+            tiling=self.kernels.weight,
+            **grid,
         )
-
-    def contract_gradient(self, rows: slice, dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of A and of these rows of B by the kernel; dy (tokens, rows), x (tokens, in)."""
-        from sqft.kernels.tiles import contract_gradient
-
-        settings = self._grid_rows(rows)
-        return contract_gradient(
-            dy, x, self.base[rows], self.lora_A, self.lora_B[rows], scaling=self.scaling, **settings
-        )
-
-    def _grid_rows(self, rows: slice) -> dict[str, Any]:
-        if self.qparams is None:
-            return {}
-        grid = self.qparams
-        return {"scale": grid.scale[rows], "zero_point": grid.zero_point[rows], "max_code": grid.max_code}
 
     def scale_term(self, rows: slice) -> Tensor:
         """What the weight's gradient is multiplied with for the scale's (LSQ), (rows, groups, group size)."""

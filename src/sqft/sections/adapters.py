@@ -27,9 +27,10 @@ class AdapterSection(Section):
         "exact", description="lowrank: mask in the forward only; hybrid: exact every hybrid_steps-th step."
     )
     hybrid_steps: Positive = Field(4, description="Every how many steps hybrid is exact.")
-    kernels: Literal["torch", "triton"] = Field(
-        "torch",
-        description="triton: on an NVIDIA GPU (extra: triton), elsewhere torch; tested in its interpreter.",
+    kernels: Literal["auto", "torch", "triton"] = Field(
+        "auto",
+        description="auto: what was measured to be faster on the card, torch on a CPU (docs/gpu.md); triton: "
+        "on an NVIDIA GPU (extra: triton), elsewhere torch.",
     )
     target_modules: list[str] | None = Field(
         None, description="Name ends; default q, k, v, up, down and fused forms."
@@ -53,11 +54,11 @@ class AdapterSection(Section):
     def _gradient(self) -> "AdapterSection":
         if self.method == "lora" and self.gradient != "exact":
             raise ValueError("gradient lowrank and hybrid are for sparse_peft and qa_sparse_peft")
-        if self.method == "lora" and self.kernels != "torch":
+        if self.method == "lora" and self.kernels == "triton":
             raise ValueError("kernels triton is for sparse_peft and qa_sparse_peft")
-        plain = self.gradient == "exact" and self.kernels == "torch"
+        plain = self.gradient == "exact" and self.kernels != "triton"
         if self.method != "lora" and self.dropout and self.dropout_kind == "token" and not plain:
-            raise ValueError("dropout_kind token goes with gradient exact and kernels torch only")
+            raise ValueError("dropout_kind token goes with gradient exact and kernels auto or torch only")
         return self
 
 
