@@ -9,7 +9,17 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "sqft"
 TIERS = [
-    {"errors", "progress", "artifacts", "patterns", "sections", "untrusted", "kernels"},
+    {
+        "errors",
+        "progress",
+        "artifacts",
+        "marks",
+        "directories",
+        "patterns",
+        "sections",
+        "untrusted",
+        "kernels",
+    },
     {"ops"},
     {"models", "data"},
     {"compression", "adapters", "formats"},
@@ -21,7 +31,9 @@ TIERS = [
 TIER = {name: place for place, names in enumerate(TIERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
 # Plain values and errors that everything of the lowest tier may share.
-FOUNDATION = {"errors", "progress", "artifacts", "patterns", "sections", "untrusted"}
+FOUNDATION = {
+    "errors", "progress", "artifacts", "marks", "directories", "patterns", "sections", "untrusted",
+}  # fmt: skip
 # sqft itself, and `python -m sqft`, stand above all: they only hand on.
 ENTRANCES = {SOURCE / "__init__.py", SOURCE / "__main__.py"}
 

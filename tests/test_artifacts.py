@@ -1,72 +1,12 @@
-"""Directories are whole or not there."""
+"""Manifests, digests and seals."""
 
-import errno
 import json
 from pathlib import Path
 
 import pytest
 
-from sqft.artifacts import (
-    Manifest,
-    digest_file,
-    digest_files,
-    digest_json,
-    new_directory,
-    seal,
-    unseal,
-    write_json,
-)
+from sqft.artifacts import Manifest, digest_file, digest_files, digest_json, seal, unseal, write_json
 from sqft.errors import WorkspaceError
-
-
-def test_directory_appears_only_when_its_block_ends(tmp_path: Path) -> None:
-    final = tmp_path / "stage"
-    with new_directory(final) as partial:
-        (partial / "file").write_text("x")
-        assert not final.exists()
-    assert (final / "file").read_text() == "x"
-    assert not partial.exists()
-
-
-def test_failure_leaves_a_partial_directory_and_the_next_try_begins_anew(tmp_path: Path) -> None:
-    final = tmp_path / "stage"
-
-    def fail_half_way() -> None:
-        with new_directory(final) as partial:
-            (partial / "half").write_text("x")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_half_way()
-    assert not final.exists()
-    assert (tmp_path / "stage.partial" / "half").exists()
-    with new_directory(final, keep_partial=True) as partial:
-        assert (partial / "half").exists()
-    with new_directory(tmp_path / "other"):
-        pass
-    assert not (tmp_path / "other" / "half").exists()
-
-
-def test_an_existing_directory_is_replaced(tmp_path: Path) -> None:
-    for text in ("old", "new"):
-        with new_directory(tmp_path / "stage") as partial:
-            (partial / "file").write_text(text)
-    assert (tmp_path / "stage" / "file").read_text() == "new"
-
-
-def test_full_disk_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(WorkspaceError, match="no space left"), new_directory(tmp_path / "stage"):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert not (tmp_path / "stage").exists()
-
-
-def test_what_a_kill_left_of_a_file_being_written_is_cleared(tmp_path: Path) -> None:
-    partial = tmp_path / "stage.partial"
-    partial.mkdir()
-    (partial / "kept").write_text("x")
-    (partial / "manifest.json.tmp").write_text("{")
-    with new_directory(tmp_path / "stage", keep_partial=True) as directory:
-        assert sorted(digest_files(directory)) == ["kept"]
 
 
 def test_a_changed_seal_is_noticed() -> None:

@@ -1,13 +1,12 @@
 """What an export or a merge must not write over."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sqft.artifacts import check_destination
+from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.export import export_adapter, export_model
 from sqft.foreign import merge_foreign
@@ -64,10 +63,15 @@ def test_adapters_and_merges_keep_to_it_too(model: Path, tmp_path: Path) -> None
     assert (model / "config.json").is_file()
 
 
-def test_a_merge_may_be_repeated_but_not_over_an_export_inside_it(tmp_path: Path) -> None:
-    (tmp_path / "sqft_merge.json").write_text(json.dumps({}))
-    (tmp_path / "model.safetensors").write_text("")
-    check_destination(tmp_path)
-    (tmp_path / "gguf").mkdir()
-    with pytest.raises(ExportError, match="holds gguf"):
-        check_destination(tmp_path, "nf4:elsewhere", None)
+def test_what_was_edited_or_belongs_to_a_run_is_not_replaced(tmp_path: Path) -> None:
+    for _ in range(2):
+        check_destination(tmp_path / "out")
+        with new_directory(tmp_path / "out") as partial:
+            (partial / "README.md").write_text("a card")
+    (tmp_path / "out" / "README.md").write_text("a card, with a word more")
+    with pytest.raises(ExportError, match=r"holds README\.md, .* or which changed since"):
+        check_destination(tmp_path / "out", "nf4:elsewhere", None)
+    with new_directory(tmp_path / "stage", about={"stage": "merge"}):
+        pass
+    with pytest.raises(ExportError, match="is a result of `sqft run`"):
+        check_destination(tmp_path / "stage")

@@ -1,31 +1,27 @@
-"""Directories that are either whole or not there, and what stands in their manifests.
+"""Files that are either whole or not there, their digests, and what stands in a stage's manifest.
 
-A directory under construction is called `NAME.partial`; its manifest is written last, then it is renamed.
-So a directory that carries its final name and a manifest is finished, whatever killed the run before.
+A manifest is written last: a directory that has one is finished, whatever killed the run before.
 """
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqft.errors import ExportError, WorkspaceError
+from sqft.errors import WorkspaceError
 
 __all__ = [
+    "ENVIRONMENT",
     "LAYERS",
     "MANIFEST",
+    "TEMPORARY",
     "Manifest",
-    "check_destination",
     "digest_file",
     "digest_files",
     "digest_json",
-    "new_directory",
     "replace_file",
     "seal",
     "sync_path",
@@ -35,13 +31,10 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+ENVIRONMENT = ".environment.json"  # what an unfinished stage was begun in
 SEAL = "sha256"
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 LAYERS = "sqft_layers.json"  # of a compressed model: what was done to each layer
-CONFIGS = ("config.json", "adapter_config.json")
-RECORDS = ("sqft_export.json", "sqft_merge.json")
-ENVIRONMENT = ".environment.json"  # what a recipe's run puts into the empty directory of a stage
-BESIDE = {*RECORDS, "README.md", "manifest.json"}  # ours, whether or not the record names them
 
 
 @dataclass(frozen=True)
@@ -105,36 +98,6 @@ def sync_tree(directory: Path) -> None:
             sync_path(path)
 
 
-@contextmanager
-def new_directory(final: Path, *, keep_partial: bool = False) -> Iterator[Path]:
-    """Yield `FINAL.partial`, and rename it to `FINAL` when the block ends without an error.
-
-    keep_partial: leave an unfinished one from an earlier run in place, for work that resumes from it.
-
-    Raises: WorkspaceError if the disk is full.
-    """
-    partial = final.with_name(final.name + ".partial")
-    if partial.exists() and not keep_partial:
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    for half_written in partial.rglob("*" + TEMPORARY):  # a kill between writing a file and naming it
-        half_written.unlink()
-    try:
-        yield partial
-        sync_tree(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(partial, final)
-        sync_path(final.parent)
-    except Exception as error:
-        # Libraries wrap the system's error in their own, and keep its words.
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        free = shutil.disk_usage(partial.parent).free
-        message = f"no space left in {partial.parent} ({free // 2**20} MiB free); make room and run again"
-        raise WorkspaceError(message) from error
-
-
 def digest_json(value: Any) -> str:
     """The sha256 of a value as canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -191,53 +154,3 @@ def _read_cache(cache: Path | None) -> dict[str, str]:
     except ValueError:
         return {}
     return known if isinstance(known, dict) else {}
-
-
-def check_destination(output_dir: Path, *sources: str | Path | None) -> None:
-    """Refuse an output directory whose replacement would destroy something.
-
-    It may be absent, empty, or hold an earlier export or merge and nothing else. sources: the directories
-    that are read, `nf4:DIR` as `sqft merge` takes it included.
-
-    Raises: ExportError if the directory is, holds or lies in a source, or holds what sqft did not write.
-    """
-    place = output_dir.resolve()
-    for source in sources:
-        read = None if source is None else Path(str(source).removeprefix("nf4:")).resolve()
-        if read is None or not read.exists():
-            continue
-        if place == read or place in read.parents or read == place.with_name(f"{place.name}.partial"):
-            what = f"writing {output_dir} would delete {source}, which is read"
-            raise ExportError(f"{what}; choose another output")
-        if read in place.parents and any((read / name).is_file() for name in CONFIGS):
-            raise ExportError(f"{output_dir} lies inside {source}, which is read; choose another output")
-    if output_dir.is_symlink() or (output_dir.exists() and not output_dir.is_dir()):
-        raise ExportError(f"{output_dir} is no directory; choose another output")
-    stranger = _stranger(output_dir)
-    if stranger is not None:
-        raise ExportError(
-            f"{output_dir} holds {stranger}, which no export or merge of sqft wrote; choose another output"
-        )
-
-
-def _stranger(directory: Path) -> str | None:
-    """The first entry of a directory that is no part of an earlier export or merge; None without one."""
-    found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    entries = sorted(found - {ENVIRONMENT})
-    record = next((name for name in RECORDS if name in entries), None)
-    if record is None:
-        return next(iter(entries), None)
-    known = _recorded(directory / record)
-    for name in entries:
-        if name not in BESIDE and (name not in known if known else (directory / name).is_dir()):
-            return name
-    return None
-
-
-def _recorded(path: Path) -> set[str]:
-    """The top-level names in a record; empty where it names none."""
-    try:
-        files = json.loads(path.read_text(encoding="utf-8")).get("files", {})
-        return {name.split("/")[0] for name in files}
-    except (ValueError, AttributeError):
-        return set()

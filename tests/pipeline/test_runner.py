@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sqft.errors import AdapterError, DataError, TrainingError, WorkspaceError
+from sqft.marks import Mark, write_mark
 from sqft.pipeline import parse_recipe, run_recipe, workspace_status
 from sqft.pipeline.runner import open_workspace, stage_keys
 
@@ -69,6 +70,7 @@ def test_a_kill_before_the_manifest_has_its_name_does_not_stick(values: dict[str
     partial = stage.with_name(stage.name + ".partial")
     stage.rename(partial)
     (partial / "manifest.json").rename(partial / "manifest.json.tmp")
+    write_mark(partial, Mark({"stage": whole.stages[0].manifest.key}))
     for _ in range(2):  # the first goes on from there, the second reuses what the first made
         stages = run_recipe(parse_recipe(values)).stages
         assert stages[0].manifest.files == whole.stages[0].manifest.files

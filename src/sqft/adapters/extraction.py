@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.space import SearchSpace, SubAdapter, adapter_config, adapter_layers
-from sqft.artifacts import new_directory, write_json
+from sqft.artifacts import write_json
+from sqft.directories import new_directory
 
 __all__ = ["extract_sub_adapter"]
 

@@ -43,9 +43,10 @@ def demo(
         raise RecipeError("give --small or --full, not both")
     name = "demo-small" if small else "demo-full" if full else "demo"
     values = demo_values(name)
-    values["data"] = write_demo_data(workspace / name / "data", **SIZES[name][1])
+    values["data"] = write_demo_data(workspace / f"{name}-data", **SIZES[name][1])
     values["runtime"] = {"workspace": str(workspace)}
-    print_result(run_with_progress(parse_recipe(values, origin=name)))
+    # As if it lay there: the demo of another version replaces the results of this one.
+    print_result(run_with_progress(parse_recipe(values, origin=name, path=workspace / f"{name}.yaml")))
 
 
 def demo_values(name: str) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def merge(
     ] = False,
 ) -> None:
     """Merge an adapter trained elsewhere into a quantized or sparse base, and say how much of it survives."""
-    from sqft.artifacts import check_destination
     from sqft.cli.messages import RichProgress
+    from sqft.directories import check_destination
     from sqft.export import export_model
     from sqft.export.table import find_format, require_runtime
     from sqft.foreign import merge_foreign

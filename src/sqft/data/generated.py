@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from sqft.directories import new_directory
 from sqft.errors import DataError, require
 
 __all__ = ["write_demo_data"]
@@ -28,18 +29,19 @@ def write_demo_data(
 
     Returns the fields of the DataSection that reads them.
 
-    Raises: MissingExtraError without reasoning-gym; DataError for more items than there are words.
+    Raises: MissingExtraError without reasoning-gym; DataError for more items than there are words;
+    WorkspaceError if the directory holds anything else, or what was written there is changed.
     """
     counts = {"train": train_items, "search": search_items, "test": test_items}
     draws = random.Random(f"demo:{seed}")
     words = _words(sum(counts.values()), seed)
-    directory.mkdir(parents=True, exist_ok=True)
     section: dict[str, Any] = {}
-    for name, count in counts.items():
-        path = directory / f"{name}.jsonl"
-        records = [_record(words.pop(), *ENDS[index % 2], draws) for index in range(count)]
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        section[name] = str(path)
+    with new_directory(directory) as partial:
+        for name, count in counts.items():
+            records = [_record(words.pop(), *ENDS[index % 2], draws) for index in range(count)]
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (partial / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            section[name] = str(directory / f"{name}.jsonl")
     return section | {
         "prompt": "{question}",
         "answer": " {answer}",

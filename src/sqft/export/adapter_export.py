@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
-from sqft.artifacts import check_destination, digest_file, digest_files, new_directory, write_json
+from sqft.artifacts import digest_file, digest_files, write_json
+from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.export.model_card import adapter_card
 from sqft.formats.gguf_adapter import read_gguf_adapter, write_gguf_adapter

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft.artifacts import check_destination, digest_files, new_directory, write_json
+from sqft.artifacts import digest_files, write_json
+from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.export.fidelity import (
     CodeComparison,

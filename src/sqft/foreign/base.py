@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqft.artifacts import new_directory
+from sqft.directories import new_directory
 from sqft.errors import ModelError
 from sqft.formats.awq import AwqLayout
 from sqft.formats.gptq import GptqLayout

@@ -12,7 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
-from sqft.artifacts import check_destination, digest_file, new_directory, write_json
+from sqft.artifacts import digest_file, write_json
+from sqft.directories import check_destination, new_directory
 from sqft.errors import AdapterError, ExportError
 from sqft.foreign.base import convert_base, convert_training_base
 from sqft.foreign.climb import Climb, Measure, RungResult, best_rung, climb_rungs

@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sqft.artifacts import digest_file, digest_json, new_directory, write_json
+from sqft.artifacts import digest_file, digest_json, write_json
+from sqft.directories import new_directory
 from sqft.errors import ModelError
 from sqft.models.checkpoint import SINGLE, open_checkpoint, quiet_transformers, tied_weights
 from sqft.models.gguf_header import GgufHeader, read_gguf_header

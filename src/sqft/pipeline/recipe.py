@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from sqft.errors import RecipeError
 from sqft.sections import (
@@ -60,6 +60,7 @@ class Recipe(Section):
     evaluate: EvaluateSection | None = None
     export: ExportSection | None = None
     runtime: RuntimeSection = RuntimeSection()
+    _path: Path | None = PrivateAttr(None)
 
     @field_validator("model", mode="before")
     @classmethod
@@ -122,6 +123,11 @@ class Recipe(Section):
                 "export: needs a section that makes a model: sparsify, quantize or mergeable adapters",
             ),
         ]
+
+    @property
+    def path(self) -> Path | None:
+        """The file that the recipe came from, if it came from one."""
+        return self._path
 
     @property
     def needs_calibration(self) -> bool:
@@ -191,7 +197,7 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 
     Raises: RecipeError that lists every wrong key with its path.
     """
-    return parse_recipe(read_recipe_values(path, overrides), origin=str(path))
+    return parse_recipe(read_recipe_values(path, overrides), origin=str(path), path=Path(path))
 
 
 def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -219,9 +225,15 @@ def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> 
 
 
 def parse_recipe(
-    values: dict[str, Any], overrides: list[str] | None = None, *, origin: str = "recipe"
+    values: dict[str, Any],
+    overrides: list[str] | None = None,
+    *,
+    origin: str = "recipe",
+    path: Path | None = None,
 ) -> Recipe:
     """Check a recipe given as nested dictionaries, with overrides as `load_recipe` takes them.
+
+    origin: what messages call it. path: the file that it came from.
 
     Raises: RecipeError that lists every wrong key with its path.
     """
@@ -231,7 +243,9 @@ def parse_recipe(
     if "sweep" in values:
         raise RecipeError(f"{origin} has a section sweep: it stands for several runs; use sqft sweep")
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
+        recipe._path = path
+        return recipe
     except ValidationError as error:
         raise RecipeError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from None
 

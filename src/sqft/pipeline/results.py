@@ -1,23 +1,28 @@
 """From finished stages to what the user keeps: the report, and the model under a name of its own."""
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import new_directory
+from sqft.artifacts import digest_file, digest_json
+from sqft.directories import claim_folder, free_place, new_directory, remove_partial
+from sqft.marks import Mark, read_mark
 from sqft.pipeline.recipe import Recipe
-from sqft.pipeline.runner import FinishedStage
-from sqft.pipeline.steps import ITEMS
+from sqft.pipeline.runner import FinishedStage, damaged_stage
+from sqft.pipeline.steps import ADAPTER, ITEMS
 from sqft.report import ReportData, write_report
 from sqft.report.content import CheckRow, LayerRow, LineageRow, ModelRow
 
 __all__ = ["RunResult", "write_results"]
 
+logger = logging.getLogger(__name__)
+
 # Parts of a stage directory that only a later stage or a resumed run reads.
-NOT_PUBLISHED = ("manifest.json", "sqft_latent.safetensors", ".environment.json")
+NOT_PUBLISHED = ("sqft_latent.safetensors",)
 
 
 @dataclass(frozen=True)
@@ -40,25 +45,28 @@ class RunResult:
 def write_results(
     recipe: Recipe,
     stages: list[FinishedStage],
-    directory: Path,
+    workspace: Path,
     seconds: float,
     *,
     model_directory: Path,
 ) -> RunResult:
-    """Publish the final model below `directory`, and write report.json and report.html there.
+    """Publish the final model below WORKSPACE/NAME, and write report.json and report.html there.
 
+    A folder of that name that is not this recipe's, and what in it is not as a run wrote it, stay as they
+    are: the results go beside them, to NAME-2, or merged-2.
     model_directory: the recipe's model, on which adapters stand where nothing compresses it.
+
+    Raises: WorkspaceError if a stage is not as it was written.
     """
     by_name = {stage.name: stage for stage in stages}
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = claim_folder(workspace / recipe.name, _about(recipe, stages, workspace))
+    _tell_if_elsewhere(workspace / recipe.name, directory)
     final = by_name.get(recipe.final_stage)
     model_dir = adapter_dir = None
     if final is not None:
-        model_dir = directory / ("merged" if recipe.merges else "model")
-        _publish(final.directory, model_dir)
+        model_dir = _publish(final, Path(), directory / ("merged" if recipe.merges else "model"))
     if recipe.adapters:
-        adapter_dir = directory / "adapter"
-        _publish(by_name["search"].directory / "adapter", adapter_dir)
+        adapter_dir = _publish(by_name["search"], Path(ADAPTER), directory / "adapter")
     data = report_data(recipe, stages, seconds, model_dir)
     report_json, report_html = write_report(data, directory)
     base_dir = None
@@ -130,14 +138,50 @@ def _items(stages: list[FinishedStage]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _publish(source: Path, target: Path) -> None:
-    """Put a finished directory under the results; weights are hard links where the file system allows."""
-    with new_directory(target) as partial:
-        for path in sorted(p for p in source.rglob("*") if p.is_file() and p.name not in NOT_PUBLISHED):
-            place = partial / path.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix != ".safetensors" or not _link(path, place):
-                shutil.copy2(path, place)
+def _about(recipe: Recipe, stages: list[FinishedStage], workspace: Path) -> dict[str, str]:
+    """Which recipe this is: its file, so that an edited one replaces its results; else what it did."""
+    if recipe.path is None:
+        return {"stages": digest_json(sorted(stage.manifest.key for stage in stages))}
+    return {"recipe": os.path.relpath(recipe.path.resolve(), workspace.resolve())}
+
+
+def _publish(stage: FinishedStage, inside: Path, wanted: Path) -> Path:
+    """Put a finished directory, or a folder in it, under the results, and return where.
+
+    Weights are hard links where the file system allows. What is there already, byte by byte, stays as it is.
+    """
+    source = stage.directory / inside
+    names = (Path(name) for name in stage.manifest.files if Path(name).is_relative_to(inside))
+    digests = {
+        name.relative_to(inside).as_posix(): stage.manifest.files[name.as_posix()]
+        for name in names
+        if name.name not in NOT_PUBLISHED
+    }
+    about = {"published": wanted.name}
+    place = free_place(wanted, about)
+    _tell_if_elsewhere(wanted, place)
+    mark = read_mark(place)
+    if mark is not None and _digests(mark) == digests:
+        remove_partial(place)
+        return place
+    with new_directory(place, about=about) as partial:
+        for name in digests:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            if Path(name).suffix != ".safetensors" or not _link(source / name, partial / name):
+                shutil.copy2(source / name, partial / name)
+        damaged = next((n for n, digest in digests.items() if digest_file(partial / n) != digest), None)
+        if damaged is not None:
+            raise damaged_stage(stage.directory, f"{(inside / damaged).as_posix()} in it changed")
+    return place
+
+
+def _digests(mark: Mark) -> dict[str, str]:
+    return {name: digest for name, (_, _, digest) in (mark.files or {}).items()}
+
+
+def _tell_if_elsewhere(wanted: Path, place: Path) -> None:
+    if place != wanted:
+        logger.warning("%s is not as a run of this recipe wrote it, and stays; see %s", wanted, place)
 
 
 def _link(path: Path, place: Path) -> bool:

@@ -48,9 +48,7 @@ def run_recipe(recipe: Recipe, *, progress: Progress = SILENT) -> RunResult:
         model_directory = resolve_model(recipe.model, workspace.models, progress)
         stages = run_stages(recipe, workspace, model_directory, device=device, progress=progress)
         seconds = time.perf_counter() - started
-        return write_results(
-            recipe, stages, workspace.root / recipe.name, seconds, model_directory=model_directory
-        )
+        return write_results(recipe, stages, workspace.root, seconds, model_directory=model_directory)
 
 
 def resolve_device(name: str) -> str:

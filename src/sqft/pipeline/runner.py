@@ -13,23 +13,25 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import (
-    MANIFEST,
-    Manifest,
-    digest_file,
-    digest_files,
-    digest_json,
-    new_directory,
-    write_json,
-)
+from sqft.artifacts import ENVIRONMENT, MANIFEST, Manifest, digest_file, digest_files, digest_json, write_json
+from sqft.directories import new_directory
 from sqft.errors import DataError, WorkspaceError
+from sqft.marks import damaged_since
 from sqft.pipeline.context import StageContext
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.stages import Stage, recipe_stages
 from sqft.progress import SILENT, Progress
 from sqft.sections import CalibrationSection
 
-__all__ = ["FinishedStage", "Workspace", "environment", "open_workspace", "run_stages", "stage_keys"]
+__all__ = [
+    "FinishedStage",
+    "Workspace",
+    "damaged_stage",
+    "environment",
+    "open_workspace",
+    "run_stages",
+    "stage_keys",
+]
 
 logger = logging.getLogger(__name__)
 YAML = (".yaml", ".yml")
@@ -52,6 +54,7 @@ class Workspace:
 
     root: Path
     finished: dict[str, FinishedStage] = field(default_factory=dict)
+    proven: set[Path] = field(default_factory=set)  # read through in this run
 
     @property
     def stages(self) -> Path:
@@ -106,7 +109,11 @@ def run_stages(
         key = keys[stage.name]
         final = workspace.stage_directory(stage.name, key)
         context = StageContext(recipe, stage.name, final, directories, device, progress)
-        finished = _reuse(stage, final, key, workspace) or _run(stage, key, keys, context, workspace)
+        finished = _reuse(stage, final, key, workspace)
+        if finished is None:
+            _prove_inputs(stage, directories, workspace)
+            finished = _run(stage, key, keys, context)
+            workspace.proven.add(final)
         directories[stage.name] = final
         workspace.finished[stage.name] = finished
     return list(workspace.finished.values())
@@ -153,15 +160,30 @@ def _reuse(stage: Stage, final: Path, key: str, workspace: Workspace) -> Finishe
     changed = sorted(name for name in manifest.files if found.get(name) != manifest.files[name])
     if manifest.key != key or changed:
         what = f"{', '.join(changed[:3])} in it changed" if changed else "its manifest names another identity"
-        raise WorkspaceError(f"{final} is damaged ({what}); delete that folder and run again")
+        raise damaged_stage(final, what)
     return FinishedStage(stage.name, final, manifest, reused=True)
 
 
-def _run(
-    stage: Stage, key: str, keys: dict[str, str], context: StageContext, workspace: Workspace
-) -> FinishedStage:
+def damaged_stage(directory: Path, what: str) -> WorkspaceError:
+    """What to say of a stage that is not as it was written."""
+    return WorkspaceError(f"{directory} is damaged ({what}); delete that folder and run again")
+
+
+def _prove_inputs(stage: Stage, directories: dict[str, Path], workspace: Workspace) -> None:
+    """Read through, once a run, what a stage is about to build on: size and time do not show every damage."""
+    for name in stage.inputs:
+        directory = directories.get(name)
+        if directory is None or directory in workspace.proven:
+            continue
+        changed = damaged_since(directory)
+        if changed is not None:
+            raise damaged_stage(directory, f"{changed} in it changed")
+        workspace.proven.add(directory)
+
+
+def _run(stage: Stage, key: str, keys: dict[str, str], context: StageContext) -> FinishedStage:
     started = time.perf_counter()
-    with new_directory(context.final, keep_partial=stage.resumes) as directory:
+    with new_directory(context.final, keep_partial=stage.resumes, about={"stage": key}) as directory:
         context = context.working_in(directory)
         now = environment(context.device)
         _tell_if_environment_changed(stage, directory, now)
@@ -184,14 +206,22 @@ def _run(
 
 def _tell_if_environment_changed(stage: Stage, directory: Path, now: dict[str, str]) -> None:
     """A resumed stage is bit-identical only in the same environment; where it differs, say so."""
-    path = directory / ".environment.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    path = directory / ENVIRONMENT
+    before = _read_environment(path)
+    if before:
         changed = [f"{k} {before.get(k)} → {v}" for k, v in now.items() if before.get(k) != v]
         if changed:
             what = ", ".join(changed)
             logger.warning("%s resumes in another environment (%s); bits may differ", stage.name, what)
     write_json(path, now)
+
+
+def _read_environment(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _data_key(recipe: Recipe) -> str:

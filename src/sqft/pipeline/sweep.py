@@ -76,15 +76,17 @@ def load_sweep(path: Path | str, overrides: list[str] | None = None, *, many: bo
 
     Raises: RecipeError for a wrong recipe, naming the cell, and for more cells than expected.
     """
-    return expand_sweep(read_recipe_values(path, overrides), origin=str(path), many=many)
+    return expand_sweep(read_recipe_values(path, overrides), path=Path(path), many=many)
 
 
-def expand_sweep(values: Values, *, origin: str = "recipe", many: bool = False) -> Sweep:
+def expand_sweep(values: Values, *, path: Path | None = None, many: bool = False) -> Sweep:
     """The runs of a recipe given as nested dictionaries, as `load_sweep` describes them.
+
+    path: the file that it came from.
 
     Raises: RecipeError as there.
     """
-    values = deepcopy(values)
+    values, origin = deepcopy(values), str(path or "recipe")
     section = values.pop("sweep", None) or {}
     name = str(values.get("name", "recipe"))
     products = _products(section, _lists_of(values, ""), origin)
@@ -108,7 +110,7 @@ def expand_sweep(values: Values, *, origin: str = "recipe", many: bool = False) 
         if label in cells:
             label = f"{label}-{identity[:6]}"
         chosen["name"] = f"{name}/{label}"
-        recipe = parse_recipe(chosen, origin=f"{origin}, cell {label}")
+        recipe = parse_recipe(chosen, origin=f"{origin}, cell {label}", path=path)
         cells[label] = Cell(label, varied, recipe)
     return Sweep(name, list(cells.values()))
 

@@ -1,13 +1,13 @@
 """report.json and report.html of a results directory."""
 
-import os
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sqft.artifacts import write_json
+from sqft.directories import write_files
 from sqft.report.content import ModelRow, ReportData
 from sqft.report.plots import draw_plots
 from sqft.report.summary import format_bytes, format_seconds, label_model, loss_unit, summary_table
@@ -16,14 +16,10 @@ __all__ = ["render_page", "write_report"]
 
 
 def write_report(data: ReportData, directory: Path) -> tuple[Path, Path]:
-    """Write report.json and report.html, and return their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    json_path, html_path = directory / "report.json", directory / "report.html"
-    page = render_page(data)
-    temporary = html_path.with_name(html_path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    write_json(json_path, data.to_json())
-    os.replace(temporary, html_path)
+    """Write report.json and report.html, and return their paths: others where a user's are in the way."""
+    text = json.dumps(data.to_json(), indent=1, ensure_ascii=False) + "\n"
+    contents = {"report.json": text.encode(), "report.html": render_page(data).encode()}
+    json_path, html_path = write_files(directory, contents)
     return json_path, html_path
 
 
