@@ -9,7 +9,7 @@ __all__ = ["use_interpreter"]
 def use_interpreter() -> None:
     """Run Triton's kernels in its interpreter from now on; call it before anything imports Triton.
 
-    Up to Triton 3.6 the interpreter makes loop bounds of arrays with one element in a way that NumPy warns of,
+    Up to Triton 3.6 the interpreter makes loop bounds of arrays of one element in a way that NumPy warns of,
     and refuses from 2.4 on; it is mended here.
     """
     os.environ["TRITON_INTERPRET"] = "1"
