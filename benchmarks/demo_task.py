@@ -24,7 +24,8 @@ from benchmarks.common import (
     write_result,
 )
 
-from sqft.data.prompts import Example, PromptFormat
+from sqft.data import Example
+from sqft.data.prompts import PromptFormat
 from sqft.data.records import Record
 from sqft.evaluation import evaluate_accuracy
 from sqft.models import load_model, load_tokenizer, resolve_model, target_linears

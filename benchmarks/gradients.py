@@ -59,8 +59,9 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Every combination, and the loss of the untuned sparse models."""
     dense = resolve_model(ModelSection(source=SMALL_MODEL), cache)
     tokenizer, data = load_tokenizer(dense), data_section(arguments.data)
+    train = load_splits(data, tokenizer, seed=0).train
     calibration = calibration_tokens(
-        CalibrationSection(num_samples=32, sequence_length=128), data, tokenizer, seed=0
+        CalibrationSection(num_samples=32, sequence_length=128), train, tokenizer, seed=0
     )
     result: dict[str, Any] = {
         "environment": environment(),

@@ -15,7 +15,7 @@ from sqft.compression import quantize_model
 from sqft.models import CheckpointWriter, StoredMasks, open_checkpoint, read_masks, writer
 from sqft.pipeline import parse_recipe
 from sqft.pipeline.context import StageContext
-from sqft.pipeline.steps import quantize as quantize_stage
+from sqft.pipeline.step_quantize import quantize as quantize_stage
 from sqft.sections import QuantizeSection
 
 Maker = Callable[..., Path]
@@ -64,7 +64,7 @@ def test_one_mask_at_a_time_is_in_memory(
     sections = {"sparsify": {"method": "magnitude"}, "quantize": {"method": "rtn", "group_size": 32}}
     recipe = parse_recipe({"model": str(directory), **sections})
     inputs = {"model": directory, "sparsify": tmp_path / "sparse"}
-    quantize_stage(StageContext(recipe, "quantize", tmp_path, inputs, "cpu", watch, tmp_path / "streamed"))
+    quantize_stage(StageContext(recipe, "", tmp_path, inputs, "cpu", watch, tmp_path / "streamed"))
     assert len(opened) >= len(masks)
     assert len(watch.seen) == 2
     assert max(watch.seen) <= 1

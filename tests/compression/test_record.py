@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sqft.compression.walk import digest_tensor
-from sqft.data import calibration_tokens
+from sqft.data import calibration_tokens, read_items
 from sqft.models import load_tokenizer
 from sqft.pipeline import parse_recipe
 from sqft.pipeline.context import StageContext
-from sqft.pipeline.steps import quantize, sparsify
+from sqft.pipeline.step_items import prepare_items
+from sqft.pipeline.step_quantize import quantize
+from sqft.pipeline.step_sparsify import sparsify
 from sqft.progress import SILENT
 from sqft.sections import CalibrationSection
 
@@ -20,8 +22,11 @@ Maker = Callable[..., Path]
 def record_of(step: Callable[[StageContext], Any], directory: Path, out: Path, **sections: Any) -> Any:
     """The record of one stage of a recipe with these sections."""
     recipe = parse_recipe({"model": str(directory), **sections})
-    inputs = {"model": directory, "sparsify": out / "sparsify"}
-    step(StageContext(recipe, step.__name__, out, inputs, "cpu", SILENT, out / step.__name__))
+    inputs = {"model": directory, "sparsify": out / "sparsify", "items": out / "items"}
+    if recipe.data and not inputs["items"].exists():
+        inputs["items"].mkdir(parents=True)
+        prepare_items(StageContext(recipe, "", out, inputs, "cpu", SILENT, inputs["items"]))
+    step(StageContext(recipe, "", out, inputs, "cpu", SILENT, out / step.__name__))
     return json.loads((out / step.__name__ / "sqft_layers.json").read_text())
 
 
@@ -35,8 +40,9 @@ def test_the_calibration_is_recorded_also_where_nobody_names_it(
     record = record_of(sparsify, directory, tmp_path, data=data, sparsify={})
     section = CalibrationSection()
     assert record["recipe"]["calibration"] == section.model_dump()
-    recipe = parse_recipe({"model": str(directory), "data": data, "sparsify": {}})
-    tokens = calibration_tokens(section, recipe.data, load_tokenizer(directory), seed=0)
+    tokens = calibration_tokens(
+        section, read_items(tmp_path / "items", "train"), load_tokenizer(directory), seed=0
+    )
     assert record["calibration"] == {
         "tokens": 64 * 256,
         "sha256": digest_tensor(tokens),

@@ -12,7 +12,7 @@ from sqft.compression.walk import BlockWalk
 from sqft.pipeline import parse_recipe
 from sqft.pipeline.context import StageContext
 from sqft.pipeline.stages import recipe_stages
-from sqft.pipeline.steps import sparsify as sparsify_stage
+from sqft.pipeline.step_sparsify import sparsify as sparsify_stage
 
 Maker = Callable[..., Path]
 JOBS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -90,7 +90,7 @@ def test_a_recipe_spills_and_keeps_its_identity(tiny_model_dir: Maker, tmp_path:
     for recipe, name in zip(recipes, ("spilled", "kept"), strict=True):
         out = tmp_path / name
         inputs = {"model": directory}
-        sparsify_stage(StageContext(recipe, "sparsify", out, inputs, "cpu", Watch(), out))
+        sparsify_stage(StageContext(recipe, "", out, inputs, "cpu", Watch(), out))
     assert all(files[:2])
     assert files[2:] == [0, 0]
     spilled, kept = (tmp_path / name / "model.safetensors" for name in ("spilled", "kept"))

@@ -33,7 +33,7 @@ def test_train_never_shows_held_out_items(tiny_tokenizer: Any, tmp_path: Path) -
     path.write_text("".join(json.dumps({"question": f"q{n}:", "answer": str(n)}) + "\n" for n in range(40)))
     data = DataSection(train=str(path), search_items=5, test_items=5)
     splits = load_splits(data, tiny_tokenizer, seed=0)
-    tokens = calibration_tokens(section(source="train", num_samples=15), data, tiny_tokenizer, seed=0)
+    tokens = calibration_tokens(section(source="train", num_samples=15), splits.train, tiny_tokenizer, seed=0)
     seen = set(tiny_tokenizer.decode(tokens.flatten().tolist()).split("</s>")[1:-1])
     assert len(seen) > 10
     assert seen <= {e.prompt + e.answer for e in splits.train}

@@ -286,7 +286,7 @@ def test_an_interrupted_run(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sqft.pipeline.steps.merge", interrupt)
+    monkeypatch.setattr("sqft.certificate.certify_model", interrupt)
     monkeypatch.setattr("sqft.training.train_adapters", interrupt)
     assert run(values, tmp_path) == 130
     shown = capsys.readouterr()

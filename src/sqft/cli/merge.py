@@ -115,10 +115,10 @@ def _measurement(
 
     tokenizer = load_tokenizer(base)
     section = DataSection(train=str(data), prompt=prompt, answer=answer, test_items=100, search_items=1)
-    items = load_splits(section, tokenizer, seed=0).test
+    splits = load_splits(section, tokenizer, seed=0)
     texts = CalibrationSection(num_samples=samples, sequence_length=length)
-    tokens = calibration_tokens(texts, section, tokenizer, seed=0)
-    return tokens, lambda model: evaluate_loss(model, items).loss
+    tokens = calibration_tokens(texts, splits.train, tokenizer, seed=0)
+    return tokens, lambda model: evaluate_loss(model, splits.test).loss
 
 
 def _print_erasure(layers: "list[LayerErasure]", shown: int) -> None:

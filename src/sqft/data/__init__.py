@@ -2,7 +2,16 @@
 
 from sqft.data.batches import collate
 from sqft.data.calibration import calibration_tokens
-from sqft.data.prompts import Example
-from sqft.data.splits import Splits, load_splits
+from sqft.data.items import Example, Splits, chance_accuracy, read_items, write_items
+from sqft.data.splits import load_splits
 
-__all__ = ["Example", "Splits", "calibration_tokens", "collate", "load_splits"]
+__all__ = [
+    "Example",
+    "Splits",
+    "calibration_tokens",
+    "chance_accuracy",
+    "collate",
+    "load_splits",
+    "read_items",
+    "write_items",
+]

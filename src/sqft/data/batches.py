@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sqft.data.prompts import Example
+from sqft.data.items import Example
 
 __all__ = ["IGNORED", "collate", "pad_left", "pad_right"]
 

@@ -11,10 +11,10 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sqft.data.items import Example
 from sqft.data.records import read_records
-from sqft.data.splits import load_splits
 from sqft.errors import DataError, require
-from sqft.sections import CalibrationSection, DataSection
+from sqft.sections import CalibrationSection
 
 __all__ = ["calibration_tokens"]
 
@@ -23,21 +23,21 @@ HUB_TEXTS = 10_000  # texts of a hub data set that are looked at, at most
 
 def calibration_tokens(
     section: CalibrationSection,
-    data: DataSection | None,
+    train: Sequence[Example] | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
 ) -> Int64[Tensor, "num_samples sequence_length"]:
     """Texts in an order drawn by the seed, each with the end-of-text token, if any; cut into rows.
 
-    Source 'train' is the data section's training split (prompt and answer), so that neither search nor test
+    train: the training items (prompt and answer), which source 'train' stands for; neither search nor test
     items are looked at.
 
     Raises: DataError if the source is missing, malformed, or has too few tokens.
     """
     needed = section.num_samples * section.sequence_length
     stream: list[int] = []
-    for ids in _texts(section, data, tokenizer, seed):
+    for ids in _texts(section, train, tokenizer, seed):
         stream.extend(ids)
         if len(stream) >= needed:
             break
@@ -52,14 +52,17 @@ def calibration_tokens(
 
 
 def _texts(
-    section: CalibrationSection, data: DataSection | None, tokenizer: PreTrainedTokenizerBase, seed: int
+    section: CalibrationSection,
+    train: Sequence[Example] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
 ) -> Iterator[Sequence[int]]:
     """Token ids of each text, the end-of-text token included if the tokenizer has one."""
     shuffle = random.Random(f"calibration:{seed}").shuffle
     if section.source == "train":
-        if data is None:
-            raise DataError("calibration.source is 'train', but the recipe has no data section; name a file")
-        examples = list(load_splits(data, tokenizer, seed=seed).train)
+        if train is None:
+            raise DataError("calibration.source is 'train', but there are no training items; name a file")
+        examples = list(train)
         shuffle(examples)
         for example in examples:
             yield (*example.prompt_ids, *example.answer_ids)

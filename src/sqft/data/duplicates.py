@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from sqft.data.prompts import Example
+from sqft.data.items import Example
 
 __all__ = ["count_near_duplicates", "drop_repeats", "text_key"]
 

@@ -7,31 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sqft.data.items import Example
 from sqft.data.records import Record
 from sqft.errors import DataError
 from sqft.sections import DataSection
 
-__all__ = ["Example", "PromptFormat"]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One item as text and as token ids.
-
-    `answer_ids` ends with the end-of-text token; `choices_ids`, which are compared by likelihood, do not.
-    """
-
-    prompt: str
-    answer: str
-    prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    choices_ids: tuple[tuple[int, ...], ...] | None = None
-    label: int | None = None
-
-    def __len__(self) -> int:
-        """Tokens of the longest sequence that scoring this item needs."""
-        longest = max((len(ids) for ids in self.choices_ids or ()), default=0)
-        return len(self.prompt_ids) + max(len(self.answer_ids), longest)
+__all__ = ["PromptFormat"]
 
 
 @dataclass(frozen=True)

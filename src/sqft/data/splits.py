@@ -2,40 +2,18 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sqft.artifacts import digest_json
 from sqft.data.duplicates import count_near_duplicates, drop_repeats, text_key
-from sqft.data.prompts import Example, PromptFormat
+from sqft.data.items import SPLITS, Example, Split, Splits
+from sqft.data.prompts import PromptFormat
 from sqft.data.records import read_records
 from sqft.errors import DataError
 from sqft.sections import DataSection
 
-__all__ = ["Splits", "load_splits"]
-
-SPLITS = ("train", "search", "test")
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Items to train on, to search with and to test on, and what was dropped on the way.
-
-    report: items; dropped (null, too_long, in_held_out); repeats within a split; near_duplicates of train.
-    """
-
-    train: list[Example]
-    search: list[Example]
-    test: list[Example]
-    report: dict[str, Any]
-
-    @cached_property
-    def digest(self) -> str:
-        """The sha256 of everything that training, search and evaluation see of the items."""
-        return digest_json([[_content(example) for example in getattr(self, name)] for name in SPLITS])
+__all__ = ["load_splits"]
 
 
 def load_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Splits:
@@ -104,11 +82,12 @@ def _load(path: str, name: str, form: PromptFormat, dropped: dict[str, Any]) -> 
 
 
 def _split_off(
-    given: dict[str, list[Example]], section: DataSection, seed: int
+    given: dict[Split, list[Example]], section: DataSection, seed: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
     train = given["train"]
-    missing = [name for name in ("test", "search") if name not in given]
-    sizes = {"test": section.test_items, "search": section.search_items}
+    held_out: tuple[Split, ...] = ("test", "search")
+    missing = [name for name in held_out if name not in given]
+    sizes: dict[Split, int] = {"test": section.test_items, "search": section.search_items}
     needed = sum(sizes[name] for name in missing)
     if needed >= len(train):
         wanted = " and ".join(f"{sizes[name]} {name} items" for name in missing)
@@ -125,7 +104,3 @@ def _split_off(
 
 def _take(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
     return [examples[index] for index in sorted(indices)]
-
-
-def _content(example: Example) -> list[Any]:
-    return [example.prompt_ids, example.answer_ids, example.choices_ids, example.label, example.answer]

@@ -17,7 +17,7 @@ from sqft.models import fused_weights, target_linears
 from sqft.progress import Progress
 from sqft.sections import EvaluateSection
 
-__all__ = ["chance_of", "compare_models", "measure_model", "size_on_disk"]
+__all__ = ["compare_models", "measure_model", "size_on_disk"]
 
 WEIGHTS = ("*.safetensors",)
 NOT_SERVED = ("sqft_latent.safetensors", "sqft_masks.safetensors", "sqft_reference.safetensors")
@@ -102,12 +102,6 @@ def size_on_disk(directory: Path) -> int:
     """Bytes of the weights that a runtime reads from a model or adapter directory."""
     files = {path for pattern in WEIGHTS for path in directory.glob(pattern)}
     return sum(path.stat().st_size for path in files if path.name not in NOT_SERVED)
-
-
-def chance_of(examples: Sequence[Example]) -> float | None:
-    """The accuracy that guessing reaches, where items have choices."""
-    shares = [1 / len(example.choices_ids) for example in examples if example.choices_ids]
-    return sum(shares) / len(shares) if shares else None
 
 
 def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:

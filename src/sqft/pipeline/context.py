@@ -5,31 +5,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.pipeline.recipe import Recipe
 from sqft.progress import Progress
-from sqft.sections import (
-    AdapterSection,
-    CalibrationSection,
-    DataSection,
-    QuantizeSection,
-    SparsifySection,
-)
+from sqft.sections import AdapterSection, DataSection
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from sqft.pipeline.recipe import Recipe
 
-    from sqft.data import Splits
-    from sqft.models import Checkpoint
+__all__ = ["ADAPTER", "ITEM_FIGURES", "StageContext"]
 
-__all__ = ["StageContext"]
+ADAPTER = "adapter"  # where train and search keep theirs
+ITEM_FIGURES = "items.json"  # of every item of an evaluation
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may use: the recipe, the directories of its inputs, and its own directory to fill."""
+    """What a stage may use: the recipe, the directories of its inputs, and its own directory to fill.
 
-    recipe: Recipe
-    stage: str
+    argument: of the stages that a recipe has several of, which one. final: the name that the directory gets.
+    """
+
+    recipe: "Recipe"
+    argument: str
     final: Path
     inputs: Mapping[str, Path]
     device: str
@@ -55,12 +51,6 @@ class StageContext:
         """Options of the two functions that compress a model."""
         return {"device": self.device, "progress": self.progress, "spill": self.recipe.runtime.spill}
 
-    def checkpoint(self, name: str) -> "Checkpoint":
-        """The model directory of an input, opened without its weights."""
-        from sqft.models import open_checkpoint
-
-        return open_checkpoint(self.inputs[name], trust_remote_code=self.trusts_code)
-
     @property
     def base(self) -> Path:
         """The model directory that the adapters stand on."""
@@ -77,22 +67,3 @@ class StageContext:
         """The data section of a recipe that has items."""
         assert self.recipe.data is not None
         return self.recipe.data
-
-    def splits(self) -> "Splits":
-        """The training, search and test items, tokenized."""
-        from sqft.data import load_splits
-        from sqft.models import load_tokenizer
-
-        tokenizer = load_tokenizer(self.inputs["model"], trust_remote_code=self.trusts_code)
-        return load_splits(self.data, tokenizer, seed=self.recipe.seed)
-
-    def calibration(self, asking: SparsifySection | QuantizeSection) -> "Tensor | None":
-        """The calibration tokens (num_samples, sequence_length), where this section looks at them."""
-        if not asking.calibrates:
-            return None
-        from sqft.data import calibration_tokens
-        from sqft.models import load_tokenizer
-
-        section = self.recipe.calibration or CalibrationSection()
-        tokenizer = load_tokenizer(self.inputs["model"], trust_remote_code=self.trusts_code)
-        return calibration_tokens(section, self.recipe.data, tokenizer, seed=self.recipe.seed)

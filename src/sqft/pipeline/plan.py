@@ -159,7 +159,9 @@ class _Estimate:
 
     def of(self, stage: Stage) -> tuple[float, float]:
         """(memory, disk) of one stage."""
-        kind = stage.name.split("-")[0]
+        kind = stage.kind
+        if kind == "items":
+            return 0, self._items()
         if kind in ("sparsify", "quantize"):
             return self._compression(), self._stored(quantized=kind == "quantize", latent=kind == "quantize")
         if kind in ("train", "train_dense"):
@@ -170,6 +172,12 @@ class _Estimate:
             quantized = self.recipe.quantize is not None
             return self._inference(), self._stored(quantized=quantized, latent=False)
         return self._inference(), 0
+
+    def _items(self) -> float:
+        """Texts and token ids: about three times the files that they are read from."""
+        data = self.recipe.data
+        paths = [data.train, data.search, data.test] if data else []
+        return 3 * sum(Path(path).stat().st_size for path in paths if path)
 
     def _compression(self) -> float:
         calibration = self.recipe.calibration or CalibrationSection()

@@ -34,6 +34,7 @@ __all__ = [
     "read_recipe_values",
     "recipe_schema",
     "set_value",
+    "stage_name",
 ]
 
 
@@ -174,6 +175,11 @@ class Recipe(Section):
         if self.evaluate.models is not None:
             return self.evaluate.models
         return [name for name in self.existing_models() if name != "adapted" or not self.merges]
+
+
+def stage_name(kind: str, argument: str = "") -> str:
+    """What a stage is called among the inputs of others: its kind, and which one of several."""
+    return f"{kind}-{argument}" if argument else kind
 
 
 def model_stage(recipe: Recipe, model: ReportedModel) -> str:

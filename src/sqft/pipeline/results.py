@@ -11,9 +11,9 @@ from typing import Any
 from sqft.artifacts import digest_file, digest_json
 from sqft.directories import claim_folder, free_place, new_directory, remove_partial
 from sqft.marks import Mark, read_mark
-from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.context import ADAPTER, ITEM_FIGURES
+from sqft.pipeline.recipe import Recipe, stage_name
 from sqft.pipeline.runner import FinishedStage, damaged_stage
-from sqft.pipeline.steps import ADAPTER, ITEMS
 from sqft.report import ReportData, write_report
 from sqft.report.content import CheckRow, LayerRow, LineageRow, ModelRow
 
@@ -86,7 +86,7 @@ def report_data(
     from sqft.evaluation.measurement import compare_models
 
     metrics = {stage.name: stage.manifest.metrics for stage in stages}
-    rows = [ModelRow(**metrics[f"evaluate-{name}"]["row"]) for name in recipe.reported_models()]
+    rows = [ModelRow(**metrics[stage_name("evaluate", name)]["row"]) for name in recipe.reported_models()]
     checks = [CheckRow(**check) for check in metrics["merge"]["checks"]] if "merge" in metrics else None
     layers = metrics.get("quantize", metrics.get("sparsify", {})).get("layers", [])
     training = metrics.get("train", {})
@@ -102,9 +102,9 @@ def report_data(
         ranks=metrics.get("search", {}).get("ranks", {}),
         training=[(step, loss) for step, loss in training.get("curve", [])],
         lineage=[_lineage(stage) for stage in stages],
-        data=_data_report(training, metrics),
+        data=metrics.get("items", {}).get("data", {}),
         notes=compare_models(_items(stages)),
-        chance_accuracy=_first(metrics, "chance_accuracy"),
+        chance_accuracy=metrics.get("items", {}).get("chance_accuracy"),
         merged_dir=str(model_dir) if model_dir else None,
     )
 
@@ -119,22 +119,12 @@ def _lineage(stage: FinishedStage) -> LineageRow:
     )
 
 
-def _data_report(training: dict[str, Any], metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return dict(training.get("data") or _first(metrics, "data") or {})
-
-
-def _first(metrics: dict[str, dict[str, Any]], key: str) -> Any:
-    """A figure that every evaluation repeats."""
-    return next((m[key] for name, m in metrics.items() if name.startswith("evaluate-") and key in m), None)
-
-
 def _items(stages: list[FinishedStage]) -> dict[str, dict[str, Any]]:
     """The per-item figures of every measured model."""
-    prefix = "evaluate-"
     return {
-        stage.name.removeprefix(prefix): json.loads((stage.directory / ITEMS).read_text(encoding="utf-8"))
-        for stage in stages
-        if stage.name.startswith(prefix)
+        finished.stage.argument: json.loads((finished.directory / ITEM_FIGURES).read_text(encoding="utf-8"))
+        for finished in stages
+        if finished.stage.kind == "evaluate"
     }
 
 

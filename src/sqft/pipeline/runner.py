@@ -9,9 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sqft.artifacts import ENVIRONMENT, MANIFEST, Manifest, digest_file, digest_files, digest_json, write_json
 from sqft.directories import new_directory
@@ -19,6 +17,7 @@ from sqft.errors import DataError, WorkspaceError
 from sqft.marks import damaged_since
 from sqft.pipeline.context import StageContext
 from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.sources import source_digest
 from sqft.pipeline.stages import Stage, recipe_stages
 from sqft.progress import SILENT, Progress
 from sqft.sections import CalibrationSection
@@ -42,10 +41,15 @@ VERSIONED = ("torch", "transformers", "peft", "compressed-tensors", "optuna", "n
 class FinishedStage:
     """A stage whose directory is whole."""
 
-    name: str
+    stage: Stage
     directory: Path
     manifest: Manifest
     reused: bool
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.stage.name
 
 
 @dataclass
@@ -108,7 +112,7 @@ def run_stages(
     for stage in recipe_stages(recipe):
         key = keys[stage.name]
         final = workspace.stage_directory(stage.name, key)
-        context = StageContext(recipe, stage.name, final, directories, device, progress)
+        context = StageContext(recipe, stage.argument, final, directories, device, progress)
         finished = _reuse(stage, final, key, workspace)
         if finished is None:
             _prove_inputs(stage, directories, workspace)
@@ -122,7 +126,7 @@ def run_stages(
 def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
     """The identity of every stage and of the inputs "model", "data", "calibration" and "texts"."""
     keys = {"model": model_key, "data": _data_key(recipe), "texts": _texts_key(recipe)}
-    keys["calibration"] = _calibration_key(recipe, keys["data"])
+    keys["calibration"] = _calibration_key(recipe)
     for stage in recipe_stages(recipe):
         keys[stage.name] = digest_json(
             {
@@ -130,7 +134,7 @@ def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
                 "version": stage.version,
                 "settings": stage.settings,
                 "inputs": {name: keys[name] for name in stage.inputs},
-                "source": _source_digest(stage.packages),
+                "source": source_digest(stage.step.__module__),
             }
         )
     return keys
@@ -161,7 +165,7 @@ def _reuse(stage: Stage, final: Path, key: str, workspace: Workspace) -> Finishe
     if manifest.key != key or changed:
         what = f"{', '.join(changed[:3])} in it changed" if changed else "its manifest names another identity"
         raise damaged_stage(final, what)
-    return FinishedStage(stage.name, final, manifest, reused=True)
+    return FinishedStage(stage, final, manifest, reused=True)
 
 
 def damaged_stage(directory: Path, what: str) -> WorkspaceError:
@@ -201,7 +205,7 @@ def _run(stage: Stage, key: str, keys: dict[str, str], context: StageContext) ->
             elapsed_seconds=time.perf_counter() - started,
         )
         manifest.write(directory)
-    return FinishedStage(stage.name, context.final, manifest, reused=False)
+    return FinishedStage(stage, context.final, manifest, reused=False)
 
 
 def _tell_if_environment_changed(stage: Stage, directory: Path, now: dict[str, str]) -> None:
@@ -258,12 +262,11 @@ def _texts_key(recipe: Recipe) -> str:
     return digest_json(texts)
 
 
-def _calibration_key(recipe: Recipe, data_key: str) -> str:
-    if not recipe.needs_calibration:
-        return ""
+def _calibration_key(recipe: Recipe) -> str:
+    """Of a calibration text; training items come from a stage of their own."""
     source = (recipe.calibration or CalibrationSection()).source
-    if source == "train":
-        return data_key
+    if source == "train" or not recipe.needs_calibration:
+        return ""
     if source.startswith("hub:"):
         return source
     return _content(source, "calibration.source") or ""
@@ -276,18 +279,3 @@ def _content(path: str | None, key: str) -> str | None:
         return digest_file(Path(path))
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{key}: there is no file {path}") from None
-
-
-def _source_digest(packages: tuple[str, ...]) -> dict[str, Any]:
-    """In a development install, the source that a stage runs; nothing in an installed package."""
-    root = Path(__file__).parents[1]
-    if "site-packages" in root.parts:
-        return {"sqft": importlib.metadata.version("sqft")}
-    digests = {name: digest_json(_package_digest(root / name)) for name in packages}
-    own = _package_digest(root / "pipeline")
-    return digests | {name: own[name] for name in ("steps.py", "context.py")}
-
-
-@cache  # a process runs the source it has imported, whatever is edited meanwhile
-def _package_digest(package: Path) -> dict[str, str]:
-    return {path.name: digest_file(path) for path in sorted(package.glob("*.py"))}

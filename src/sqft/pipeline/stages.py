@@ -8,11 +8,18 @@ common.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from sqft.pipeline import steps
 from sqft.pipeline.context import StageContext
-from sqft.pipeline.recipe import Recipe, adapter_stage, dense_adapters, model_stage
+from sqft.pipeline.recipe import Recipe, adapter_stage, dense_adapters, model_stage, stage_name
+from sqft.pipeline.step_evaluation import evaluate
+from sqft.pipeline.step_export import export
+from sqft.pipeline.step_items import prepare_items
+from sqft.pipeline.step_merge import merge
+from sqft.pipeline.step_quantize import quantize
+from sqft.pipeline.step_search import search
+from sqft.pipeline.step_sparsify import sparsify
+from sqft.pipeline.step_training import train, train_dense
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
@@ -23,8 +30,11 @@ from sqft.sections import (
     TrainSection,
 )
 
-__all__ = ["Stage", "recipe_stages"]
+__all__ = ["Stage", "StageKind", "recipe_stages"]
 
+StageKind = Literal[
+    "items", "sparsify", "quantize", "train", "search", "merge", "train_dense", "evaluate", "export"
+]
 # Fields of TrainingArguments that say what is told of a training, and change nothing in it.
 REPORTING = ("report_to", "run_name", "logging_dir", "logging_steps", "logging_strategy", "project")
 
@@ -33,64 +43,68 @@ Step = Callable[[StageContext], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One row: a name, what it reads, the settings that enter its identity, and the function that does it.
+    """One row: what it is, what it reads, the settings that enter its identity, the function that does it.
 
-    inputs: names of other stages, or "model", "data", "calibration", "texts". packages: those whose source
-    enters the identity in a development install. resumes: an unfinished directory is continued.
+    argument: which one, of a kind that a recipe has several of: the reported model, or the format.
+    inputs: names of other stages, or "model", "data", "calibration", "texts". resumes: an unfinished
+    directory is continued.
     """
 
-    name: str
+    kind: StageKind
     inputs: tuple[str, ...]
     settings: dict[str, Any]
     step: Step
-    packages: tuple[str, ...]
+    argument: str = ""
     version: int = 1
     resumes: bool = False
+
+    @property
+    def name(self) -> str:
+        """What other stages call it, and its directory begins with."""
+        return stage_name(self.kind, self.argument)
 
 
 def recipe_stages(recipe: Recipe) -> list[Stage]:
     """The stages of a recipe, in the order in which they run."""
     base = recipe.base_stage
-    compression = ("ops", "models", "data", "compression")
-    training = ("ops", "models", "data", "adapters", "training")
     stages: list[Stage] = []
 
+    if recipe.data:
+        stages.append(Stage("items", ("model", "data"), {}, prepare_items))
     if recipe.sparsify:
         settings, inputs = _compression_inputs(recipe, recipe.sparsify.calibrates)
         settings["sparsify"] = _settings(recipe.sparsify)
-        stages.append(Stage("sparsify", inputs, settings, steps.sparsify, compression, resumes=True))
+        stages.append(Stage("sparsify", inputs, settings, sparsify, resumes=True))
     if recipe.quantize:
         settings, inputs = _compression_inputs(recipe, recipe.quantize.calibrates)
         settings["quantize"] = _settings(recipe.quantize)
         inputs = (*inputs, *(["sparsify"] if recipe.sparsify else []))
-        stages.append(Stage("quantize", inputs, settings, steps.quantize, compression, resumes=True))
+        stages.append(Stage("quantize", inputs, settings, quantize, resumes=True))
     if recipe.adapters:
         settings = _training_settings(recipe, recipe.adapters)
-        search = {
+        searching = {
             "search": _settings(recipe.search or SearchSection()),
             "loss_on": recipe.data.loss_on if recipe.data else None,
             "base_precision": recipe.adapters.base_precision,
             "seed": recipe.seed,
         }
-        searching = ("ops", "models", "data", "adapters", "evaluation", "search")
         stages += [
-            Stage("train", (base, "data"), settings, steps.train, training, resumes=True),
-            Stage("search", (base, "train", "data"), search, steps.search, searching, resumes=True),
+            Stage("train", (base, "items"), settings, train, resumes=True),
+            Stage("search", (base, "train", "items"), searching, search, resumes=True),
         ]
     if recipe.merges:
-        merging = ("ops", "models", "adapters", "certificate")
-        stages.append(Stage("merge", (base, "search", "data"), {}, steps.merge, merging))
+        stages.append(Stage("merge", (base, "search", "items"), {}, merge))
     if "dense_tuned" in recipe.reported_models() and recipe.adapters:
         settings = _training_settings(recipe, dense_adapters(recipe.adapters))
-        dense = Stage("train_dense", ("model", "data"), settings, steps.train_dense, training, resumes=True)
-        stages.append(dense)
+        stages.append(Stage("train_dense", ("model", "items"), settings, train_dense, resumes=True))
     for name in recipe.reported_models():
         stages.append(_evaluate_stage(recipe, name))
     if recipe.export:
         # The model card shows what was measured, so an export is made anew when a measurement is.
-        inputs = (recipe.final_stage, *(f"evaluate-{name}" for name in recipe.reported_models()))
+        measured = [stage_name("evaluate", name) for name in recipe.reported_models()]
         for target in recipe.export.formats:
-            stages.append(Stage(f"export-{target}", inputs, {"format": target}, steps.export, ("export",)))
+            inputs = (recipe.final_stage, *measured)
+            stages.append(Stage("export", inputs, {"format": target}, export, argument=target))
     return stages
 
 
@@ -101,15 +115,14 @@ def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:
     if adapter:
         inputs.append(adapter)
     if recipe.data:
-        inputs.append("data")
+        inputs.append("items")
     if section.perplexity or section.tasks:
         inputs.append("texts")
     settings = {
         "evaluate": section.model_dump(mode="json", exclude={"models", "perplexity", "tasks", "tasks_data"}),
         "model": model,
     }
-    packages = ("ops", "models", "data", "adapters", "evaluation")
-    return Stage(f"evaluate-{model}", tuple(inputs), settings, steps.evaluate, packages)
+    return Stage("evaluate", tuple(inputs), settings, evaluate, argument=model)
 
 
 def _compression_inputs(recipe: Recipe, calibrates: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -118,7 +131,7 @@ def _compression_inputs(recipe: Recipe, calibrates: bool) -> tuple[dict[str, Any
         return {}, ("model",)
     calibration = recipe.calibration or CalibrationSection()
     settings = {"calibration": calibration.model_dump(mode="json", exclude={"source"}), "seed": recipe.seed}
-    return settings, ("model", "calibration")
+    return settings, ("model", "items" if calibration.source == "train" else "calibration")
 
 
 def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""Items: as text and as token ids, in three splits, and on disk as one JSON line each."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sqft.artifacts import digest_json
+
+__all__ = ["SPLITS", "Example", "Split", "Splits", "chance_accuracy", "read_items", "write_items"]
+
+Split = Literal["train", "search", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item as text and as token ids.
+
+    `answer_ids` ends with the end-of-text token; `choices_ids`, which are compared by likelihood, do not.
+    """
+
+    prompt: str
+    answer: str
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    choices_ids: tuple[tuple[int, ...], ...] | None = None
+    label: int | None = None
+
+    def __len__(self) -> int:
+        """Tokens of the longest sequence that scoring this item needs."""
+        longest = max((len(ids) for ids in self.choices_ids or ()), default=0)
+        return len(self.prompt_ids) + max(len(self.answer_ids), longest)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Items to train on, to search with and to test on, and what was dropped on the way.
+
+    report: items; dropped (null, too_long, in_held_out); repeats within a split; near_duplicates of train.
+    """
+
+    train: list[Example]
+    search: list[Example]
+    test: list[Example]
+    report: dict[str, Any]
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of everything that training, search and evaluation see of the items."""
+        return digest_json([[_content(example) for example in getattr(self, name)] for name in SPLITS])
+
+
+def write_items(directory: Path, splits: Splits) -> None:
+    """Write SPLIT.jsonl for each split."""
+    for split in SPLITS:
+        lines = (json.dumps(asdict(example), ensure_ascii=False) for example in getattr(splits, split))
+        (directory / f"{split}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_items(directory: Path, split: Split) -> list[Example]:
+    """One split as `write_items` wrote it."""
+    with (directory / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        return [_example(json.loads(line)) for line in lines]
+
+
+def chance_accuracy(examples: Sequence[Example]) -> float | None:
+    """The accuracy that guessing reaches; None where no item has choices."""
+    shares = [1 / len(example.choices_ids) for example in examples if example.choices_ids]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _example(values: dict[str, Any]) -> Example:
+    choices = values.pop("choices_ids")
+    return Example(
+        prompt_ids=tuple(values.pop("prompt_ids")),
+        answer_ids=tuple(values.pop("answer_ids")),
+        choices_ids=None if choices is None else tuple(map(tuple, choices)),
+        **values,
+    )
+
+
+def _content(example: Example) -> list[Any]:
+    return [example.prompt_ids, example.answer_ids, example.choices_ids, example.label, example.answer]

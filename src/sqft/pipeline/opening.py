@@ -1,0 +1,49 @@
+"""Opening the models of finished stages, as they were trained on."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqft.pipeline.context import StageContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["open_adapted", "open_model", "tell_kept_zeros"]
+
+logger = logging.getLogger(__name__)
+
+
+def open_model(context: StageContext, directory: Path, adapter: Path | None) -> "PreTrainedModel":
+    """A model for inference in float32, with its adapter if it has one."""
+    from sqft.models import load_model
+
+    if adapter is not None:
+        return open_adapted(context, directory, adapter).eval()
+    return load_model(directory, **context.loading).eval()
+
+
+def open_adapted(context: StageContext, directory: Path, adapter: Path) -> Any:
+    """The base as it was trained on, with the adapter from a directory."""
+    from peft import PeftConfig, PeftModel
+
+    import sqft.adapters  # noqa: F401  enters the method into PEFT's tables
+    from sqft.models import load_model, load_trainable
+
+    if PeftConfig.from_pretrained(adapter).peft_type == "LORA":  # stock PEFT wants the base in one dtype
+        base = load_model(directory, **context.loading)
+    else:
+        precision = context.adapters.base_precision
+        base = load_trainable(
+            directory, base_precision=precision, device=context.device, trust_remote_code=context.trusts_code
+        )
+    return PeftModel.from_pretrained(base, adapter)
+
+
+def tell_kept_zeros(count: int) -> None:
+    """Say that a model arrives sparse, where the recipe does not sparsify it."""
+    if count:
+        logger.warning(
+            "%d linears arrive sparse; their zeros are kept, as the recipe has no sparsify section",
+            count,
+        )

@@ -1,0 +1,37 @@
+"""The stages `evaluate`, one for each reported model."""
+
+from typing import Any, cast
+
+from sqft.artifacts import write_json
+from sqft.pipeline.context import ADAPTER, ITEM_FIGURES, StageContext
+from sqft.pipeline.opening import open_model
+from sqft.pipeline.recipe import adapter_stage, model_stage
+from sqft.sections import EvaluateSection, ReportedModel
+
+__all__ = ["evaluate"]
+
+
+def evaluate(context: StageContext) -> dict[str, Any]:
+    """One model, measured on the test items and the text that the recipe names."""
+    from sqft.data import read_items
+    from sqft.evaluation.measurement import measure_model, size_on_disk
+    from sqft.models import load_tokenizer, open_checkpoint
+
+    name = cast(ReportedModel, context.argument)
+    directory = context.inputs[model_stage(context.recipe, name)]
+    stage = adapter_stage(name)
+    adapter = context.inputs[stage] / ADAPTER if stage else None
+    test = read_items(context.inputs["items"], "test") if context.recipe.data else []
+    row, items = measure_model(
+        open_model(context, directory, adapter),
+        load_tokenizer(context.inputs["model"], trust_remote_code=context.trusts_code),
+        test,
+        context.recipe.evaluate or EvaluateSection(),
+        trust_remote_code=context.trusts_code,
+        progress=context.progress,
+    )
+    write_json(context.directory / ITEM_FIGURES, items)
+    grid = open_checkpoint(directory, trust_remote_code=context.trusts_code).grid
+    row |= {"name": name, "bits": grid.bits if grid else None}
+    row |= {"size_bytes": size_on_disk(directory) + (size_on_disk(adapter) if adapter else 0)}
+    return {"row": row}

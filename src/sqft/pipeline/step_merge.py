@@ -1,0 +1,84 @@
+"""The stage `merge`."""
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from sqft.artifacts import Manifest
+from sqft.errors import CertificateError
+from sqft.pipeline.context import ADAPTER, StageContext
+from sqft.pipeline.opening import open_adapted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sqft.adapters import MergedWeight
+    from sqft.models import QuantizedWeight
+
+__all__ = ["merge"]
+
+REFERENCE_ITEMS = 4
+# What of a recipe a merged model depends on; data enters by content.
+DETERMINING = {"model", "seed", "calibration", "sparsify", "quantize", "adapters", "train", "search"}
+
+
+def merge(context: StageContext) -> dict[str, Any]:
+    """The base and the sub-adapter → one model, re-opened and certified before it is called done."""
+    from sqft.adapters import merge_adapters
+    from sqft.certificate import certify_model
+    from sqft.data import read_items
+    from sqft.models import load_model, open_checkpoint, read_masks, write_model
+
+    adapter = context.inputs["search"] / ADAPTER
+    adapted = open_adapted(context, context.base, adapter).eval()
+    merged = merge_adapters(adapted)
+    linears = {name: _stored_weight(weight) for name, weight in merged.items()}
+    masks = read_masks(context.base)
+    existing = {name: weight.mask for name, weight in merged.items() if name not in masks}
+    masks |= {name: mask for name, mask in existing.items() if not bool(mask.all())}
+    items = read_items(context.inputs["items"], "test")
+    write_model(
+        context.directory,
+        open_checkpoint(context.base, trust_remote_code=context.trusts_code),
+        linears,
+        masks=masks,
+        facts=_facts(context),
+    )
+    checks = certify_model(
+        context.directory,
+        base_dir=context.base,
+        adapter_dir=adapter,
+        adapted=adapted,
+        merged=load_model(context.directory, **context.loading),
+        token_ids=[example.prompt_ids for example in items[:REFERENCE_ITEMS]],
+        trained_digest=Manifest.read(context.inputs["search"]).metrics["codes_digest"],
+        trust_remote_code=context.trusts_code,
+        progress=context.progress,
+    )
+    failed = [f"{check.name} ({check.detail})" for check in checks if not check.passed]
+    if failed:
+        shutil.rmtree(context.directory)
+        raise CertificateError(f"the merged model is not the one that was trained: {'; '.join(failed)}")
+    return {"checks": [vars(check) for check in checks]}
+
+
+def _stored_weight(weight: "MergedWeight") -> "Tensor | QuantizedWeight":
+    from sqft.models import QuantizedWeight
+
+    if weight.codes is not None and weight.qparams is not None:
+        return QuantizedWeight(weight.codes, weight.qparams)
+    assert weight.weight is not None
+    return weight.weight
+
+
+def _facts(context: StageContext) -> dict[str, Any]:
+    """What sqft.json of a merged model says."""
+    recipe = context.recipe
+    return {
+        "kind": "merged",
+        "method": context.adapters.method,
+        "pattern": recipe.pattern,
+        "quantization": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
+        "ranks": Manifest.read(context.inputs["search"]).metrics["ranks"],
+        "lineage": {name: Manifest.read(context.inputs[name]).key for name in ("train", "search")},
+        "recipe": recipe.model_dump(mode="json", include=DETERMINING, exclude_none=True),
+    }

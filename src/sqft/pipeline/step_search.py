@@ -1,0 +1,58 @@
+"""The stage `search`."""
+
+from dataclasses import asdict
+from typing import Any
+
+from sqft.artifacts import Manifest, digest_json, write_json
+from sqft.errors import CertificateError
+from sqft.pipeline.context import ADAPTER, StageContext
+from sqft.pipeline.opening import open_adapted
+from sqft.sections import SearchSection
+
+__all__ = ["search"]
+
+
+def search(context: StageContext) -> dict[str, Any]:
+    """The super-adapter → the ranks that do best on the search items, cut out as an adapter of its own."""
+    from sqft.adapters import SearchSpace, codes_digest, extract_sub_adapter, set_ranks
+    from sqft.data import read_items
+    from sqft.evaluation import evaluate_loss
+    from sqft.search import search_sub_adapter
+
+    section = context.recipe.search or SearchSection()
+    adapted = open_adapted(context, context.base, context.inputs["train"] / ADAPTER).eval()
+    hill_climb = section.method == "hill_climb"
+    items = read_items(context.inputs["items"], "search") if hill_climb else []
+
+    def objective(sub_adapter: dict[str, int]) -> float:
+        set_ranks(adapted, sub_adapter)
+        return evaluate_loss(adapted, items, loss_on=context.data.loss_on).loss
+
+    space = SearchSpace.of(adapted)
+    result = search_sub_adapter(
+        space,
+        objective,
+        section,
+        seed=context.recipe.seed,
+        storage=context.directory / "trials.log",
+        progress=context.progress,
+    )
+    extract_sub_adapter(adapted, result.best, context.directory / ADAPTER)
+    digest = None
+    if context.adapters.method != "lora":
+        trained = Manifest.read(context.inputs["train"]).metrics["codes_digests"]
+        for sub_adapter in (space.maximal(), result.best):
+            set_ranks(adapted, sub_adapter)
+            digest = codes_digest(adapted)
+            _check_digest(digest, trained.get(digest_json(sub_adapter)))
+    write_json(context.directory / "sub_adapter.json", asdict(result))
+    return {"ranks": result.best, "codes_digest": digest, "num_trials": len(result.trials)}
+
+
+def _check_digest(digest: str, trained: str | None) -> None:
+    """The adapter read from disk must give the codes that the model in memory had when training ended."""
+    if trained is not None and trained != digest:
+        raise CertificateError(
+            "the adapter read from disk gives other codes than the trained model had; delete the train stage "
+            "and run again"
+        )

@@ -1,0 +1,69 @@
+"""The stages `train` and `train_dense`."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sqft.artifacts import digest_json, write_json
+from sqft.pipeline.context import ADAPTER, StageContext
+from sqft.pipeline.opening import tell_kept_zeros
+from sqft.pipeline.recipe import dense_adapters
+from sqft.sections import AdapterSection, TrainSection
+
+__all__ = ["train", "train_dense"]
+
+CHECKPOINTS = "checkpoints"
+
+
+def train(context: StageContext) -> dict[str, Any]:
+    """The base → a super-adapter (or an adapter of one rank)."""
+    return _train(context, context.base, context.adapters)
+
+
+def train_dense(context: StageContext) -> dict[str, Any]:
+    """The dense reference: plain LoRA on the model as it came, with the same data and budget."""
+    return _train(context, context.inputs["model"], dense_adapters(context.adapters))
+
+
+def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[str, Any]:
+    from sqft.adapters import SearchSpace, attach_adapters, codes_digest, set_ranks
+    from sqft.data import read_items
+    from sqft.models import ExistingMasks, load_trainable, open_checkpoint
+    from sqft.training import train_adapters
+
+    model = load_trainable(
+        base,
+        base_precision=section.base_precision,
+        device=context.device,
+        trust_remote_code=context.trusts_code,
+    )
+    stored = open_checkpoint(base, trust_remote_code=context.trusts_code)
+    adapted = attach_adapters(
+        model,
+        section,
+        storage_dtype=None if stored.grid else stored.storage_dtype,
+        seed=context.recipe.seed,
+    )
+    if context.recipe.base_stage == "model" and section.method != "lora":
+        tell_kept_zeros(len(ExistingMasks(stored)))
+    space = SearchSpace.of(adapted)
+    record = train_adapters(
+        adapted,
+        read_items(context.inputs["items"], "train"),
+        context.recipe.train or TrainSection(),
+        loss_on=context.data.loss_on,
+        seed=context.recipe.seed,
+        output_dir=context.directory / CHECKPOINTS,
+        space=space,
+        progress=context.progress,
+    )
+    digests: dict[str, str] = {}
+    if section.method != "lora":
+        for sub_adapter in (space.minimal(), space.median(), space.maximal()):
+            set_ranks(adapted, sub_adapter)
+            digests[digest_json(sub_adapter)] = codes_digest(adapted)
+    adapted.save_pretrained(context.directory / ADAPTER)
+    write_json(context.directory / "training.json", record.as_dict())
+    shutil.rmtree(context.directory / CHECKPOINTS)
+    curve = [(step.step, step.loss) for step in record.steps]
+    return {"codes_digests": digests, "curve": curve, **record.summary()}
