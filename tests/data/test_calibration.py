@@ -49,7 +49,7 @@ def test_too_few_tokens_says_how_many(tiny_tokenizer: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("train", "no data section"),
+        ("train", "no training items"),
         ("missing.txt", "missing.txt does not exist"),
         ("missing.jsonl", "missing.jsonl does not exist"),
         ("texts.csv", "not 'train', a .txt or .jsonl file"),

@@ -1,35 +1,44 @@
 """A changed source file makes exactly the stages that run it new; nothing about it is kept by hand."""
 
-import os
+import inspect
+import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import wraps
+from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
-from sqft.pipeline import parse_recipe, sources
+from sqft.pipeline import parse_recipe, run_recipe, runner, sources
+from sqft.pipeline.context import StageContext
 from sqft.pipeline.runner import stage_keys
-from sqft.pipeline.stages import recipe_stages
+from sqft.pipeline.stages import Stage, recipe_stages
 
 PACKAGE = Path(sources.__file__).parents[1]
 KINDS = {"items", "sparsify", "quantize", "train", "search", "merge", "evaluate", "export"}
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture
+def package(package_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the package whose files stand for the ones that run."""
-    copy = tmp_path_factory.mktemp("source") / "sqft"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "ROOT", copy)
-        sources._path.cache_clear()
-        forget_digests()
-        yield copy
+    monkeypatch.setattr(sources, "ROOT", package_copy)
     sources._path.cache_clear()
     forget_digests()
+    yield package_copy
+    sources._path.cache_clear()
+    forget_digests()
+
+
+@pytest.fixture(scope="module")
+def package_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("source") / "sqft"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
 
 
 def forget_digests() -> None:
@@ -71,7 +80,7 @@ def changed_sources(recipe: Any, path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("file", "kinds"),
     [
-        ("data/records.py", {"items", "sparsify", "quantize"}),  # calibration texts are records too
+        ("data/splits.py", {"items"}),
         ("data/duplicates.py", {"items"}),
         ("compression/obs.py", {"sparsify", "quantize"}),
         ("compression/magnitude.py", {"sparsify"}),
@@ -86,6 +95,7 @@ def changed_sources(recipe: Any, path: Path) -> set[str]:
         ("report/plots.py", set()),
         ("cli/run.py", set()),
         ("errors.py", KINDS),
+        ("pipeline/recipe.py", KINDS),
     ],
 )
 def test_the_stages_that_run_a_file_follow_it(package: Path, recipe: Any, file: str, kinds: set[str]) -> None:
@@ -100,51 +110,76 @@ def test_a_changed_source_is_handed_on_to_later_stages(package: Path, recipe: An
     assert names == {"train", "search", "merge", "export-gguf"}
 
 
-def test_every_file_that_is_loaded_was_foreseen(package: Path) -> None:
-    """What Python itself imports for a module of this package is among the files read off its imports."""
-    script = (
-        "import sys, sqft.compression.quantize, sqft.certificate.provenance, sqft.training.train; "
-        "print(*sorted(m.__file__ for n, m in sys.modules.items() if n.startswith('sqft.')))"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment(package)
-    )
-    loaded = {Path(path) for path in shown.stdout.split() if not path.endswith("__init__.py")}
-    foreseen = {
-        path
-        for name in ("compression", "certificate", "training")
-        for path in sources.source_files(f"sqft.{name}")
+def test_a_run_repeats_what_the_change_reaches(
+    package: Path, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    values = {
+        "model": str(tiny_model_dir()),
+        "sparsify": {"method": "magnitude"},
+        "quantize": {"method": "rtn", "group_size": 32},
+        "runtime": {"workspace": str(tmp_path / "runs"), "device": "cpu"},
     }
-    assert loaded - foreseen == set()
+
+    def stages_that_ran() -> list[str]:
+        return [stage.name for stage in run_recipe(parse_recipe(values)).stages if not stage.reused]
+
+    assert stages_that_ran() == ["sparsify", "quantize"]
+    assert stages_that_ran() == []
+    change(package / "compression" / "rtn.py")
+    assert stages_that_ran() == ["quantize"]
+    change(package / "cli" / "run.py")
+    assert stages_that_ran() == []
 
 
-def test_a_run_repeats_what_the_change_reaches(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
-    shutil.copytree(PACKAGE, tmp_path / "src" / "sqft", ignore=shutil.ignore_patterns("__pycache__"))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model: {tiny_model_dir()}\n"
-        "sparsify: {method: magnitude}\n"
-        "quantize: {method: rtn, group_size: 32}\n"
-        "runtime: {device: cpu}\n"
+def test_no_stage_calls_a_function_that_its_imports_do_not_reach(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other way round: what really runs, function by function, is among the files that were read off."""
+    pytest.importorskip("xllamacpp")
+    for module in ("adapters", "certificate", "compression", "evaluation", "export", "search", "training"):
+        import_module(f"sqft.{module}")
+    called: dict[str, set[Path]] = {}
+
+    def watched(stage: Stage) -> Stage:
+        files = called.setdefault(stage.name, set())
+
+        def note(frame: FrameType, event: str, argument: Any) -> None:
+            code = frame.f_code
+            is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)  # not the body of a module or class
+            if event == "call" and is_function and code.co_filename.startswith(str(PACKAGE)):
+                files.add(Path(code.co_filename))
+
+        @wraps(stage.step)
+        def step(context: StageContext) -> dict[str, Any]:
+            sys.setprofile(note)
+            try:
+                return stage.step(context)
+            finally:
+                sys.setprofile(None)
+
+        return replace(stage, step=step)
+
+    monkeypatch.setattr(runner, "recipe_stages", lambda recipe: [watched(s) for s in recipe_stages(recipe)])
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"question": f"{n} plus 1?", "answer": str(n + 1)}) + "\n" for n in range(30))
     )
-    script = (
-        "import sqft; result = sqft.run_recipe(sqft.load_recipe('recipe.yaml')); "
-        "print([stage.name for stage in result.stages if not stage.reused])"
+    recipe = parse_recipe(
+        {
+            "model": str(tiny_model_dir()),
+            "data": {"train": str(tmp_path / "train.jsonl"), "search_items": 2, "test_items": 2},
+            "calibration": {"num_samples": 4, "sequence_length": 16},
+            "sparsify": {},
+            "quantize": {"group_size": 32},
+            "adapters": {"ranks": [4, 2]},
+            "train": {"max_steps": 1, "batch_size": 2},
+            "search": {"method": "hill_climb", "num_trials": 2},
+            "evaluate": {"models": ["merged"], "max_new_tokens": 2},
+            "export": {"formats": ["gguf"]},
+            "runtime": {"workspace": str(tmp_path / "runs"), "device": "cpu"},
+        }
     )
-    shown = []
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=tmp_path,
-            env=environment(tmp_path / "src" / "sqft"),
-        )
-        shown.append(done.stdout.strip())
-        change(tmp_path / "src" / "sqft" / "compression" / "rtn.py")
-    assert shown == ["['sparsify', 'quantize']", "['quantize']"]
-
-
-def environment(package: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(package.parent)}
+    run_recipe(recipe)
+    for stage in recipe_stages(recipe):
+        reached = set(sources.source_files(stage.step.__module__))
+        assert len(called[stage.name]) > 1
+        assert called[stage.name] - reached == set(), stage.name

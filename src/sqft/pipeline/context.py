@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sqft.pipeline.recipe import Recipe
 from sqft.progress import Progress
 from sqft.sections import AdapterSection, DataSection
-
-if TYPE_CHECKING:
-    from sqft.pipeline.recipe import Recipe
 
 __all__ = ["ADAPTER", "ITEM_FIGURES", "StageContext"]
 
@@ -24,7 +22,7 @@ class StageContext:
     argument: of the stages that a recipe has several of, which one. final: the name that the directory gets.
     """
 
-    recipe: "Recipe"
+    recipe: Recipe
     argument: str
     final: Path
     inputs: Mapping[str, Path]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sqft.artifacts import ENVIRONMENT, MANIFEST, Manifest, digest_file, digest_files, digest_json, write_json
 from sqft.directories import new_directory
