@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,33 @@ from sqft.formats.weights import ExportSource, IntegerWeight, open_source
 from sqft.progress import SILENT, Progress
 from sqft.runtimes.commands import serving_commands
 
-__all__ = ["EXPORT", "check_stored", "export_model", "formats_that_hold"]
+__all__ = [
+    "EXPORT",
+    "ExportPlan",
+    "check_stored",
+    "export_model",
+    "formats_that_hold",
+    "plan_export",
+    "write_export",
+]
 
 EXPORT = "sqft_export.json"
 LARGEST_SHARE = 1e-4  # of the largest logit, for runtimes that compute in float32
 LARGEST_KL = 0.02  # nats, for llama.cpp, which rounds activations to 8 bits
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """A model that a format can hold: what is to be written, and what another grid did to it.
+
+    trained: the model as it is; source: as the format holds it, the same unless damage says otherwise.
+    """
+
+    format: str
+    trained: ExportSource
+    source: ExportSource
+    damage: Damage | None
+    head_type: str
 
 
 def export_model(
@@ -52,54 +75,97 @@ def export_model(
 
     head_type: gguf only: the type of embedding and head, auto (exact), f16, bf16, f32 or q8_0.
     allow_requantize: where the format cannot hold the grid, round to one that it can, and report the damage.
-    recipe, evaluation: go into the model card; default what the model's records tell. probes: items of token
-    ids to compare logits on; default the first few of the model's stored reference.
+    recipe, evaluation, probes: as `write_export` takes them.
 
     Raises: ExportError if the format is unknown or cannot hold the model exactly, if writing would destroy
     something else, or if what was written is not what was trained; MissingExtraError if the runtime that
     must check it is not installed.
     """
-    target = find_format(format)
+    find_format(format)
+    check_destination(output_dir, directory)
+    plan = plan_export(directory, format, allow_requantize=allow_requantize, head_type=head_type)
+    with new_directory(output_dir) as partial:
+        return write_export(
+            plan,
+            partial,
+            final=output_dir,
+            recipe=recipe,
+            evaluation=evaluation,
+            probes=probes,
+            progress=progress,
+        )
+
+
+def plan_export(
+    directory: Path, format: str, *, allow_requantize: bool = False, head_type: str = "auto"
+) -> ExportPlan:
+    """Refuse what a format cannot hold before anything is written.
+
+    Raises: ExportError if the format is unknown or cannot hold the model; MissingExtraError if the runtime
+    that must check it is not installed.
+    """
+    find_format(format)
     if head_type not in HEAD_TYPES:
         raise ExportError(f"head type '{head_type}' is unknown; choose from {', '.join(HEAD_TYPES)}")
     if head_type != "auto" and format != "gguf":
         raise ExportError(f"a head type is for gguf only; {format} keeps the head as it is, leave it at auto")
-    place = output_dir.with_name(output_dir.name.removesuffix(".partial"))
     require_runtime(format)
     trained = open_source(directory)
-    check_destination(output_dir, directory)
     source, damage = _fit(trained, format, allow_requantize)
-    with progress.task(f"export {format}", 4) as advance, new_directory(output_dir) as partial:
-        kinds = target.write(source, partial, head_type)
+    return ExportPlan(format, trained, source, damage, head_type)
+
+
+def write_export(
+    plan: ExportPlan,
+    directory: Path,
+    *,
+    final: Path,
+    recipe: dict[str, Any] | None = None,
+    evaluation: list[dict[str, Any]] | None = None,
+    probes: Sequence[Sequence[int]] | None = None,
+    progress: Progress = SILENT,
+) -> ExportResult:
+    """Fill an empty directory, which will be called `final`, and compare what lies there with the model.
+
+    recipe, evaluation: go into the model card; default what the model's records tell. probes: items of token
+    ids to compare logits on; default the first few of the model's stored reference.
+
+    Raises: ExportError if what was written is not what was trained.
+    """
+    format, source, damage = plan.format, plan.source, plan.damage
+    target = FORMATS[format]
+    with progress.task(f"export {format}", 4) as advance:
+        kinds = target.write(source, directory, plan.head_type)
         advance(1)
-        codes = check_stored(source, partial, format, head_type=head_type, rounded=damage is not None)
+        codes = check_stored(source, directory, format, head_type=plan.head_type, rounded=damage is not None)
         advance(1)
-        logits = _compare_logits(trained, source, target, partial, probes or probe_items(trained))
+        items = probes or probe_items(plan.trained)
+        logits = _compare_logits(plan.trained, source, target, directory, items)
         if damage is None:
             _check_logits(format, logits)
         advance(1)
-        file = next((path.name for path in partial.glob("*.gguf")), None)
+        file = next((path.name for path in directory.glob("*.gguf")), None)
         result = ExportResult(
             format=format,
-            directory=place,
-            size_bytes=sum(path.stat().st_size for path in partial.iterdir()),
+            directory=final,
+            size_bytes=sum(path.stat().st_size for path in directory.iterdir()),
             tensor_types=dict(Counter(kinds.values())),
             head_type=_head_type(kinds),
             code_comparison=codes,
             logit_comparison=logits,
             damage=damage,
-            serve=serving_commands(format, place, file),
+            serve=serving_commands(format, final, file),
         )
-        own_recipe, own_evaluation = model_records(directory)
+        own_recipe, own_evaluation = model_records(plan.trained.directory)
         card = model_card(
             result,
-            certificate=read_certificate(directory),
+            certificate=read_certificate(plan.trained.directory),
             recipe=recipe or own_recipe,
             evaluation=evaluation or own_evaluation,
         )
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        record = {"head_option": head_type, "files": digest_files(partial)}
-        write_json(partial / EXPORT, result.as_dict() | record)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+        record = {"head_option": plan.head_type, "files": digest_files(directory)}
+        write_json(directory / EXPORT, result.as_dict() | record)
         advance(1)
     return result
 

@@ -11,12 +11,12 @@ __all__ = ["export"]
 
 def export(context: StageContext) -> dict[str, Any]:
     """The recipe's product in the format of a runtime."""
-    from sqft.export import export_model
+    from sqft.export.model_export import plan_export, write_export
 
-    result = export_model(
-        context.inputs[context.recipe.final_stage],
-        context.argument,
+    result = write_export(
+        plan_export(context.inputs[context.recipe.final_stage], context.argument),
         context.directory,
+        final=context.final,
         recipe=context.recipe.model_dump(mode="json", exclude={"runtime"}, exclude_none=True),
         evaluation=_evaluated_rows(context),
         progress=context.progress,
