@@ -54,8 +54,9 @@ def measure(name: str, out_features: int, in_features: int) -> dict[str, Any]:
     @torch.no_grad()
     def compiled(gradient: Tensor | None) -> Tensor:
         block = torch.mm(lora_B, lora_A)
-        views = [None if t is None else t.unflatten(1, (-1, GROUP)) for t in (block, latent, gradient)]
-        loop(views[0], views[1], grid.scale.unsqueeze(-1), views[2])
+        groups = None if gradient is None else gradient.unflatten(1, (-1, GROUP))
+        first, second = (tensor.unflatten(1, (-1, GROUP)) for tensor in (block, latent))
+        loop(first, second, grid.scale.unsqueeze(-1), groups)
         return block
 
     first, second = gradient.clone(), gradient.clone()

@@ -50,7 +50,7 @@ from sqft.models import (
 )
 from sqft.sections import ModelSection, QuantizeSection, SparsifySection
 
-GRID = {"bits": 4, "group_size": 64}
+GRID: dict[str, Any] = {"bits": 4, "group_size": 64}
 WINDOW, HELD_OUT = 512, 256  # tokens
 ROWS = ["best", "gptq", "sparsegpt", "joint", "others", "dense"]
 BEST_SPARSE: dict[str, Any] = {"method": "wanda", "refit": 10}
@@ -260,8 +260,8 @@ def checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     value = {(row["level"], row["method"]): row["increase"] for row in rows}
     found = []
     for name, level, ours, baseline, at_most, aim in REACH:
-        pair = value.get((level, ours)), value.get((level, baseline))
-        reached = None if None in pair else pair[0] / pair[1]
+        lost, theirs = value.get((level, ours)), value.get((level, baseline))
+        reached = None if lost is None or theirs is None else lost / theirs
         found.append(check(name, reached, at_most=at_most, aim=aim))
     off = [abs(r["sparsity"] - int(r["level"]) / 100) for r in rows if ":" not in r["level"]]
     worst = max(off, default=None)

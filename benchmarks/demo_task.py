@@ -116,7 +116,8 @@ def prune(model: torch.nn.Module) -> None:
     """Remove the smaller half of each row."""
     with torch.no_grad():
         for linear in target_linears(model, None, []).values():
-            linear.weight.mul_(mask_rows(linear.weight.abs(), 0.5))
+            weight = linear.get_parameter("weight")
+            weight.mul_(mask_rows(weight.abs(), 0.5))
 
 
 def main() -> None:

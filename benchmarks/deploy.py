@@ -241,18 +241,22 @@ def measure_merge(base: Path, work: Path, quick: bool, checks: list[dict[str, An
         least=0.0,
         polish_steps=30 if quick else 120,
     )
-    losses = {rung.name: rung.loss for rung in result.rungs}
+    base_loss, unmerged = result.base_loss, result.unmerged_loss
+    losses = {rung.name: rung.loss for rung in result.rungs if rung.loss is not None}
+    assert base_loss is not None, "merge_foreign measures when it is given a measure"
+    assert unmerged is not None
+    assert len(losses) == len(result.rungs)
     erased = statistics.mean(layer.erased for layer in result.erasure)
     print(f"\nplain rounding erases {erased:.1%} of the update (mean of {len(result.erasure)} layers)")
-    rows_shown = [["INT4 base", f"{result.base_loss:.4f}", "", ""]]
-    rows_shown.append(["unmerged (dequantized base + LoRA)", f"{result.unmerged_loss:.4f}", "0", "100 %"])
+    rows_shown = [["INT4 base", f"{base_loss:.4f}", "", ""]]
+    rows_shown.append(["unmerged (dequantized base + LoRA)", f"{unmerged:.4f}", "0", "100 %"])
     for rung in result.rungs:
         kept = "undefined" if rung.retention is None else f"{rung.retention:.1%}"
-        more = f"{rung.loss - result.unmerged_loss:+.4f}"
-        rows_shown.append([rung.name, f"{rung.loss:.4f}", more, kept])
+        loss = losses[rung.name]
+        rows_shown.append([rung.name, f"{loss:.4f}", f"{loss - unmerged:+.4f}", kept])
     columns = ["model", "answer loss, nats a token", "above unmerged", "retention"]
     print("\n" + markdown_table(columns, rows_shown))
-    above = {name: loss - result.unmerged_loss for name, loss in losses.items()}
+    above = {name: loss - unmerged for name, loss in losses.items()}
     share = max(above["polish"], 0.0) / above["round"] if above["round"] > 0 else None
     checks.append(check("loss above unmerged, polish / round", share, at_most=0.5, aim=0.2))
     return result.as_dict()

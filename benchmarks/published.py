@@ -28,6 +28,9 @@ class _Round(torch.autograd.Function):
 class PublishedLinear(nn.Module):
     """y = x W^T + x ((B A) s * mask)^T, or x fake_quantize(W + (B A) s * mask)^T if a grid is given."""
 
+    weight: Tensor
+    mask: Tensor
+
     def __init__(
         self,
         weight: Tensor,

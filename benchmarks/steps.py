@@ -43,11 +43,11 @@ def pruned_model(directory: Path, device: str, quantized: bool) -> nn.Module:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_model(directory, dtype=dtype, device=device)
     for name, linear in find_targets(model, TARGETS).items():
-        weight = linear.weight.data
+        weight = linear.get_parameter("weight").data
         mask = mask_rows(weight.abs(), 0.5)
         base = keep_nonzero(weight, mask)
         if not quantized:
-            linear.weight.data = base
+            linear.get_parameter("weight").data = base
             continue
         grid = compute_qparams(base.float(), bits=4, group_size=64, symmetric=True)
         latent = encode_latent(base, quantize(base, grid), mask, grid)
@@ -68,7 +68,7 @@ def build(variant: str, directory: Path, device: str) -> nn.Module:
             if isinstance(linear, QuantizedLinear):
                 layer = PublishedLinear(linear.base_weight(), RANK, ALPHA, linear.qparams)
             else:
-                layer = PublishedLinear(linear.weight.data, RANK, ALPHA)
+                layer = PublishedLinear(linear.get_parameter("weight").data, RANK, ALPHA)
             setattr(model.get_submodule(parent), end, layer.to(device))
         return model
     section = AdapterSection(
@@ -101,7 +101,11 @@ def step_job(variant: str, model: nn.Module, device: str) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return (lambda: [step() for _ in range(4)] and None) if variant.startswith("hybrid") else step
+    def period() -> None:
+        for _ in range(4):
+            step()
+
+    return period if variant.startswith("hybrid") else step
 
 
 def model_directory(cache: Path) -> Path:

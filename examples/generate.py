@@ -24,4 +24,6 @@ def main(model_dir: str, prompt: str, max_new_tokens: int = 32) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(sys.argv[1], sys.argv[2])

@@ -97,10 +97,10 @@ def write_merge(
             sparse = keep_nonzero(weight, mask)
             base[f"{name}.weight"] = merged[f"{name}.weight"] = sparse if stored_masks else weight
             if name in adapted:
-                value = adapted_weight(
+                tuned = adapted_weight(
                     sparse.float(), low, high, scaling=update[2], mask=mask, storage_dtype=weight.dtype
                 )
-                merged[f"{name}.weight"] = value.to(weight.dtype)
+                merged[f"{name}.weight"] = tuned.to(weight.dtype)
     config = quantization_config(grid, ["lm_head"]) if quantized else None
     directories = MergedDirectories(root / "base", root / "adapter", root / "merged")
     for directory, tensors in ((directories.base, base), (directories.merged, merged)):

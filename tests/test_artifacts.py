@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,8 @@ from sqft.errors import WorkspaceError
 def test_a_changed_seal_is_noticed() -> None:
     sealed = seal({"a": 1, "b": [1.5, (2,)], "c": None})
     assert unseal(json.loads(json.dumps(sealed))) == {"a": 1, "b": [1.5, [2]], "c": None}
-    for damaged in (sealed | {"a": 2}, {"a": 1}, [], sealed | {"more": 0}):
+    cases: tuple[Any, ...] = (sealed | {"a": 2}, {"a": 1}, [], sealed | {"more": 0})
+    for damaged in cases:
         with pytest.raises(ValueError, match="written"):
             unseal(damaged)
 

@@ -32,7 +32,8 @@ def sparse_model(tiny_model_dir: Callable[..., Any]) -> Callable[..., nn.Module]
     def make(arch: str = "llama", *, dtype: torch.dtype = torch.float32, sparsity: float = 0.5) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir(arch), dtype=dtype)
         for seed, linear in enumerate(find_targets(model, None).values()):
-            linear.weight.data = keep_nonzero(linear.weight.data, random_mask(linear.weight, sparsity, seed))
+            weight = linear.get_parameter("weight")
+            weight.data = keep_nonzero(weight.data, random_mask(weight, sparsity, seed))
         return model
 
     return make
@@ -53,6 +54,7 @@ def quantized_model(tiny_model_dir: Callable[..., Any]) -> Callable[..., nn.Modu
     ) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir(arch), dtype=torch.float32)
         for seed, (name, linear) in enumerate(find_targets(model, None).items()):
+            assert isinstance(linear, nn.Linear)
             mask = random_mask(linear.weight, sparsity, seed)
             parent, _, last = name.rpartition(".")
             weight = linear.weight.detach() * mask

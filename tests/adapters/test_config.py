@@ -42,12 +42,13 @@ def test_the_operation_takes_no_unknown_choice(settings: dict[str, Any]) -> None
 @pytest.mark.parametrize("wanted", ["tf32", "ieee"])
 def test_tf32_that_was_switched_on_is_off_inside_and_back_after(wanted: str) -> None:
     matmul = torch.backends.cuda.matmul
-    everywhere, before = torch.backends.fp32_precision, matmul.fp32_precision
+    backends: Any = torch.backends  # torch declares no type for the precision of everything at once
+    everywhere, before = backends.fp32_precision, matmul.fp32_precision
     try:
-        torch.backends.fp32_precision = wanted  # as transformers does for tf32: true
+        backends.fp32_precision = wanted  # as transformers does for tf32: true
         matmul.fp32_precision = wanted
         with exact_float32(torch.device("cuda")):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == wanted
     finally:
-        torch.backends.fp32_precision, matmul.fp32_precision = everywhere, before
+        backends.fp32_precision, matmul.fp32_precision = everywhere, before

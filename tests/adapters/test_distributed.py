@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
@@ -22,9 +22,10 @@ from sqft.sections import AdapterSection
 def build(directory: str, method: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     for name, linear in find_targets(model, None).items():
-        mask = mask_rows(linear.weight.detach().abs(), 0.5)
-        base = keep_nonzero(linear.weight.detach(), mask)
-        linear.weight.data = base
+        weight = linear.get_parameter("weight")
+        mask = mask_rows(weight.detach().abs(), 0.5)
+        base = keep_nonzero(weight.detach(), mask)
+        weight.data = base
         if method == "qa_sparse_peft":
             grid = compute_qparams(base, bits=4, group_size=32, symmetric=True)
             parent, _, end = name.rpartition(".")
@@ -79,7 +80,7 @@ def worker(rank: int, directory: str, method: str, kind: str, output: str) -> No
 @pytest.mark.parametrize("method", ["lora", "sparse_peft", "qa_sparse_peft"])
 def test_two_processes(method: str, kind: str, tiny_model_dir: Any, tmp_path: Path) -> None:
     directory, output = str(tiny_model_dir("llama")), str(tmp_path / "gradients.pt")
-    mp.spawn(worker, (directory, method, kind, output), nprocs=2)
+    spawn(worker, (directory, method, kind, output), nprocs=2)
     model = build(directory, method)
     for rank in range(2):
         (model(input_ids=batch(rank), labels=batch(rank)).loss / 2).backward()

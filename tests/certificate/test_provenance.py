@@ -44,7 +44,7 @@ def failed(checks: list[Check]) -> set[str]:
     return {check.name for check in checks if not check.passed}
 
 
-def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)

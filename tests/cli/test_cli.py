@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ def one_line(text: str) -> bool:
     return text.startswith("sqft: ") and text.count("\n") == 1
 
 
-def test_version_and_help(capsys):
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line(["--version"]) == 0
     assert capsys.readouterr().out == f"sqft {sqft.__version__}\n"
     assert run_command_line([]) == 0
@@ -26,30 +27,32 @@ def test_version_and_help(capsys):
     )
 
 
-def test_module_can_be_run():
+def test_module_can_be_run() -> None:
     done = subprocess.run([sys.executable, "-m", "sqft", "--version"], capture_output=True, check=True)
     assert done.stdout.decode() == f"sqft {sqft.__version__}\n"
 
 
-def test_schema_is_json_schema(capsys):
+def test_schema_is_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert {"model", "sparsify", "quantize", "adapters"} <= schema["properties"].keys()
 
 
-def test_doctor_names_versions_and_extras(capsys):
+def test_doctor_names_versions_and_extras(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("torch", "memory", "disk", "openvino", "lm-evaluation-harness"))
 
 
-def test_doctor_says_how_to_get_what_is_missing(capsys, monkeypatch):
+def test_doctor_says_how_to_get_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sqft.cli.doctor._found", lambda module: False)
     assert run_command_line(["doctor"]) == 0
     assert "pip install 'sqft[eval]'" in capsys.readouterr().out
 
 
-def test_status_shows_results(tmp_path, capsys):
+def test_status_shows_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_report(invent_report(), tmp_path / "mine")
     assert run_command_line(["status", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -71,14 +74,18 @@ def test_status_shows_results(tmp_path, capsys):
         ["inspect", "missing"],
     ],
 )
-def test_wrong_use_is_one_line_and_exit_code_2(arguments, capsys):
+def test_wrong_use_is_one_line_and_exit_code_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command_line(arguments) == 2
     shown = capsys.readouterr()
     assert one_line(shown.err)
     assert shown.out == ""
 
 
-def test_verify_of_a_model_without_certificate_fails(tmp_path, capsys):
+def test_verify_of_a_model_without_certificate_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run_command_line(["verify", str(tmp_path)]) == 1
     assert "FAILED" in capsys.readouterr().out
 
@@ -92,8 +99,14 @@ def test_verify_of_a_model_without_certificate_fails(tmp_path, capsys):
         (OSError(28, "No space left on device"), 2, "sqft: No space left on device\n"),
     ],
 )
-def test_errors_become_one_line(error, code, line, capsys, monkeypatch):
-    def fail(*_):
+def test_errors_become_one_line(
+    error: BaseException,
+    code: int,
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr("sqft.pipeline.recipe.recipe_schema", fail)
@@ -101,8 +114,8 @@ def test_errors_become_one_line(error, code, line, capsys, monkeypatch):
     assert capsys.readouterr().err == line
 
 
-def test_a_defect_keeps_its_traceback(monkeypatch):
-    def fail(*_):
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr("sqft.pipeline.recipe.recipe_schema", fail)
@@ -110,14 +123,14 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
         run_command_line(["schema"])
 
 
-def test_a_closed_pipe_is_no_error():
+def test_a_closed_pipe_is_no_error() -> None:
     script = f"{sys.executable} -m sqft schema | head -c 10"
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=False)
     assert done.stdout == b'{\n  "$defs'
     assert done.stderr == b""
 
 
-def test_exit_codes_reach_the_shell(monkeypatch):
+def test_exit_codes_reach_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["sqft", "fly"])
     with pytest.raises(SystemExit) as end:
         cli.main()

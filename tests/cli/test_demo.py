@@ -27,7 +27,10 @@ def test_every_size_is_a_valid_recipe(name: str) -> None:
 
 
 def test_the_demo_runs_on_a_tiny_model(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tiny_model_dir: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("reasoning_gym")
     values = demo_values("demo-small") | {"model": str(tiny_model_dir("llama"))}
@@ -43,7 +46,7 @@ def test_the_demo_runs_on_a_tiny_model(
     assert (results / "merged" / "config.json").exists()
 
 
-def test_two_sizes_at_once_are_refused(capsys) -> None:
+def test_two_sizes_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line(["demo", "--small", "--full"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -10,7 +10,9 @@ from sqft.cli import messages, run_command_line
 from sqft.cli.messages import RichProgress, catch_termination, quiet_warnings
 
 
-def test_long_work_leaves_a_line_in_a_log_file(capsys, monkeypatch):
+def test_long_work_leaves_a_line_in_a_log_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(messages, "NOTABLE_SECONDS", 0.0)
     with RichProgress() as progress, progress.task("pruning [1]", 3) as advance:
         for _ in range(3):
@@ -18,7 +20,7 @@ def test_long_work_leaves_a_line_in_a_log_file(capsys, monkeypatch):
     assert "pruning [1]  0 s" in capsys.readouterr().err
 
 
-def test_short_work_leaves_none_and_bars_nest(capsys):
+def test_short_work_leaves_none_and_bars_nest(capsys: pytest.CaptureFixture[str]) -> None:
     with RichProgress() as progress, progress.task("outer", 1) as outer:
         with progress.task("inner", 0) as inner:
             inner(1)
@@ -26,7 +28,7 @@ def test_short_work_leaves_none_and_bars_nest(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_only_our_own_warnings_are_shown(capsys):
+def test_only_our_own_warnings_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with quiet_warnings():
         warnings.simplefilter("always")
         warnings.warn("theirs", stacklevel=1)
@@ -34,14 +36,14 @@ def test_only_our_own_warnings_are_shown(capsys):
     assert capsys.readouterr().err == "sqft: warning: ours is one line\n"
 
 
-def test_log_lines_of_sqft_are_shown(capsys):
+def test_log_lines_of_sqft_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with quiet_warnings():
         logging.getLogger("sqft.training").warning("slow")
     assert capsys.readouterr().err == "sqft: WARNING: slow\n"
     assert logging.getLogger("sqft").handlers == []
 
 
-def test_a_termination_ends_like_an_interrupt():
+def test_a_termination_ends_like_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), catch_termination():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -55,8 +57,10 @@ def test_a_termination_ends_like_an_interrupt():
         MemoryError(),
     ],
 )
-def test_no_memory_left_is_one_line(error, capsys, monkeypatch):
-    def fail(*_, **__):
+def test_no_memory_left_is_one_line(
+    error: BaseException, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("sqft.pipeline.parse_recipe", fail)
@@ -64,8 +68,8 @@ def test_no_memory_left_is_one_line(error, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("sqft: out of memory; lower evaluate.batch_size")
 
 
-def test_a_defect_stays_a_traceback(monkeypatch):
-    def fail(*_, **__):
+def test_a_defect_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("shapes differ")
 
     monkeypatch.setattr("sqft.pipeline.parse_recipe", fail)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.memory import Watch
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 
 from sqft.compression import quantize_model, sparsify_model
 from sqft.compression.budget import arithmetic_offsets, outlier_offsets, share_out
@@ -420,7 +421,7 @@ def _one_of_two(rank: int, directory: Path, out: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_the_calibration(tiny_model_dir: Maker, tmp_path: Path) -> None:
     directory = tiny_model_dir("llama")
-    torch.multiprocessing.start_processes(_one_of_two, (directory, tmp_path), nprocs=2, start_method="spawn")
+    start_processes(_one_of_two, (directory, tmp_path), nprocs=2, start_method="spawn")
     first, second = (read_masks(tmp_path / rank) for rank in "01")
     assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes()
     assert all(torch.equal(mask, second[name]) for name, mask in first.items())

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from tests.compression.tiny_runs import quantize, sparsify
 from torch import Tensor
 
-from sqft.compression import statistics
 from sqft.compression.statistics import Hessian, factor_inverse
 from sqft.errors import CompressionError
 from sqft.sections import QuantizeSection, SparsifySection
@@ -38,7 +37,7 @@ def test_damping_grows_until_1_is_tried(
         lower, info = cholesky(damped.flip(0, 1))
         return lower, info if added > 0.99 else info + 1
 
-    monkeypatch.setattr(statistics.torch.linalg, "cholesky_ex", fail_below_1)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fail_below_1)
     assert factor_inverse(matrix.flip(0, 1), asked)[1] == 1.0
     assert seen == pytest.approx(tried, rel=1e-4)
 

@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,11 +137,12 @@ def test_wanda_equals_a_literal_one(tiny_model_dir: Maker, tmp_path: Path) -> No
         for handle in handles:
             handle.remove()
         for name, module in linears.items():
-            scores = module.weight.abs() * norms[name]
+            weight = module.get_parameter("weight")
+            scores = weight.abs() * norms[name]
             pruned = torch.zeros_like(scores, dtype=torch.bool)
             pruned.scatter_(1, scores.argsort(dim=1)[:, : scores.shape[1] // 2], True)
             assert ((~pruned) != masks[name]).float().mean() < 0.001
-            module.weight.data[~masks[name]] = 0
+            weight.data[~masks[name]] = 0
 
 
 @pytest.mark.parametrize("arch", ALL)
@@ -175,7 +177,7 @@ def test_every_architecture_becomes_quantized(tiny_model_dir: Maker, tmp_path: P
         {"activation_order": True},
     ],
 )
-def test_grids(tiny_model_dir: Maker, tmp_path: Path, method: str, settings: dict[str, object]) -> None:
+def test_grids(tiny_model_dir: Maker, tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
     if method == "rtn" and "activation_order" in settings:
         pytest.skip("rounding to nearest knows no order")
     quantize(tiny_model_dir("llama"), tmp_path / "out", method=method, **settings)

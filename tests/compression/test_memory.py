@@ -13,6 +13,7 @@ from tests.memory import Watch
 
 from sqft.compression import quantize_model
 from sqft.models import CheckpointWriter, StoredMasks, open_checkpoint, read_masks, writer
+from sqft.ops import unpack_mask
 from sqft.pipeline import parse_recipe
 from sqft.pipeline.context import StageContext
 from sqft.pipeline.step_quantize import quantize as quantize_stage
@@ -52,7 +53,7 @@ def test_one_mask_at_a_time_is_in_memory(
     masks = read_masks(tmp_path / "sparse")
     quantize(directory, tmp_path / "whole", masks, method="rtn")
     opened: list[weakref.ref[Any]] = []
-    unpack = writer.unpack_mask
+    unpack = unpack_mask
 
     def note(packed: Any, width: int) -> Any:
         mask = unpack(packed, width)

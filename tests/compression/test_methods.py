@@ -1,5 +1,7 @@
 """Each method against a slow, obvious version of itself."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,7 +106,7 @@ def test_gptq_against_obq(symmetric: bool, bits: int, group_size: int, activatio
     generator = torch.Generator().manual_seed(3)
     x, weight = inputs(600, columns, seed=1), torch.randn(5, columns, generator=generator)
     mask = torch.rand(weight.shape, generator=generator) > 0.5
-    options = {"bits": bits, "symmetric": symmetric, "scale_bits": 8}
+    options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "scale_bits": 8}
     hessian = hessian_of(x)
     got = gptq(
         weight,

@@ -62,7 +62,8 @@ def test_masked_layers_that_are_not_quantized_stay_sparse_after_a_cut(
 ) -> None:
     directory = tiny_model_dir("llama")
     sparsify(directory, tmp_path / "sparse", method="magnitude")
-    masks, settings = read_masks(tmp_path / "sparse"), {"target_modules": ["down_proj"], "method": "rtn"}
+    masks = read_masks(tmp_path / "sparse")
+    settings: dict[str, Any] = {"target_modules": ["down_proj"], "method": "rtn"}
     quantize(directory, tmp_path / "whole", masks, **settings)
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "close", interrupt)
@@ -165,7 +166,10 @@ def test_flipped_bits_of_a_cut_run_change_nothing_and_are_told(
     tiny_model_dir: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = tiny_model_dir("llama")
-    settings = {"method": "gptaq", "group_size": 32}  # reads the dense model's hidden states too
+    settings: dict[str, Any] = {
+        "method": "gptaq",
+        "group_size": 32,
+    }  # reads the dense model's hidden states too
     quantize(directory, tmp_path / "whole", **settings)
     cut_after_the_first_block(quantize, directory, tmp_path / "cut", **settings)
     draw = random.Random(0)

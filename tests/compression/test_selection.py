@@ -9,6 +9,7 @@ from tests.compression.tiny_runs import quantize, sparsify, tokens
 from transformers import AutoModelForCausalLM
 
 from sqft.compression import sparsify as sparsifying
+from sqft.compression.budget import outlier_offsets
 from sqft.errors import ModelError
 from sqft.models import load_model, read_masks, read_quantized
 
@@ -43,7 +44,7 @@ def test_a_block_with_nothing_chosen_does_not_squeeze_the_others(
     tiny_model_dir: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[float]] = []
-    offsets = sparsifying.outlier_offsets
+    offsets = outlier_offsets
     monkeypatch.setattr(
         sparsifying,
         "outlier_offsets",

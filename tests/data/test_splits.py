@@ -25,7 +25,7 @@ def load(tokenizer: Any, seed: int = 0, **fields: Any) -> Splits:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> dict[str, str]:
+def files(tmp_path: Path) -> dict[str, Any]:
     return {
         "train": write(tmp_path / "train.jsonl", items(*range(20))),
         "search": write(tmp_path / "search.jsonl", items(100, 101)),
@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_items_hold_text_and_ids(files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_items_hold_text_and_ids(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     splits = load(tiny_tokenizer, **files)
     example = splits.test[0]
     assert (example.prompt, example.answer) == ("what is 200 plus 200?", " 400")
@@ -43,14 +43,14 @@ def test_items_hold_text_and_ids(files: dict[str, str], tiny_tokenizer: Any) -> 
     assert splits.report["items"] == {"train": 20, "search": 2, "test": 3}
 
 
-def test_digest_follows_the_content(files: dict[str, str], tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_digest_follows_the_content(files: dict[str, Any], tiny_tokenizer: Any, tmp_path: Path) -> None:
     first = load(tiny_tokenizer, **files).digest
     assert load(tiny_tokenizer, **files).digest == first
     changed = files | {"test": write(tmp_path / "other.jsonl", items(200, 201, 203))}
     assert load(tiny_tokenizer, **changed).digest != first
 
 
-def test_splits_are_drawn_off_train_by_the_seed(files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_splits_are_drawn_off_train_by_the_seed(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     def split(seed: int) -> Splits:
         return load(tiny_tokenizer, seed, train=files["train"], search_items=3, test_items=5)
 
@@ -91,7 +91,7 @@ def test_near_duplicates_are_reported_and_kept(tiny_tokenizer: Any, tmp_path: Pa
     assert splits.report["near_duplicates"]["search"] == {"same_but_numbers": 0, "similar": 0}
 
 
-def test_null_and_long_items_are_dropped_and_counted(files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_null_and_long_items_are_dropped_and_counted(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     records = [
         *items(1),
         {"question": "nothing?", "answer": None},
@@ -135,12 +135,12 @@ def test_bad_choices(change: dict[str, Any], message: str, tiny_tokenizer: Any, 
         load(tiny_tokenizer, train=path, choices="choices")
 
 
-def test_chat_template(files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_chat_template(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     example = load(tiny_tokenizer, **files, template="chat").test[0]
     assert tiny_tokenizer.decode(example.prompt_ids) == "<|user|>what is 200 plus 200?</s><|assistant|>"
 
 
-def test_chat_template_missing(files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_chat_template_missing(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     tiny_tokenizer = type(tiny_tokenizer)(tokenizer_object=tiny_tokenizer._tokenizer, eos_token="</s>")
     with pytest.raises(DataError, match="no chat template"):
         load(tiny_tokenizer, **files, template="chat")
@@ -154,7 +154,7 @@ def test_chat_template_missing(files: dict[str, str], tiny_tokenizer: Any) -> No
         ('{"question": "x"}', "train.jsonl:3: no field 'answer'; it has 'question'"),
     ],
 )
-def test_malformed_lines(line: str, message: str, files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_malformed_lines(line: str, message: str, files: dict[str, Any], tiny_tokenizer: Any) -> None:
     path = Path(files["train"])
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], line, *lines[2:]]))
@@ -162,7 +162,7 @@ def test_malformed_lines(line: str, message: str, files: dict[str, str], tiny_to
         load(tiny_tokenizer, **files)
 
 
-def test_missing_empty_and_binary_files(files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_missing_empty_and_binary_files(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     path = Path(files["train"])
     path.write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(DataError, match=r"train.jsonl:1: not UTF-8"):
@@ -175,18 +175,18 @@ def test_missing_empty_and_binary_files(files: dict[str, str], tiny_tokenizer: A
         load(tiny_tokenizer, **files)
 
 
-def test_too_few_items_to_split(files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_too_few_items_to_split(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match="has 20 usable items; 300 test items and 64 search items"):
         load(tiny_tokenizer, train=files["train"])
 
 
-def test_nothing_left_to_train_on(files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_nothing_left_to_train_on(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match="no train item is left"):
         load(tiny_tokenizer, **(files | {"train": files["test"]}))
 
 
 @pytest.mark.parametrize("prompt", ["{", "{}", "{0}"])
-def test_bad_format_strings(prompt: str, files: dict[str, str], tiny_tokenizer: Any) -> None:
+def test_bad_format_strings(prompt: str, files: dict[str, Any], tiny_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"data\.prompt"):
         load(tiny_tokenizer, **files, prompt=prompt)
 

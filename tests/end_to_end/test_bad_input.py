@@ -121,7 +121,7 @@ def test_a_recipe_that_is_no_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[
     refused(capsys, run_command_line(["run", str(path), "seed"]), tmp_path, "section.key=value")
 
 
-DATA = {
+DATA: dict[str, tuple[str | bytes, list[str]]] = {
     "empty": ("", ["is empty"]),
     "not JSON": ('{"question": "a", "answer": "b"}\n{"question": \n', [":2", "not JSON"]),
     "not an object": ("[1]\n", [":1", "object"]),
@@ -169,7 +169,7 @@ def change_config(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-MODELS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "truncated": (truncate, ["model.safetensors"]),
     "corrupt": (corrupt_header, ["model.safetensors"]),
     "tensor missing": (drop_tensor, ["model.norm.weight"]),

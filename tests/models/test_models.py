@@ -206,6 +206,7 @@ def test_trainable_base(tiny_model_dir: Maker, tmp_path: Path, base_precision: s
     x = torch.randn(3, 64, requires_grad=True)
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     layer(x).sum().backward()
+    assert x.grad is not None
     assert torch.allclose(x.grad, torch.ones(3, 64) @ layer.quantized_weight())
 
 
@@ -301,7 +302,7 @@ def test_a_width_of_one_group_keeps_the_group_size_of_its_source(
     assert read_quantized(tmp_path / "b").keys() == weights.keys()
 
 
-def _damage(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def _damage(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -36,13 +36,13 @@ def test_nothing_counted() -> None:
 def test_logits_of_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 200)
     sizes: list[int] = []
-    plain = module.F.linear
+    plain = F.linear
 
     def linear(x: Tensor, *rest: Tensor) -> Tensor:
         sizes.append(x.shape[0] * rest[0].shape[0])
         return plain(x, *rest)
 
-    monkeypatch.setattr(module.F, "linear", linear)
+    monkeypatch.setattr(F, "linear", linear)
     chunked_cross_entropy(torch.randn(50, 4), torch.randn(40, 4), torch.zeros(50, dtype=torch.long))
     assert max(sizes) <= 200
     assert len(sizes) == 10
@@ -61,13 +61,13 @@ def test_a_head_in_another_dtype(inputs: str, head: str) -> None:
 
 def test_autocast_computes_logits_as_the_output_layer_would(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
-    plain = module.F.linear
+    plain = F.linear
 
     def linear(x: Tensor, *rest: Tensor) -> Tensor:
         seen.append(x.dtype)
         return plain(x, *rest)
 
-    monkeypatch.setattr(module.F, "linear", linear)
+    monkeypatch.setattr(F, "linear", linear)
     hidden = torch.randn(6, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         loss = chunked_cross_entropy(hidden, torch.randn(11, 8), torch.arange(6))

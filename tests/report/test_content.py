@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from sqft.report.page import write_report
 from .invented import invent_report
 
 
-def test_report_json_has_the_documented_keys(tmp_path):
+def test_report_json_has_the_documented_keys(tmp_path: Path) -> None:
     json_path, _ = write_report(invent_report(), tmp_path)
     report = json.loads(json_path.read_text())
     keys = {"models", "certificate", "elapsed_seconds", "versions", "recipe"}
@@ -28,7 +29,7 @@ def test_report_json_has_the_documented_keys(tmp_path):
     assert report["certificate"]["checks"][0]["name"] == "codes in range"
 
 
-def test_reading_gives_back_what_was_written(tmp_path):
+def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
     data = invent_report()
     write_report(data, tmp_path)
     assert read_report(tmp_path) == data
@@ -43,14 +44,14 @@ def test_reading_gives_back_what_was_written(tmp_path):
         ([CheckRow("a", True), CheckRow("b", False)], False),
     ],
 )
-def test_certificate_passes_only_if_all_checks_do(checks, passed):
+def test_certificate_passes_only_if_all_checks_do(checks: list[CheckRow] | None, passed: bool | None) -> None:
     data = invent_report(checks=checks)
     assert data.passed is passed
     certificate = data.to_json()["certificate"]
     assert certificate is None if checks is None else certificate["passed"] is passed
 
 
-def test_figures_that_are_not_finite_become_null(tmp_path):
+def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
     json_path, _ = write_report(
         invent_report(models=[ModelRow("base", math.inf, accuracy=math.nan)]), tmp_path
     )
@@ -60,18 +61,18 @@ def test_figures_that_are_not_finite_become_null(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"models": [{"nom": 1}], "certificate": null}'])
-def test_a_damaged_report_is_told(tmp_path, text):
+def test_a_damaged_report_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(WorkspaceError, match=r"report\.json is no report"):
         read_report(tmp_path)
 
 
-def test_a_missing_report_is_told(tmp_path):
+def test_a_missing_report_is_told(tmp_path: Path) -> None:
     with pytest.raises(WorkspaceError, match="run a recipe first"):
         read_report(tmp_path)
 
 
-def test_a_report_needs_few_figures(tmp_path):
+def test_a_report_needs_few_figures(tmp_path: Path) -> None:
     data = ReportData("compress-only", [ModelRow("sparse", size_bytes=10)], {"model": "m"}, {}, 1.0)
     _, html_path = write_report(data, tmp_path)
     assert "certificate" not in html_path.read_text().split("<body>")[1]

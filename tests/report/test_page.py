@@ -1,5 +1,6 @@
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 from sqft.report.content import CheckRow, ModelRow
 from sqft.report.page import render_page, write_report
@@ -12,32 +13,34 @@ class Page(HTMLParser):
 
     EMPTY = frozenset({"meta", "br", "link"})
 
-    def __init__(self, page):
+    def __init__(self, page: str) -> None:
         super().__init__()
-        self.open, self.texts, self.attributes = [], [], []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
         self.feed(page)
         assert self.open == []
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.attributes += attrs
         if tag not in self.EMPTY:
             self.open.append(tag)
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
-    def handle_data(self, data):
+    def handle_data(self, data: str) -> None:
         self.texts.append(data)
 
 
-def test_page_is_well_formed_and_loads_nothing():
+def test_page_is_well_formed_and_loads_nothing() -> None:
     page = Page(render_page(invent_report()))
-    links = [v for k, v in page.attributes if k in {"src", "href", "xlink:href"} and not v.startswith("#")]
+    links = [v for k, v in page.attributes if k in {"src", "href", "xlink:href"} and v and v[0] != "#"]
     assert links == []
     assert not re.search(r"url\((?!#)", render_page(invent_report()))
 
 
-def test_every_plot_is_there_once_its_figures_are():
+def test_every_plot_is_there_once_its_figures_are() -> None:
     titles = ["Accuracy", "Loss", "Training loss", "Sparsity per layer", "Rank per layer"]
     full = render_page(invent_report())
     assert all(f"<h3>{title}</h3>" in full for title in titles)
@@ -45,19 +48,19 @@ def test_every_plot_is_there_once_its_figures_are():
     assert "<svg" not in bare
 
 
-def test_plots_follow_the_colours_of_the_page():
+def test_plots_follow_the_colours_of_the_page() -> None:
     page = render_page(invent_report())
     assert "var(--ink)" in page
     assert not re.search(r"#0[147]0[258]0[369]", page)
 
 
-def test_a_failed_check_is_shown():
+def test_a_failed_check_is_shown() -> None:
     page = render_page(invent_report(checks=[CheckRow("zeros", False, "17 are missing")]))
     assert "certificate FAILED: 0 of 1 checks" in page
     assert "17 are missing" in page
 
 
-def test_text_from_outside_is_escaped():
+def test_text_from_outside_is_escaped() -> None:
     page = render_page(
         invent_report(name="<script>alert(1)</script>", models=[ModelRow("<i>x</i>", loss=1.0)])
     )
@@ -66,7 +69,7 @@ def test_text_from_outside_is_escaped():
     assert "a &lt;b&gt; model" in page
 
 
-def test_one_rank_one_layer_one_step(tmp_path):
+def test_one_rank_one_layer_one_step(tmp_path: Path) -> None:
     data = invent_report(ranks={"all": 8}, training=[(1, 2.0)], models=[ModelRow("base", accuracy=1.0)])
     write_report(data, tmp_path)
     assert not list(tmp_path.glob("*.tmp"))

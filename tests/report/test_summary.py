@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from sqft.report.content import ModelRow
@@ -6,7 +8,7 @@ from sqft.report.summary import format_bytes, format_seconds, label_model, markd
 from .invented import invent_report
 
 
-def test_table_has_a_row_a_model_and_shows_intervals():
+def test_table_has_a_row_a_model_and_shows_intervals() -> None:
     header, *rows = summary_table(invent_report())
     assert header[:3] == ["model", "loss (nats per answer token)", "accuracy"]
     assert [row[0] for row in rows][-1] == "merged, sparse INT4"
@@ -14,7 +16,7 @@ def test_table_has_a_row_a_model_and_shows_intervals():
     assert "270.0 MB" in rows[0]
 
 
-def test_columns_without_figures_are_left_out_and_gaps_are_dashes():
+def test_columns_without_figures_are_left_out_and_gaps_are_dashes() -> None:
     models = [ModelRow("base", loss=1.0), ModelRow("sparse", sparsity=0.5, tasks={"arc": 0.25})]
     table = summary_table(invent_report(models=models))
     assert table[0] == ["model", "loss (nats per answer token)", "sparsity", "arc"]
@@ -22,7 +24,7 @@ def test_columns_without_figures_are_left_out_and_gaps_are_dashes():
     assert table[2] == ["sparse", "-", "50.0 %", "0.250"]
 
 
-def test_markdown_is_a_table():
+def test_markdown_is_a_table() -> None:
     lines = markdown_table(invent_report()).splitlines()
     assert lines[1].startswith("| --- | ---: |")
     assert len({line.count("|") for line in lines}) == 1
@@ -37,7 +39,7 @@ def test_markdown_is_a_table():
         ({}, "something", "something"),
     ],
 )
-def test_labels_follow_the_recipe(recipe, name, label):
+def test_labels_follow_the_recipe(recipe: dict[str, Any], name: str, label: str) -> None:
     assert label_model(ModelRow(name), recipe) == label
 
 
@@ -51,11 +53,11 @@ def test_labels_follow_the_recipe(recipe, name, label):
         (ModelRow("merged", sparsity=0.5), "merged, sparse"),
     ],
 )
-def test_a_model_that_arrives_compressed_is_called_so(row, label):
+def test_a_model_that_arrives_compressed_is_called_so(row: ModelRow, label: str) -> None:
     assert label_model(row, {}) == label
 
 
-def test_units():
+def test_units() -> None:
     assert [format_bytes(n) for n in (12, 1234, 98_000_000, 2.5e9, 3e12)] == [
         "12 B",
         "1.2 kB",

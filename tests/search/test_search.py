@@ -74,7 +74,7 @@ def test_hill_climbing_starts_at_the_median_and_climbs(tmp_path: Path) -> None:
 def test_a_killed_search_ends_the_same(tmp_path: Path) -> None:
     whole = search("hill_climb", tmp_path / "whole", num_trials=12)
     for killed_after in (0, 1, 7):
-        calls = []
+        calls: list[int] = []
 
         def objective(ranks: SubAdapter, calls: list[int] = calls, limit: int = killed_after) -> float:
             if len(calls) == limit:
@@ -89,9 +89,12 @@ def test_a_killed_search_ends_the_same(tmp_path: Path) -> None:
         with (directory / "trials.log").open("ab") as file:
             file.write(b'{"op_code": 4, "wor')  # and while it wrote a line
         again: list[SubAdapter] = []
-        resumed = search(
-            "hill_climb", directory, lambda r, a=again: a.append(r) or distance(r), num_trials=12
-        )  # type: ignore[func-returns-value,misc]
+
+        def record(ranks: SubAdapter, again: list[SubAdapter] = again) -> float:
+            again.append(ranks)
+            return distance(ranks)
+
+        resumed = search("hill_climb", directory, record, num_trials=12)
         assert resumed == whole
         assert len(again) == 12 - killed_after
 

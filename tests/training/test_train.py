@@ -84,11 +84,11 @@ def test_the_loss_falls_and_every_step_is_recorded(make_model: Callable[..., Any
 
 @pytest.mark.parametrize("method", ["lora", "sparse_peft"])
 def test_training_in_bfloat16_stays_near_float32(
-    tiny_model_dir: Callable[..., Path], tmp_path: Path, method: str
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, method: Any
 ) -> None:
     losses = []
     for bf16 in (False, True):
-        section = AdapterSection(method=method, ranks=[8])  # type: ignore[arg-type]
+        section = AdapterSection(method=method, ranks=[8])
         model = attach_adapters(load_model(tiny_model_dir("llama")), section, seed=0)
         changed = SECTION.model_copy(update={"arguments": {"bf16": bf16}, "learning_rate": 1e-3})
         record = train_adapters(model, examples(), changed, seed=0, output_dir=tmp_path / str(bf16))
@@ -144,7 +144,7 @@ def test_a_killed_training_resumes_to_the_same_bits(
     assert_equal(trained(straight), trained(resumed))
     assert record.losses == whole.losses
     assert [s.ranks for s in record.steps] == [s.ranks for s in whole.steps]
-    expected = [] if step < 3 else [{"step": 3 if step < 7 else 6, "differences": {}}]
+    expected: list[Any] = [] if step < 3 else [{"step": 3 if step < 7 else 6, "differences": {}}]
     assert record.resumed == expected
 
 
