@@ -71,7 +71,7 @@ def owner(path: Path) -> str:
 @pytest.mark.parametrize(
     "path", [p for p in FILES if p not in ENTRANCES], ids=lambda p: str(p.relative_to(SOURCE))
 )
-def test_imports_go_down_only(path):
+def test_imports_go_down_only(path: Path) -> None:
     mine = owner(path)
     assert mine in TIER, f"{mine} has no place in the tier table"
     for module in imported_modules(path):
@@ -96,12 +96,12 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_circles_are_found():
+def test_circles_are_found() -> None:
     assert circle({"a": {"b"}, "b": {"c", "elsewhere"}, "c": set()}) == []
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_each_other_in_a_circle() -> None:
     """Imports inside functions and for types count too. A package's own name stands for its __init__."""
     imports = {}
     for path in FILES:
@@ -111,20 +111,20 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_files_are_small_and_one_folder_deep(path):
+def test_files_are_small_and_one_folder_deep(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 400
     assert len(path.relative_to(SOURCE).parts) <= 2
     assert "utils" not in path.stem
 
 
-def test_nothing_is_left_open():
+def test_nothing_is_left_open() -> None:
     for path in FILES:
         text = path.read_text(encoding="utf-8")
         assert not [word for word in ("TODO", "FIXME", "NotImplementedError") if word in text], path
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["schema"], ["run", "missing.yaml"]])
-def test_commands_that_need_no_torch_do_not_import_it(arguments):
+def test_commands_that_need_no_torch_do_not_import_it(arguments: list[str]) -> None:
     script = (
         "import sys; from sqft.cli import run_command_line; "
         f"run_command_line({arguments!r}); sys.exit('torch' in sys.modules)"

@@ -106,7 +106,9 @@ def test_solved_examples_need_a_training_file(model: Any, tiny_tokenizer: Any, d
 def test_our_scorer_and_the_harness_agree(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     """On the same prompts and choices: log-probabilities, accuracy and the loss among the choices."""
     words = ["yes", "no never", "runs home", "a small file"]
-    rows = [{"question": f"what is {n} plus {n}?", "choices": words, "label": n % 4} for n in range(24)]
+    rows: list[Any] = [
+        {"question": f"what is {n} plus {n}?", "choices": words, "label": n % 4} for n in range(24)
+    ]
     path = tmp_path / "items.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = tmp_path / "same.yaml"

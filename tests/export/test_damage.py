@@ -6,6 +6,7 @@ import struct
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGUFReader
@@ -21,7 +22,7 @@ pytestmark = [
 ]
 
 # Asymmetric grids, so that there are zero points; 16 bits hold symmetric ones only.
-GRIDS = {
+GRIDS: dict[str, dict[str, Any]] = {
     "compressed-tensors": {"symmetric": False},
     "gptq": {"symmetric": False},
     "safetensors": {},
@@ -85,13 +86,14 @@ def find(directory: Path, format: str, part: str) -> tuple[Path, int]:
         tensor = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == name)
         return path, int(tensor.data_offset) + Q4_1.get(part, 0)
     if format == "openvino":
-        name = {"head": PLAIN[format], "norm": NORM[format]}.get(part)
-        name = name or f"sqft.{LINEAR}.{PARTS[format][part]}"
+        own = f"sqft.{LINEAR}.{PARTS[format].get(part)}"
+        name = {"head": PLAIN[format], "norm": NORM[format]}.get(part, own)
         layer = ET.parse(directory / "openvino_model.xml").find(f".//layer[@name='{name}']/data")
         assert layer is not None
         return directory / "openvino_model.bin", int(layer.attrib["offset"])
-    name = {"head": "lm_head.weight", "norm": "model.norm.weight"}.get(part)
-    return find_tensor(directory / "model.safetensors", name or f"{LINEAR}.{PARTS[format][part]}")
+    own = f"{LINEAR}.{PARTS[format].get(part)}"
+    name = {"head": "lm_head.weight", "norm": "model.norm.weight"}.get(part, own)
+    return find_tensor(directory / "model.safetensors", name)
 
 
 def find_tensor(path: Path, name: str | None = None) -> tuple[Path, int]:

@@ -12,9 +12,10 @@ import yaml
 
 from sqft.cli import run_command_line
 from sqft.errors import ExportError
-from sqft.export import export_adapter, export_model
+from sqft.export import adapter_export, export_adapter, export_model
 from sqft.export.records import model_records
 from sqft.export.verification import check_export
+from sqft.formats.gguf_adapter import write_gguf_adapter
 from sqft.runtimes.commands import serving_commands
 from tests.export.test_adapter_export import write_adapter
 
@@ -115,9 +116,7 @@ def test_an_adapter_that_changed_on_the_way_is_not_written(
         names = [name for name in factors if name.endswith("q_proj")]
         write(source, factors | {names[0]: factors[names[1]], names[1]: factors[names[0]]}, path)
 
-    from sqft.export import adapter_export
-
-    write = adapter_export.write_gguf_adapter
+    write = write_gguf_adapter
     monkeypatch.setattr(adapter_export, "write_gguf_adapter", swapped)
     with pytest.raises(ExportError, match="q_proj changed on the way to gguf"):
         export_adapter(tmp_path / "adapter", merged_dir(), "gguf", tmp_path / "out")

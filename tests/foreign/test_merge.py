@@ -72,7 +72,7 @@ def test_the_ladder_climbs_and_keeps_grid_and_mask(
         calibration=TOKENS, measure=answer_loss, enough=2.0, least=0.0,
         polish_steps=20,
     )  # fmt: skip
-    losses = {rung.name: rung.loss for rung in result.rungs}
+    losses = {rung.name: rung.loss for rung in result.rungs if rung.loss is not None}
     assert list(losses) == ["round", "feedback", "refit", "polish"]
     assert result.unmerged_loss is not None
     assert result.base_loss is not None
@@ -105,7 +105,7 @@ def test_enough_ends_the_ladder(merged_dir: MergedDir, tmp_path: Path) -> None:
 
 def test_an_update_smaller_than_a_step_is_erased_and_refused(merged_dir: MergedDir, tmp_path: Path) -> None:
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
-    arguments = {"measure": answer_loss, "rungs": ["round"], "least": 0.9}
+    arguments: dict[str, Any] = {"measure": answer_loss, "rungs": ["round"], "least": 0.9}
     with pytest.raises(ExportError, match=r"the best rung, round, retains .* serve it unmerged"):
         merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()

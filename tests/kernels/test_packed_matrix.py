@@ -206,9 +206,10 @@ def test_nothing_is_read_that_was_not_written(instructions: str) -> None:
 def test_sizes_are_those_that_are_stated() -> None:
     """Bytes for 32 weights, with scales for 32 columns."""
     generator = torch.Generator().manual_seed(2)
-    for layout, expected in {
+    sizes: dict[Layout, int] = {
         "dense": 18, "window2": 14, "window3": 16, "window332": 12, "index4": 10, "mask8": 14, "bytes": 34,
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for layout, expected in sizes.items():
         steps = draw_steps(layout, 64, 1024, generator)
         packed = PackedMatrix.pack(steps, torch.ones(64, 32), layout)
         assert packed.num_bytes / (64 * 1024 / 32) == expected, layout

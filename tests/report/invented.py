@@ -19,11 +19,11 @@ def invent_report(**changes: Any) -> ReportData:
         "versions": {"sqft": "0", "python": "3"},
         "elapsed_seconds": 431.5,
         "models": [
-            ModelRow("base", 1.2, 1.1, 1.3, 0.4, 0.35, 0.46, 300, 270_000_000, 0.0, 21.5),
+            ModelRow("base", 1.2, 1.1, 1.3, 0.4, 0.35, 0.46, 300, 270_000_000, 0.0, perplexity=21.5),
             ModelRow("dense_tuned", 0.3, 0.25, 0.35, 0.8, 0.75, 0.84, 300, 275_000_000, 0.0),
-            ModelRow("sparse", 2.6, 2.4, 2.8, 0.27, 0.22, 0.32, 300, 270_000_000, 0.5, 66.0),
-            ModelRow("quantized", 2.9, 2.7, 3.1, 0.26, 0.21, 0.31, 300, 98_000_000, 0.5, 88.0),
-            ModelRow("merged", 0.5, 0.44, 0.56, 0.71, 0.66, 0.76, 300, 98_000_000, 0.5),
+            ModelRow("sparse", 2.6, 2.4, 2.8, 0.27, 0.22, 0.32, 300, 270_000_000, 0.5, perplexity=66.0),
+            ModelRow("quantized", 2.9, 2.7, 3.1, 0.26, 0.21, 0.31, 300, 98_000_000, 0.5, 4, 88.0),
+            ModelRow("merged", 0.5, 0.44, 0.56, 0.71, 0.66, 0.76, 300, 98_000_000, 0.5, 4),
         ],
         "checks": [
             CheckRow("codes in range", True, "0 of 9 outside"),
