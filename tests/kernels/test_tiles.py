@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sqft.errors import AdapterError
 from sqft.kernels.choices import Choice, Tiling
 from sqft.ops import (
     QParams,
@@ -22,7 +23,6 @@ from sqft.ops import (
     quantize,
     weight_blocks,
 )
-from sqft.ops import adapted_linear as op
 from sqft.ops.adapted_linear import adapted_linear
 
 pytest.importorskip("triton")
@@ -264,7 +264,7 @@ def test_trained_scales_leave_the_kernels_alone(device: str) -> None:
     case = Case((16, 32, 2, 4), device)
     latent, grid = case.grid()
     grid = replace(grid, scale=grid.scale.clone().requires_grad_())
-    with pytest.raises(op.AdapterError, match="torch"):
+    with pytest.raises(AdapterError, match="torch"):
         adapted_linear(case.x, latent, case.A, case.B, scaling=1.0, qparams=grid, kernels="triton")
     adapted_linear(case.x, latent, case.A, case.B, scaling=1.0, qparams=grid).sum().backward()
     assert grid.scale.grad is not None
