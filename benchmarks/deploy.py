@@ -30,9 +30,9 @@ from benchmarks.common import (
 )
 from peft import LoraConfig, get_peft_model
 
-from sqft.artifacts import new_directory
 from sqft.compression import quantize_model
 from sqft.data import Example
+from sqft.directories import new_directory
 from sqft.evaluation import evaluate_loss
 from sqft.export import ExportResult, export_adapter, export_model
 from sqft.foreign import merge_foreign
