@@ -91,24 +91,25 @@ def test_sparse_equals_the_plain_formula(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
 @pytest.mark.parametrize("latents", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
 def test_quantized_equals_the_plain_formula(
-    latents: bool, bits: int, symmetric: bool, shape: tuple[int, int, int]
+    trained: bool, latents: bool, bits: int, symmetric: bool, shape: tuple[int, int, int]
 ) -> None:
     case = Case(*shape)
     latent, grid = case.grid(bits, symmetric)
     decoded = decode_latent(latent, grid)
-    x, A, B, scale = leaves(case.x, case.A, case.B, grid.scale)
-    grid = replace(grid, scale=scale)
-    W = adapted_weight(decoded, A, B, scaling=1.3, mask=case.mask, qparams=grid)
+    change = torch.rand(grid.scale.shape, generator=case.generator) * 0.4 - 0.2
+    x, A, B, scale = leaves(case.x, case.A, case.B, grid.scale * (1 + change * trained))
+    settings: dict[str, Any] = {"scaling": 1.3, "qparams": grid, "scale": scale if trained else None}
+    W = adapted_weight(decoded, A, B, mask=case.mask, **settings)
     expected = F.linear(x, W)
-    y = adapted_linear(x, latent if latents else decoded, A, B, scaling=1.3, qparams=grid)
+    y = adapted_linear(x, latent if latents else decoded, A, B, **settings)
     assert torch.equal(y, expected)
     codes = adapted_codes(decoded, A, B, scaling=1.3, mask=case.mask, qparams=grid)
-    assert torch.equal(W.detach(), dequantize(codes, grid).detach())
+    assert torch.equal(W.detach(), dequantize(codes, replace(grid, scale=scale.detach())))
     assert bits == 8 or (codes != quantize(decoded, grid)).any()
-    for found, wanted in zip(
-        gradients(y, case.dy, x, A, B, scale), gradients(expected, case.dy, x, A, B, scale), strict=True
-    ):
+    wrt = [x, A, B, *([scale] if trained else [])]
+    for found, wanted in zip(gradients(y, case.dy, *wrt), gradients(expected, case.dy, *wrt), strict=True):
         torch.testing.assert_close(found, wanted, atol=5e-5, rtol=2e-5)
 
 
@@ -155,12 +156,36 @@ def test_lowrank_gradient_leaves_the_mask_out() -> None:
     torch.testing.assert_close(dx, gradients(exact, case.dy, x)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_lowrank_refuses_trainable_scales() -> None:
+@pytest.mark.parametrize("settings", [{"gradient": "lowrank"}, {"kernels": "triton"}])
+def test_trained_scales_need_the_exact_gradient_by_torch(settings: Any) -> None:
     case = Case(16, 32, 2)
     latent, grid = case.grid(4, True)
-    grid = replace(grid, scale=grid.scale.clone().requires_grad_())
-    with pytest.raises(AdapterError, match="exact"):
-        adapted_linear(case.x, latent, case.A, case.B, scaling=1.0, qparams=grid, gradient="lowrank")
+    scale = grid.scale.clone().requires_grad_()
+    with pytest.raises(AdapterError, match="trained scales need the"):
+        adapted_linear(case.x, latent, case.A, case.B, scaling=1.0, qparams=grid, scale=scale, **settings)
+
+
+def test_a_trained_scale_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The straight-through formula by autograd: codes as constants plus the update that moves them."""
+    case = Case(24, 64, 3)
+    latent, grid = case.grid(4, True)
+    base, scale = decode_latent(latent, grid), grid.scale * 1.1
+    leaves32 = leaves(case.A, case.B, scale)
+    y = adapted_linear(case.x, latent, *leaves32[:2], scaling=1.3, qparams=grid, scale=leaves32[2])
+    found = gradients(y, case.dy, *leaves32)
+
+    A, B, trained = (t.double().requires_grad_() for t in (case.A, case.B, scale))
+    groups, step = (grid.scale.shape[1], -1), grid.scale.double()[..., None]
+    steps = (base.double() + case.mask * (B @ A) * 1.3).unflatten(1, groups) / step
+    codes = adapted_codes(base, case.A, case.B, scaling=1.3, mask=case.mask, qparams=grid)
+    hard = codes.double().unflatten(1, groups) - 8
+    inside = (steps.round() == hard).double()
+    soft = steps * inside + (hard - steps * inside).detach()
+    wanted = torch.autograd.grad(
+        F.linear(case.x.double(), (soft * trained[..., None]).flatten(1)), (A, B, trained), case.dy.double()
+    )
+    for gradient, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient.double(), want, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "lowrank"])

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqft.ops import QParams, compute_qparams, dequantize, quantize
+from sqft.ops import QParams, compute_qparams, dequantize, encode_latent, quantize
 from sqft.ops import weight_blocks as blocks_module
 from sqft.ops.packed import code_steps, pack_codes, unpack_codes
-from sqft.ops.scaled_linear import scaled_linear
+from sqft.ops.scaled_linear import scaled_linear, scaled_weight
 
 SHAPES = [(24, 32), (17, 96), (75, 64)]
 GRIDS = [(4, True), (4, False), (2, True), (3, False), (8, True), (8, False)]
@@ -49,13 +49,15 @@ def test_steps_times_scale_is_the_weight(bits: int, symmetric: bool) -> None:
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+@pytest.mark.parametrize("latent", [True, False])
 def test_output_and_gradients_are_those_of_the_definition_in_float64(
-    bits: int, symmetric: bool, shape: tuple[int, int]
+    latent: bool, bits: int, symmetric: bool, shape: tuple[int, int]
 ) -> None:
     codes, grid = coded(shape, bits, symmetric)
     x, bias, dy = torch.randn(2, 5, shape[1]), torch.randn(shape[0]), torch.randn(2, 5, shape[0])
     leaves = [t.clone().requires_grad_() for t in (x, grid.scale, bias)]
-    y = scaled_linear(leaves[0], pack_codes(codes, bits), replace(grid, scale=leaves[1]), leaves[2])
+    stored = encode_latent(dequantize(codes, grid), codes, None, grid) if latent else pack_codes(codes, bits)
+    y = scaled_linear(leaves[0], stored, replace(grid, scale=leaves[1]), leaves[2], latent=latent)
     found = torch.autograd.grad(y, leaves, dy)
 
     exact = [t.double().requires_grad_() for t in (x, grid.scale, bias)]
@@ -64,6 +66,7 @@ def test_output_and_gradients_are_those_of_the_definition_in_float64(
     expected = F.linear(exact[0], (steps * exact[1][..., None]).flatten(1), exact[2])
     wanted = torch.autograd.grad(expected, exact, dy.double())
     assert torch.equal(y, F.linear(x, dequantize(codes, grid), bias))
+    assert torch.equal(scaled_weight(stored, grid, shape[1], latent=latent), dequantize(codes, grid))
     for gradient, want in zip(found, wanted, strict=True):
         # float32 sums of at most 96 * 10 products against float64 ones
         bound = 1e-5 * float(want.abs().max())

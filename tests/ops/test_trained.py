@@ -18,9 +18,17 @@ def test_a_trained_scale_is_of_the_bits_that_are_stored(bits: int) -> None:
     change = torch.randn(40, 5) * 0.05
     scale = trained_scale(base, change, bits)
     assert torch.equal(scale, round_scale(base * (1 + change), bits))
+    again = trained_scale(base, scale / base - 1, bits)  # how a stored scale is read
+    assert torch.equal(again, scale)
     assert significant_bits(scale) <= bits
     stored = torch.float16 if bits > 8 else torch.bfloat16
     assert torch.equal(scale.to(stored).float(), scale)
+
+
+def test_a_scale_does_not_fall_below_what_16_bits_hold() -> None:
+    base = torch.tensor([2.0**-13, 2.0**-20])
+    found = trained_scale(base, torch.tensor([-0.9, -0.9]), 8)
+    assert torch.equal(found, torch.tensor([2.0**-14, 2.0**-20]))
 
 
 def test_gradients_pass_straight_through_the_rounding() -> None:

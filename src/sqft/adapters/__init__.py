@@ -8,7 +8,7 @@ from sqft.adapters.config import SqftConfig
 from sqft.adapters.extraction import extract_sub_adapter
 from sqft.adapters.identity import base_identity
 from sqft.adapters.layer import MergedWeight
-from sqft.adapters.merge import codes_digest, count_differing_codes, merge_adapters
+from sqft.adapters.merge import codes_digest, count_differing_codes, merge_adapters, merge_norms
 from sqft.adapters.space import SearchSpace, SubAdapter, set_ranks, set_step
 from sqft.adapters.tuner import register_peft_method
 
@@ -23,6 +23,7 @@ __all__ = [
     "count_differing_codes",
     "extract_sub_adapter",
     "merge_adapters",
+    "merge_norms",
     "set_ranks",
     "set_step",
 ]

@@ -28,6 +28,8 @@ def attach_adapters(
     """
     config = SqftConfig(
         method=section.method,
+        train_scales=section.train_scales,
+        train_norms=section.train_norms,
         ranks=list(section.ranks),
         alpha=section.alpha,
         dropout=section.dropout,

@@ -27,9 +27,9 @@ TASK_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-METHODS = ("lora", "sparse_peft", "qa_sparse_peft")
+METHODS = ("lora", "sparse_peft", "qa_sparse_peft", "scales")
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_up_proj", "down_proj")
-STORAGE_DTYPES = ("float32", "bfloat16", "float16")
+STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_RANK_GROUPS = (("q_proj", "k_proj", "v_proj"),)
 
 
@@ -37,14 +37,20 @@ DEFAULT_RANK_GROUPS = (("q_proj", "k_proj", "v_proj"),)
 class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     """The configuration of an sqft adapter, as PEFT stores it in `adapter_config.json`.
 
-    method: lora, sparse_peft or qa_sparse_peft.
+    method: lora, sparse_peft, qa_sparse_peft, or scales, which trains no low-rank update.
+    train_scales, train_norms: train the scales of every quantized linear, and the weights of the norms; None:
+        where the method is scales.
     ranks: the ranks a rank group may have; the first is the maximal one. One entry: a fixed rank.
     rank_pattern: the rank of every module of an extracted sub-adapter; empty for a super-adapter.
     alpha: the update is scaled by alpha / max(ranks), whatever rank is active.
     dropout, dropout_kind: column = whole columns of lora_A, drawn once a step from (seed, step);
         token = the published dropout of the input, which costs a second product and keeps the update
         for backward.
-    target_modules: name ends that match whole components; full names once the adapter is attached.
+    target_modules: name ends that match whole components; full names once the adapter is attached. Of
+        method scales: the linears whose scales are trained, by default all quantized ones.
+    scale_modules, norm_modules: the linears and norms that are trained, by full name; set when attached.
+    scale_bits, norm_dtype: the significant bits of a trained scale, and the dtype that a trained norm is
+        stored in: those of the base, set when it is attached.
     rank_groups: name ends that share a rank inside a block; None: q, k, v together, others alone.
     gradient: exact, lowrank, or hybrid (exact every `hybrid_steps`-th step).
     kernels: auto, what was measured to be faster on this kind of card; torch; or triton on an NVIDIA GPU
@@ -54,17 +60,23 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
         bfloat16 for a bfloat16 checkpoint opened in float32.
     modules_to_save: modules beside the adapted ones that are trained and saved whole; the task types SEQ_CLS,
         TOKEN_CLS and QUESTION_ANS add their head.
-    identity: sha256 of the base, mask and grid that the adapter belongs to; set when it is attached.
+    identity: sha256 of what the adapter belongs to, base, mask, grid, codes, norms; set when it is attached.
     init_seed: lora_A is a function of this seed and of the module's name.
     """
 
     method: str = "sparse_peft"
+    train_scales: bool | None = None
+    train_norms: bool | None = None
     ranks: list[int] = field(default_factory=lambda: [16])
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha: float = 32.0
     dropout: float = 0.0
     dropout_kind: Literal["column", "token"] = "column"
     target_modules: list[str] | None = None
+    scale_modules: list[str] = field(default_factory=list)
+    norm_modules: list[str] = field(default_factory=list)
+    scale_bits: int | None = None
+    norm_dtype: str | None = None
     rank_groups: list[list[str]] | None = None
     gradient: Literal["exact", "lowrank", "hybrid"] = "exact"
     hybrid_steps: int = 4
@@ -82,13 +94,14 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
         self.peft_type = PEFT_TYPE
         if self.method not in METHODS:
             raise AdapterError(f"adapter method '{self.method}' is unknown; choose from {', '.join(METHODS)}")
-        if not self.ranks or any(not isinstance(rank, int) or rank < 1 for rank in self.ranks):
+        self._resolve_trained()
+        if (self.low_rank and not self.ranks) or any(not isinstance(r, int) or r < 1 for r in self.ranks):
             raise AdapterError(f"ranks {self.ranks} must be one or more positive whole numbers")
         check_choice("gradient", self.gradient, (*GRADIENTS, "hybrid"))
         check_choice("kernels", self.kernels, KERNELS)
         check_choice("dropout_kind", self.dropout_kind, ("column", "token"))
         if self.storage_dtype is not None:
-            check_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
+            check_choice("storage_dtype", self.storage_dtype, tuple(STORAGE_DTYPES))
         for name, ok, wanted in (
             ("alpha", self.alpha > 0, "above 0"),
             ("dropout", 0 <= self.dropout < 1, "from 0 to below 1"),
@@ -113,10 +126,38 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
 
+    def _resolve_trained(self) -> None:
+        """What is trained beside, or in the place of, a low-rank update."""
+        if self.train_scales is None:
+            self.train_scales = self.method == "scales"
+        if self.train_norms is None:
+            self.train_norms = self.method == "scales"
+        if not self.low_rank:
+            self.ranks = []
+            if not self.train_scales:
+                raise AdapterError("method scales without train_scales trains no linear; remove train_scales")
+        if self.train_scales and self.method in ("lora", "sparse_peft"):
+            raise AdapterError(f"{self.method} has no scales to train; use scales or qa_sparse_peft")
+        if self.train_norms and self.method == "lora":
+            raise AdapterError(
+                "norms are trained where an adapter merges, and lora does not; use another method"
+            )
+        if self.train_scales and (self.gradient != "exact" or self.kernels == "triton"):
+            raise AdapterError(
+                "trained scales need gradient exact, and kernels auto or torch; leave them alone"
+            )
+        if self.train_scales and self.token_dropout:
+            raise AdapterError("trained scales need dropout_kind: column")
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether there is a low-rank update."""
+        return self.method != "scales"
+
     @property
     def token_dropout(self) -> bool:
         """Whether a masked adapter trains with the published dropout."""
-        return self.method != "lora" and self.dropout > 0 and self.dropout_kind == "token"
+        return self.method not in ("lora", "scales") and self.dropout > 0 and self.dropout_kind == "token"
 
     @property
     def max_rank(self) -> int:

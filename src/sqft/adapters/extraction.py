@@ -22,24 +22,27 @@ def extract_sub_adapter(peft_model: nn.Module, sub_adapter: SubAdapter, director
 
     A lora adapter becomes a stock PEFT one, in names and configuration, that loads without sqft; a masked or
     quantization-aware one keeps the type SQFT, since a loader that ignores the mask would run it dense.
-    Modules that were trained whole (`modules_to_save`) go along.
+    Trained scales and norms, and modules that were trained whole (`modules_to_save`), go along.
 
     Raises: AdapterError if the sub-adapter does not fit the search space.
     """
     config = adapter_config(peft_model)
     ranks = SearchSpace.of(peft_model).modules(sub_adapter)
     plain = config.method == "lora"
-    tensors = _whole_modules(peft_model) if config.modules_to_save else {}
+    tensors = _beside_factors(peft_model)
     for name, layer in adapter_layers(peft_model).items():
         adapter = layer.active_name()
         assert adapter is not None
         key = f"base_model.model.{name}"
+        if adapter not in layer.sqft_A:
+            continue
         for kind, tensor in (
             ("A", layer.sqft_A[adapter][: ranks[name]]),
             ("B", layer.sqft_B[adapter][:, : ranks[name]]),
         ):
             full = f"{key}.lora_{kind}.weight" if plain else f"{key}.sqft_{kind}"
-            tensors[full] = tensor.detach().cpu().contiguous().clone()
+            tensors[full] = tensor
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     values = (
         _lora_values(config, ranks)
         if plain
@@ -50,16 +53,12 @@ def extract_sub_adapter(peft_model: nn.Module, sub_adapter: SubAdapter, director
         write_json(partial / "adapter_config.json", values)
 
 
-def _whole_modules(peft_model: nn.Module) -> dict[str, Tensor]:
-    """What PEFT saves of an adapter beside its low-rank factors."""
+def _beside_factors(peft_model: nn.Module) -> dict[str, Tensor]:
+    """What PEFT saves of an adapter beside its low-rank factors: scales, norms, modules trained whole."""
     layers = adapter_layers(peft_model)
     adapter = next(iter(layers.values())).active_name()
     saved = get_peft_model_state_dict(peft_model, adapter_name=adapter)
-    return {
-        key: tensor.detach().cpu().contiguous().clone()
-        for key, tensor in saved.items()
-        if not key.endswith((".sqft_A", ".sqft_B"))
-    }
+    return {key: tensor for key, tensor in saved.items() if not key.endswith((".sqft_A", ".sqft_B"))}
 
 
 def _lora_values(config: SqftConfig, ranks: dict[str, int]) -> dict[str, Any]:

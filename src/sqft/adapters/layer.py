@@ -3,23 +3,27 @@
     y = x (base + B A scaling)^T                              lora
     y = x round_storage(base + mask * (B A scaling))^T        sparse_peft
     y = x fake_quantize(base + mask * (B A scaling))^T        qa_sparse_peft
+    y = x ((codes - zero_point) * scale)^T                    scales: codes frozen, scale trained
 
-The mask is never stored: it is `base != 0`.
+With qa_sparse_peft the scale may be trained too: codes are those of the base's grid, and the trained scale is
+what they are multiplied with. The mask is never stored: it is `base != 0`.
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from sqft.adapters.checks import check_method, check_scale_values
 from sqft.adapters.config import SqftConfig
-from sqft.adapters.identity import base_qparams, base_tensor, base_weight
+from sqft.adapters.identity import base_codes, base_qparams, base_tensor, base_weight
+from sqft.adapters.tuner_layer import TunerLayer, device_of
 from sqft.errors import AdapterError
+from sqft.kernels.choices import TORCH
 from sqft.ops import (
     QParams,
     adapted_codes,
@@ -33,23 +37,26 @@ from sqft.ops.adapted import low_rank_delta
 from sqft.ops.adapted_linear import adapted_linear, frozen_linear
 from sqft.ops.kernel_use import kernels_for
 from sqft.ops.mask import STRAY_ZEROS
+from sqft.ops.scaled_linear import scaled_linear, scaled_weight
+from sqft.ops.trained import trained_scale
 from sqft.ops.weight_blocks import WeightBlocks
 
-__all__ = ["AdapterLinear", "MergedWeight", "check_method", "seeded_generator"]
+__all__ = ["AdapterLinear", "MergedWeight", "seeded_generator"]
 
 
 @dataclass(frozen=True)
 class MergedWeight:
     """A merged weight in the form of its base.
 
-    weight (out, in) in the storage dtype, or codes (out, in) uint8 on the grid `qparams`; mask (out, in)
-    bool, True = kept. Exactly one of weight and codes is there.
+    weight (out, in) in the storage dtype, or codes (out, in) uint8 on the grid `qparams`, whose scale may be
+    a trained one; mask (out, in) bool, True = kept, None of a base that holds codes alone. Exactly one of
+    weight and codes is there.
     """
 
     weight: Tensor | None
     codes: Tensor | None
     qparams: QParams | None
-    mask: Tensor
+    mask: Tensor | None
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The float32 weight."""
@@ -59,44 +66,53 @@ class MergedWeight:
         return self.weight.float()
 
 
-class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is untyped
-    """A linear layer, dense or quantized, with low-rank adapters of which one is active at a time.
+class AdapterLinear(TunerLayer):
+    """A linear layer, dense or quantized, with adapters: a low-rank update, trained scales, or both.
 
-    sqft_A[name] (max_rank, in) and sqft_B[name] (out, max_rank); the first active_rank[name] ranks count.
+    sqft_A[name] (max_rank, in) and sqft_B[name] (out, max_rank), float32; the first active_rank[name] ranks
+    count. sqft_scale[name] (out, groups) float32: the change of the scales, as a share of the base's.
     """
 
-    adapter_layer_names = ("sqft_A", "sqft_B")
+    adapter_layer_names = ("sqft_A", "sqft_B", "sqft_scale")
     other_param_names = ("active_rank", "settings")
+    sqft_A: nn.ParameterDict
+    sqft_B: nn.ParameterDict
+    sqft_scale: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.module_name = module_name
+        super().__init__(base_layer, module_name)
         self.in_features = int(base_layer.in_features)  # type: ignore[arg-type]
         self.out_features = int(base_layer.out_features)  # type: ignore[arg-type]
-        self.sqft_A = nn.ParameterDict()
-        self.sqft_B = nn.ParameterDict()
         self.active_rank: dict[str, int] = {}
-        self.settings: dict[str, SqftConfig] = {}
-        self.merged_adapters: list[str] = []
-        self._disable_adapters = False
-        self._active_adapter: str | list[str] = []
-        self.kept_base: Tensor | None = None
         self.rank_chosen: set[str] = set()
         self.seed_and_step: tuple[int, int] | None = None
 
-    def add_adapter(self, adapter_name: str, config: SqftConfig, generator: torch.Generator) -> None:
-        """Add an adapter whose update is 0: A uniform in ±1/sqrt(in), B zero, both float32.
+    def add_adapter(
+        self, adapter_name: str, config: SqftConfig, generator: torch.Generator, *, low_rank: bool
+    ) -> None:
+        """Add an adapter that changes nothing: A uniform in ±1/sqrt(in), B and the change of scales zero.
+
+        low_rank: whether it has an A and a B here. It has scales here if config.scale_modules says so.
 
         Raises: AdapterError if the method does not fit the base.
         """
-        check_method(config.method, self, self.module_name)
-        rank = config.rank_of(self.module_name)
-        device = base_weight_device(self.base_layer)
-        lora_A = torch.rand(rank, self.in_features, generator=generator) * 2 - 1
-        self.sqft_A[adapter_name] = nn.Parameter((lora_A * self.in_features**-0.5).to(device))
-        self.sqft_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
-        self.active_rank[adapter_name] = rank
+        check_method(config.method if low_rank else "scales", self, self.module_name)
+        device = device_of(self.base_layer)
+        if low_rank:
+            rank = config.rank_of(self.module_name)
+            lora_A = torch.rand(rank, self.in_features, generator=generator) * 2 - 1
+            self.sqft_A[adapter_name] = nn.Parameter((lora_A * self.in_features**-0.5).to(device))
+            self.sqft_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+            self.active_rank[adapter_name] = rank
+        if self.module_name in config.scale_modules:
+            qparams = base_qparams(self)
+            assert qparams is not None
+            if adapter_name not in self.sqft_A and base_tensor(self).is_floating_point():
+                raise AdapterError(
+                    f"{self.module_name} is held in float32, which has no codes to freeze; load the base "
+                    "with base_precision packed or latent"
+                )
+            self.sqft_scale[adapter_name] = nn.Parameter(torch.zeros(qparams.scale.shape, device=device))
         self.settings[adapter_name] = config
 
     def set_rank(self, rank: int) -> None:
@@ -116,9 +132,21 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
         rank = self.active_rank[name]
         return self.sqft_A[name][:rank], self.sqft_B[name][:, :rank]
 
+    def trained_scale(self, name: str) -> Float[Tensor, "out groups"] | None:
+        """The trained scales, rounded to what is stored, differentiable in their change; None without any."""
+        qparams = base_qparams(self)
+        if name not in self.sqft_scale or qparams is None:
+            return None
+        bits = self.settings[name].scale_bits
+        assert bits is not None
+        return trained_scale(qparams.scale, self.sqft_scale[name], bits)
+
     def adapted(self, name: str) -> Float[Tensor, "out in"]:
-        """The float32 weight that this layer multiplies with, differentiable in A and B."""
-        base, config = base_weight(self), self.settings[name]
+        """The float32 weight that this layer multiplies with, differentiable in A, B and the scales."""
+        config = self.settings[name]
+        if name not in self.sqft_A:
+            return dequantize(base_codes(self), self._trained_grid(name))
+        base = base_weight(self)
         lora_A, lora_B = self.active_slice(name)
         if config.method == "lora":
             return adapted_weight(base, lora_A, lora_B, scaling=config.scaling)
@@ -129,84 +157,93 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             scaling=config.scaling,
             mask=base != 0,
             qparams=base_qparams(self),
+            scale=self.trained_scale(name),
             storage_dtype=config.rounding_dtype,
         )
 
     def trained_weight(self) -> Float[Tensor, "out in"]:
-        """The float32 weight as the training layer builds it, which `ops.adapted` defines."""
+        """The float32 weight as the training layer builds it, which `ops.adapted` and `ops.grid` define."""
         name = self.active_name()
         assert name is not None
-        config, qparams = self.settings[name], base_qparams(self)
-        lora_A, lora_B = self.active_slice(name)
-        storage = config.rounding_dtype if qparams is None else None
-        base = base_tensor(self)
-        used = kernels_for(config.kernels, base.device, base.shape, quantized=qparams is not None)
         with torch.no_grad():
-            blocks = WeightBlocks(base, lora_A, lora_B, config.scaling, qparams, storage, used)
+            if name not in self.sqft_A:
+                stored, latent = self._stored_codes()
+                return scaled_weight(stored, self._trained_grid(name), self.in_features, latent=latent)
+            config, base, qparams = self.settings[name], base_tensor(self), base_qparams(self)
+            lora_A, lora_B = self.active_slice(name)
+            storage, scale = config.rounding_dtype if qparams is None else None, self.trained_scale(name)
+            used = TORCH
+            if scale is None:
+                used = kernels_for(config.kernels, base.device, base.shape, quantized=qparams is not None)
+            blocks = WeightBlocks(base, lora_A, lora_B, config.scaling, qparams, storage, used, scale)
             return blocks.build(slice(0, self.out_features), torch.float32)
 
     def merged_weight(self, name: str | None = None) -> MergedWeight:
         """What a merge writes for this layer.
 
-        Raises: AdapterError if the method cannot be merged without losing the zeros or the grid, or the
-        merged weight is not finite.
+        Raises: AdapterError if the method cannot be merged without losing the zeros or the grid, the merged
+        weight is not finite, or a trained scale is not a positive number.
         """
         name = name or self.active_name()
-        if name is None or name not in self.sqft_A:
+        if name is None or name not in self.settings:
             raise AdapterError(f"{self.module_name} has no adapter '{name}' to merge")
         config, qparams = self.settings[name], base_qparams(self)
         self._check_mergeable(config, qparams)
         with torch.no_grad():
-            base = base_weight(self)
-            mask = base != 0
             if qparams is None:
+                base = base_weight(self)
                 dtype = getattr(torch, config.storage_dtype) if config.storage_dtype else base.dtype
                 weight = self.adapted(name).to(dtype)
                 self._check_finite(weight)
-                return MergedWeight(weight, None, None, mask)
+                return MergedWeight(weight, None, None, base != 0)
+            self.check_scales(name)
+            merged = self._trained_grid(name)
+            if name not in self.sqft_A:
+                held = hasattr(self.base_layer, "latent")
+                mask = base_weight(self) != 0 if held else None
+                return MergedWeight(None, base_codes(self), merged, mask)
+            base = base_weight(self)
             lora_A, lora_B = self.active_slice(name)
             self._check_finite(low_rank_delta(lora_A, lora_B, config.scaling), qparams.scale)
-            codes = adapted_codes(base, lora_A, lora_B, scaling=config.scaling, mask=mask, qparams=qparams)
-            return MergedWeight(None, codes, qparams, mask)
+            codes = adapted_codes(
+                base, lora_A, lora_B, scaling=config.scaling, mask=base != 0, qparams=qparams
+            )
+            return MergedWeight(None, codes, merged, base != 0)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapted weight in the place of the base; `unmerge` brings the very same base back.
+    def check_scales(self, name: str) -> None:
+        """Raises: AdapterError if a trained scale is not a finite number above 0."""
+        if name not in self.sqft_scale:
+            return
+        change = self.sqft_scale[name].detach()
+        check_scale_values(1 + change, f"the trained scales of {self.module_name}")
 
-        safe_merge changes nothing: a merged weight that is not finite is always refused.
+    def stored_scale(self, name: str, change: Tensor) -> Float[Tensor, "out groups"]:
+        """The trained scales of a change, in the smallest dtype that holds them exactly.
 
-        Raises: AdapterError if it cannot be merged.
+        Raises: AdapterError if one is not a finite number above 0.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.sqft_A:
-                continue
-            if self.merged_adapters:
-                raise AdapterError(
-                    f"{self.module_name} has a merged adapter; unmerge it before merging '{name}'"
-                )
-            self._replace_base(self.merged_weight(name))
-            self.merged_adapters.append(name)
+        qparams, bits = base_qparams(self), self.settings[name].scale_bits
+        assert qparams is not None
+        assert bits is not None
+        check_scale_values(1 + change, f"the trained scales of {self.module_name}")
+        scale = trained_scale(qparams.scale, change.to(qparams.scale), bits)
+        narrow = (torch.bfloat16, torch.float16)
+        return next((scale.to(d) for d in narrow if torch.equal(scale.to(d).float(), scale)), scale)
 
-    def unmerge(self) -> None:
-        """Undo `merge`."""
-        if self.kept_base is not None:
-            self._set_base(self.kept_base)
-        self.kept_base = None
-        self.merged_adapters.clear()
+    def change_of_scale(self, stored: Tensor) -> Float[Tensor, "out groups"]:
+        """The change that gives stored scales.
 
-    def forward(
-        self, x: Float[Tensor, "*batch in"], *args: Any, **kwargs: Any
-    ) -> Float[Tensor, "*batch out"]:
-        """The layer's output with the active adapter, or the base's if there is none."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        name = self.active_name()
-        if self.disable_adapters or self.merged or name is None:
-            return self._base_forward(x)
-        if self.training:
-            self._check_rank_is_chosen(name)
-        if self.settings[name].method == "lora":
-            return self._low_rank_forward(x, name)
-        return self._adapted_forward(x, name)
+        Raises: AdapterError if they are not of the base's shape, or one is not a finite number above 0.
+        """
+        qparams = base_qparams(self)
+        assert qparams is not None
+        if stored.shape != qparams.scale.shape:
+            raise AdapterError(
+                f"the adapter's scales of {self.module_name} are {tuple(stored.shape)}, the base's "
+                f"{tuple(qparams.scale.shape)}; it belongs to another grid"
+            )
+        check_scale_values(stored, f"the adapter's scales of {self.module_name}")
+        return stored.to(qparams.scale) / qparams.scale - 1
 
     def _base_forward(self, x: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -227,6 +264,11 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
 
     def _adapted_forward(self, x: Tensor, name: str) -> Tensor:
         config, qparams = self.settings[name], base_qparams(self)
+        if name not in self.sqft_A:
+            stored, latent = self._stored_codes()
+            return scaled_linear(x, stored, self._trained_grid(name), self._bias(), latent=latent)
+        if config.method == "lora":
+            return self._low_rank_forward(x, name)
         if self.training and config.dropout and config.dropout_kind == "token":
             return self._token_dropout_forward(x, name)
         lora_A, lora_B = self._dropped_slice(name)
@@ -238,10 +280,20 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             self._bias(),
             scaling=config.scaling,
             qparams=qparams,
+            scale=self.trained_scale(name),
             storage_dtype=config.rounding_dtype if qparams is None else None,
             gradient=self._gradient(config),
             kernels=config.kernels,
         )
+
+    def _trained_grid(self, name: str) -> QParams:
+        qparams, scale = base_qparams(self), self.trained_scale(name)
+        assert qparams is not None
+        return qparams if scale is None else replace(qparams, scale=scale)
+
+    def _stored_codes(self) -> tuple[Tensor, bool]:
+        """The tensor that holds the base's codes, and whether it is a latent."""
+        return base_tensor(self), hasattr(self.base_layer, "latent")
 
     def _token_dropout_forward(self, x: Tensor, name: str) -> Tensor:
         """The published dropout of the update's input: the base and the update need a product each.
@@ -271,12 +323,12 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             return "exact" if step % config.hybrid_steps == 0 else "lowrank"
         return "lowrank" if config.gradient == "lowrank" else "exact"
 
-    def _check_rank_is_chosen(self, name: str) -> None:
+    def _check_step(self, name: str) -> None:
         """Refuse to train elastic ranks that nobody draws: only the largest rank would learn anything."""
         config = self.settings[name]
-        elastic = len(config.ranks) > 1 and not config.rank_pattern
-        trains = torch.is_grad_enabled() and self.sqft_A[name].requires_grad
-        if elastic and trains and name not in self.rank_chosen and self.seed_and_step is None:
+        elastic = name in self.sqft_A and len(config.ranks) > 1 and not config.rank_pattern
+        trains = self.training and torch.is_grad_enabled() and elastic and self.sqft_A[name].requires_grad
+        if trains and name not in self.rank_chosen and self.seed_and_step is None:
             raise AdapterError(
                 f"ranks {config.ranks} are elastic, and no step has chosen one: give the trainer "
                 "callbacks=[sqft.training.RankSampler()], or call sqft.adapters.set_ranks"
@@ -290,25 +342,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
             )
         return self.seed_and_step
 
-    def active_name(self) -> str | None:
-        """The adapter that runs, or None.
-
-        Raises: AdapterError if there are several.
-        """
-        names = [name for name in self.active_names() if name in self.sqft_A]
-        if len(names) > 1:
-            raise AdapterError(
-                f"{self.module_name} has {len(names)} active adapters; sqft runs one at a time"
-            )
-        return names[0] if names else None
-
     def _bias(self) -> Tensor | None:
         bias = self.base_layer.bias
         return bias if isinstance(bias, Tensor) else None
-
-    def active_names(self) -> list[str]:
-        """The adapters that are switched on, whether or not this layer has them."""
-        return [self._active_adapter] if isinstance(self._active_adapter, str) else self._active_adapter
 
     def _check_mergeable(self, config: SqftConfig, qparams: QParams | None) -> None:
         if config.method != "lora":
@@ -329,43 +365,21 @@ class AdapterLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is
                 f"the merged weight of {self.module_name} is not finite; the adapter is damaged"
             )
 
-    def _replace_base(self, merged: MergedWeight) -> None:
+    def replacement(self, name: str) -> dict[str, Tensor]:
+        """The merged weight in the form of the base: a float weight, or codes and trained scales."""
+        merged = self.merged_weight(name)
         if merged.codes is None or merged.qparams is None:
             assert merged.weight is not None
-            weight = self.base_layer.weight
-            assert isinstance(weight, Tensor)
-            self.kept_base = weight.data
-            self._set_base(merged.weight.to(weight.dtype))
-            return
-        latent = self.base_layer.latent
-        assert isinstance(latent, Tensor)
-        self.kept_base = latent
+            return {"weight": merged.weight}
+        replaced = {"scale": merged.qparams.scale} if name in self.sqft_scale else {}
+        if name not in self.sqft_A:
+            return replaced
         encoded = encode_latent(merged.dequantized(), merged.codes, merged.mask, merged.qparams)
-        self._set_base(decode_latent(encoded, merged.qparams) if latent.is_floating_point() else encoded)
-
-    def _set_base(self, tensor: Tensor) -> None:
-        if base_qparams(self) is None:
-            self.base_layer.weight.data = tensor
-        else:
-            self.base_layer.latent = tensor
-
-
-def check_method(method: str, layer: nn.Module, name: str) -> None:
-    """Raises: AdapterError if a method needs another kind of base than this layer."""
-    if method == "qa_sparse_peft" and base_qparams(layer) is None:
-        raise AdapterError(f"qa_sparse_peft needs a quantized base, and {name} is not; quantize it first")
-    if method == "sparse_peft" and base_qparams(layer) is not None:
-        raise AdapterError(f"sparse_peft on the quantized {name} would leave its grid; use qa_sparse_peft")
+        decoded = base_tensor(self).is_floating_point()
+        return replaced | {"latent": decode_latent(encoded, merged.qparams) if decoded else encoded}
 
 
 def seeded_generator(text: str) -> torch.Generator:
     """A generator that is a pure function of a text."""
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def base_weight_device(layer: nn.Module) -> torch.device:
-    """The device of a layer's tensors."""
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from sqft.adapters.identity import digest_tensors
-from sqft.adapters.layer import MergedWeight
-from sqft.adapters.space import adapter_config, adapter_layers
+from sqft.adapters.layer import AdapterLinear, MergedWeight
+from sqft.adapters.norm import AdapterNorm
+from sqft.adapters.space import adapter_config, adapter_layers, norm_layers
 
-__all__ = ["codes_digest", "count_differing_codes", "merge_adapters"]
+__all__ = ["codes_digest", "count_differing_codes", "merge_adapters", "merge_norms"]
 
 
 def merge_adapters(peft_model: nn.Module) -> dict[str, MergedWeight]:
@@ -22,9 +23,19 @@ def merge_adapters(peft_model: nn.Module) -> dict[str, MergedWeight]:
     return {name: layer.merged_weight() for name, layer in adapter_layers(peft_model).items()}
 
 
+def merge_norms(peft_model: nn.Module) -> dict[str, Tensor]:
+    """The trained weight of every norm, by the norm's full name, in its stored dtype; empty without any.
+
+    Raises: AdapterError if there is no adapter, or a weight is not finite.
+    """
+    adapter_config(peft_model)
+    return {name: layer.stored() for name, layer in norm_layers(peft_model).items()}
+
+
 def codes_digest(peft_model: nn.Module) -> str:
     """The sha256 of what a merge would write now: codes, or weights in the storage dtype, by sorted name.
 
+    Trained scales of a linear NAME stand in it as NAME.scale, float32, and a trained norm's weight as stored.
     Of every tensor the digest takes name, dtype and shape (`name\\0dtype\\0(out, in)\\0`) and then its bytes.
     One module is merged at a time. Raises: as `merge_adapters`.
     """
@@ -47,8 +58,15 @@ def count_differing_codes(peft_model: nn.Module) -> tuple[int, int]:
 
 
 def _merged_tensors(peft_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, layer in sorted(adapter_layers(peft_model).items()):
-        merged = layer.merged_weight()
+    layers: dict[str, AdapterLinear | AdapterNorm] = {**adapter_layers(peft_model), **norm_layers(peft_model)}
+    for name, layer in sorted(layers.items()):
+        if isinstance(layer, AdapterNorm):
+            yield name, layer.stored()
+            continue
+        merged, adapter = layer.merged_weight(), layer.active_name() or ""
         tensor = merged.weight if merged.codes is None else merged.codes
         assert tensor is not None
         yield name, tensor
+        if adapter in layer.sqft_scale:
+            assert merged.qparams is not None
+            yield f"{name}.scale", merged.qparams.scale

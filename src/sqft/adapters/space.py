@@ -10,10 +10,19 @@ from torch import nn
 
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.layer import AdapterLinear
+from sqft.adapters.norm import AdapterNorm
 from sqft.adapters.targets import rank_groups
 from sqft.errors import AdapterError
 
-__all__ = ["SearchSpace", "SubAdapter", "adapter_config", "adapter_layers", "set_ranks", "set_step"]
+__all__ = [
+    "SearchSpace",
+    "SubAdapter",
+    "adapter_config",
+    "adapter_layers",
+    "norm_layers",
+    "set_ranks",
+    "set_step",
+]
 
 SubAdapter = dict[str, int]
 
@@ -30,7 +39,7 @@ class SearchSpace:
 
     @classmethod
     def of(cls, peft_model: nn.Module) -> "SearchSpace":
-        """The space of a model with an sqft adapter; a fixed rank makes a space of one.
+        """The space of a model with an sqft adapter: of one for a fixed rank, empty for method scales.
 
         Raises: AdapterError if there is no sqft adapter, or it is an extracted sub-adapter.
         """
@@ -39,19 +48,23 @@ class SearchSpace:
             raise AdapterError(
                 "an extracted sub-adapter has one rank for each module; search the super-adapter"
             )
-        return cls(rank_groups(config.target_modules or [], config.rank_groups), tuple(config.ranks))
+        names = (config.target_modules or []) if config.low_rank else []
+        return cls(rank_groups(names, config.rank_groups), tuple(config.ranks))
 
     def maximal(self) -> SubAdapter:
         """The largest rank everywhere."""
-        return dict.fromkeys(self.groups, self.ranks[0])
+        return self._everywhere(0)
 
     def median(self) -> SubAdapter:
         """The middle rank everywhere, the paper's heuristic; of two in the middle, the smaller."""
-        return dict.fromkeys(self.groups, self.ranks[len(self.ranks) // 2])
+        return self._everywhere(len(self.ranks) // 2)
 
     def minimal(self) -> SubAdapter:
         """The smallest rank everywhere."""
-        return dict.fromkeys(self.groups, self.ranks[-1])
+        return self._everywhere(-1)
+
+    def _everywhere(self, index: int) -> SubAdapter:
+        return dict.fromkeys(self.groups, self.ranks[index]) if self.groups else {}
 
     def ranks_at(self, seed: int, step: int) -> SubAdapter:
         """The sub-adapter of an optimizer step: uniform in the space, a pure function of (seed, step)."""
@@ -79,8 +92,9 @@ def set_ranks(peft_model: nn.Module, sub_adapter: SubAdapter) -> None:
     Raises: AdapterError if it does not fit the model's search space.
     """
     ranks = SearchSpace.of(peft_model).modules(sub_adapter)
-    for name, layer in adapter_layers(peft_model).items():
-        layer.set_rank(ranks[name])
+    layers = adapter_layers(peft_model)
+    for name, rank in ranks.items():
+        layers[name].set_rank(rank)
 
 
 def set_step(peft_model: nn.Module, seed: int, step: int) -> None:
@@ -93,8 +107,15 @@ def set_step(peft_model: nn.Module, seed: int, step: int) -> None:
 
 
 def adapter_layers(peft_model: nn.Module) -> dict[str, AdapterLinear]:
-    """The adapter layers of a model, by the name of the linear layer they wrap, in the model's order."""
-    return {m.module_name: m for m in peft_model.modules() if isinstance(m, AdapterLinear)}
+    """The linears that the active adapter trains, by the name of what they wrap, in the model's order."""
+    layers = (m for m in peft_model.modules() if isinstance(m, AdapterLinear))
+    return {layer.module_name: layer for layer in layers if layer.active_name() is not None}
+
+
+def norm_layers(peft_model: nn.Module) -> dict[str, AdapterNorm]:
+    """The norms that the active adapter trains, by the name of what they wrap, in the model's order."""
+    layers = (m for m in peft_model.modules() if isinstance(m, AdapterNorm))
+    return {layer.module_name: layer for layer in layers if layer.active_name() is not None}
 
 
 def adapter_config(peft_model: nn.Module) -> SqftConfig:

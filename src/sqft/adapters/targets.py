@@ -9,7 +9,7 @@ from sqft.adapters.config import DEFAULT_RANK_GROUPS, DEFAULT_TARGETS
 from sqft.errors import AdapterError
 from sqft.models.blocks import is_linear, matches_name
 
-__all__ = ["find_targets", "rank_groups"]
+__all__ = ["find_quantized", "find_targets", "rank_groups"]
 
 BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
@@ -37,6 +37,26 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
             f"no linear layer is called {', '.join(missing)}; the blocks of this model have: {there}"
         )
     return found
+
+
+def find_quantized(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
+    """The linears inside repeated blocks whose group scales can be trained, by full name; None takes all.
+
+    Raises: AdapterError if a pattern matches nothing, or there is no quantized linear.
+    """
+    layers = find_targets(model, ["*"] if patterns is None else patterns)
+    quantized = {name: layer for name, layer in layers.items() if is_quantized(layer)}
+    if not quantized:
+        raise AdapterError("trained scales need a quantized base, and this one is not; quantize it first")
+    plain = sorted(set(layers) - set(quantized))
+    if plain and patterns is not None:
+        raise AdapterError(f"trained scales need a quantized base, and {plain[0]} is not; leave it out")
+    return quantized
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a linear, wrapped or not, holds codes."""
+    return getattr(getattr(layer, "base_layer", layer), "qparams", None) is not None
 
 
 def rank_groups(names: Iterable[str], patterns: list[list[str]] | None) -> dict[str, tuple[str, ...]]:

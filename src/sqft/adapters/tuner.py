@@ -1,6 +1,6 @@
 """The PEFT tuner, and its entry in PEFT's tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -12,25 +12,34 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
-from sqft.adapters.config import PEFT_TYPE, SqftConfig
-from sqft.adapters.identity import base_identity, base_qparams, base_tensor, base_weight, check_identity
-from sqft.adapters.layer import AdapterLinear, check_method, seeded_generator
-from sqft.adapters.space import adapter_layers
-from sqft.adapters.targets import find_targets, rank_groups
+from sqft.adapters.checks import check_method
+from sqft.adapters.config import PEFT_TYPE, STORAGE_DTYPES, SqftConfig
+from sqft.adapters.identity import base_qparams, base_tensor, base_weight, check_identity, identity_of
+from sqft.adapters.layer import AdapterLinear, seeded_generator
+from sqft.adapters.norm import AdapterNorm, find_norms, norm_dtype, norm_weight
+from sqft.adapters.targets import find_quantized, find_targets, rank_groups
+from sqft.adapters.tuner_layer import TunerLayer
 from sqft.errors import AdapterError
 from sqft.ops import keep_nonzero
 from sqft.ops.mask import existing_mask
+from sqft.ops.trained import significant_bits
 
 __all__ = ["SqftModel", "register_peft_method"]
 
 
+# Scales of others may have more; a trained one is rounded to what float16 holds.
+MOST_SCALE_BITS = 11
+
+State = dict[str, Tensor]
+
+
 class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
-    """Wraps the target modules of a model in `AdapterLinear`; made by `peft.get_peft_model`."""
+    """Wraps linears in `AdapterLinear` and norms in `AdapterNorm`; made by `peft.get_peft_model`."""
 
     prefix = "sqft_"
-    tuner_layer_cls = AdapterLinear
+    tuner_layer_cls = TunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -42,24 +51,40 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         Raises: AdapterError if a target is missing, or the adapter was trained on another base.
         """
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
-        layers = find_targets(model, config.target_modules)
-        names = sorted(layers, key=list(layers).index)
-        rank_groups(names, config.rank_groups)
-        unknown = sorted(set(config.rank_pattern) - set(names))
+        low_rank = find_targets(model, config.target_modules) if config.low_rank else {}
+        scaled = self._find_scaled(model, config)
+        norms = find_norms(model, config.norm_modules or None) if config.train_norms else {}
+        rank_groups(low_rank, config.rank_groups)
+        unknown = sorted(set(config.rank_pattern) - set(low_rank))
         if unknown:
             raise AdapterError(f"the adapter names modules that this model lacks, such as {unknown[0]}")
         if config.storage_dtype is None:
-            for name, layer in layers.items():
+            for name, layer in low_rank.items():
                 check_method(config.method, layer, name)
-            config.storage_dtype = _storage_dtype(layers, rounds=config.method == "sparse_peft")
-        _keep_stray_zeros(layers, getattr(torch, config.storage_dtype))
-        found = base_identity(model, names)
+            config.storage_dtype = _storage_dtype(low_rank, rounds=config.method == "sparse_peft")
+        _keep_stray_zeros(low_rank, STORAGE_DTYPES[config.storage_dtype])
+        found = identity_of(low_rank, scaled, {name: norm_weight(norm) for name, norm in norms.items()})
         check_identity(config.identity, found)
         config.identity = found
-        config.target_modules = names
-        _cast_other_linears(model, set(layers.values()))
+        if config.scale_bits is None and scaled:
+            config.scale_bits = _scale_bits(scaled.values())
+        if config.norm_dtype is None and norms:
+            config.norm_dtype = norm_dtype(norms.values())
+        config.scale_modules, config.norm_modules = list(scaled), list(norms)
+        self.low_rank_modules = set(low_rank)
+        config.target_modules = list({**low_rank, **scaled, **norms})
+        _cast_other_linears(model, {*low_rank.values(), *scaled.values()})
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.target_modules = names  # PEFT shortens long lists of names to their ends
+        # PEFT shortens long lists of names to their ends.
+        config.target_modules = list(low_rank) if config.low_rank else list(scaled)
+
+    def _find_scaled(self, model: nn.Module, config: SqftConfig) -> dict[str, nn.Module]:
+        """The linears whose scales are trained: of method scales the targets, else every quantized linear."""
+        if not config.train_scales:
+            return {}
+        return find_quantized(
+            model, config.scale_modules or (None if config.low_rank else config.target_modules)
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge every layer, or none of them.
@@ -83,10 +108,12 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         """Work out every merged weight before the first one is put in its place, as one may be refused."""
-        for layer in adapter_layers(self.model).values():
+        for layer in self.model.modules():
+            if not isinstance(layer, TunerLayer) or layer.merged_adapters:
+                continue
             for name in layer.active_names() if adapter_names is None else adapter_names:
-                if name in layer.sqft_A and not layer.merged_adapters:
-                    layer.merged_weight(name)
+                if name in layer.settings:
+                    layer.replacement(name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -114,20 +141,92 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, AdapterLinear) else AdapterLinear(target, current_key)
-        layer.add_adapter(
-            adapter_name, peft_config, seeded_generator(f"{peft_config.init_seed}:{current_key}")
-        )
+        layer: TunerLayer
+        if current_key in peft_config.norm_modules:
+            layer = target if isinstance(target, AdapterNorm) else AdapterNorm(target, current_key)
+            layer.add_adapter(adapter_name, peft_config)
+        else:
+            layer = target if isinstance(target, AdapterLinear) else AdapterLinear(target, current_key)
+            generator = seeded_generator(f"{peft_config.init_seed}:{current_key}")
+            low_rank = current_key in self.low_rank_modules
+            layer.add_adapter(adapter_name, peft_config, generator, low_rank=low_rank)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SqftConfig,
+        adapter_name: str,
+        state_dict: State,
+        unwanted_adapter_names: Any,
+    ) -> State:
+        """What is saved: of scales and norms the numbers that are served, in the dtype they are stored in."""
+        found: State = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        for key, layer in _trained_in_place(model, found):
+            if isinstance(layer, AdapterNorm):
+                found[key] = layer.stored_weight(adapter_name, found[key])
+            else:
+                found[key] = layer.stored_scale(adapter_name, found[key])
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SqftConfig, adapter_name: str, state_dict: State
+    ) -> State:
+        """What is loaded: the changes that give the saved scales and norms.
+
+        Raises: AdapterError if a tensor is missing or damaged.
+        """
+        found: State = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        for name, layer in model.named_modules():
+            if isinstance(layer, TunerLayer) and adapter_name in layer.settings:
+                for part in layer.adapter_layer_names:
+                    if adapter_name in getattr(layer, part) and f"{name}.{part}.{adapter_name}" not in found:
+                        raise AdapterError(f"the adapter lacks {part} of {layer.module_name}; it is damaged")
+        for key, layer in _trained_in_place(model, found):
+            if isinstance(layer, AdapterNorm):
+                found[key] = layer.change_of_weight(found[key])
+            else:
+                found[key] = layer.change_of_scale(found[key])
+        return found
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         # PEFT's own version looks for a float weight to take the device from; a quantized layer has none.
         setattr(parent, child_name, new_module)
+
+
+def _trained_in_place(model: nn.Module, state: State) -> list[tuple[str, AdapterLinear | AdapterNorm]]:
+    """The entries of a state that stand for scales or norms of the base, with their layers."""
+    found = []
+    for key in state:
+        path, part, _ = (
+            key.rpartition(".sqft_scale.") if ".sqft_scale." in key else key.rpartition(".sqft_norm.")
+        )
+        if part:
+            layer = model.get_submodule(path)
+            assert isinstance(layer, AdapterLinear | AdapterNorm)
+            found.append((key, layer))
+    return found
+
+
+def _scale_bits(layers: Iterable[nn.Module]) -> int:
+    """The significant bits of the base's scales, as far as a trained scale is to have them."""
+    grids = [base_qparams(layer) for layer in layers]
+    return min(MOST_SCALE_BITS, max(significant_bits(grid.scale) for grid in grids if grid is not None))
 
 
 def _storage_dtype(layers: dict[str, nn.Module], *, rounds: bool) -> str:

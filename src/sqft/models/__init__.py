@@ -12,7 +12,7 @@ from sqft.models.existing import ExistingMasks
 from sqft.models.loading import load_model, load_tokenizer, load_trainable, read_quantized
 from sqft.models.outline import ModelOutline, model_identity, model_outline
 from sqft.models.packing import GridSpec, QuantizedWeight
-from sqft.models.quantized_linear import QuantizedLinear
+from sqft.models.quantized_linear import PackedLinear, QuantizedLinear
 from sqft.models.source import resolve_model
 from sqft.models.writer import (
     CheckpointWriter,
@@ -29,6 +29,7 @@ __all__ = [
     "ExistingMasks",
     "GridSpec",
     "ModelOutline",
+    "PackedLinear",
     "QuantizedLinear",
     "QuantizedWeight",
     "StoredMasks",

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from sqft.errors import ModelError
 from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transformers
 from sqft.models.packing import QuantizedWeight
-from sqft.models.quantized_linear import QuantizedLinear
+from sqft.models.quantized_linear import GridLinear, PackedLinear, QuantizedLinear
 from sqft.models.saving import save_as_packed
 from sqft.models.writer import read_latents, read_masks
 from sqft.ops import decode_latent, encode_latent, keep_nonzero, latent_codes
@@ -52,12 +52,15 @@ def load_model(
 def load_trainable(
     directory: Path,
     *,
-    base_precision: Literal["latent", "float32"] = "latent",
+    base_precision: Literal["latent", "float32", "packed"] = "latent",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The frozen base for adapters: quantized linears are `QuantizedLinear`, others `nn.Linear`.
+
+    base_precision packed: quantized linears are `PackedLinear`, which hold codes alone, for trained scales
+    and for running a quantized model in little memory; what the codes were rounded from is not read.
 
     Linears in the blocks keep the dtype they are stored in; everything else (embeddings, norms, head) is in
     `dtype`. Where masks are stored, a weight is non-zero exactly where its mask says kept, which is checked.
@@ -69,7 +72,8 @@ def load_trainable(
     Raises: ModelError if the directory is not a whole model, or weights and masks disagree.
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-    masks, latents = read_masks(directory), read_latents(directory)
+    masks = read_masks(directory)
+    latents = {} if base_precision == "packed" else read_latents(directory)
     model = checkpoint.skeleton()
     for name in checkpoint.quantized_names:
         bias = f"{name}.bias"
@@ -93,6 +97,8 @@ def load_trainable(
         dense = linear not in masks and in_block and name == f"{linear}.weight"
         if dense and existing_mask(value) is None:
             value = keep_nonzero(value, torch.ones_like(value, dtype=torch.bool))
+        if not in_block:  # so that a trained norm is rounded to what is stored
+            model.get_submodule(linear).stored_dtype = value.dtype
         _set_parameter(model, name, value.to(device=device, dtype=value.dtype if in_block else dtype))
     if checkpoint.quantized_names:
         save_as_packed(model)
@@ -132,7 +138,12 @@ def _quantized_layer(
     base_precision: str,
     dtype: torch.dtype,
     bias: Tensor | None,
-) -> QuantizedLinear:
+) -> GridLinear:
+    if base_precision == "packed":
+        layer = PackedLinear.pack(weight.codes, weight.qparams, bias, dtype=dtype)
+        if mask is not None and bool((layer.quantized_weight()[~mask] != 0).any()):
+            raise ModelError(f"{name}: a weight that its stored mask prunes is not 0; quantize it again")
+        return layer
     if latent is None:
         if mask is None and weight.qparams.bits >= 4:
             kept = weight.dequantize() != 0

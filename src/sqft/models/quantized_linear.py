@@ -1,43 +1,38 @@
-"""A linear layer held as integers: one byte a weight, dequantized on the fly."""
+"""A linear layer held as integers: a byte a weight, or half of one, dequantized on the fly."""
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 
 from sqft.ops import QParams, decode_latent, dequantize, latent_codes, quantize
+from sqft.ops.packed import pack_codes, unpack_codes
+from sqft.ops.scaled_linear import scaled_linear
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["GridLinear", "PackedLinear", "QuantizedLinear"]
 
 
-class QuantizedLinear(nn.Module):
-    """y = x @ dequantize(codes).T + bias.
+class GridLinear(nn.Module, ABC):
+    """y = x @ dequantize(codes).T + bias, for codes however they are kept.
 
-    Buffers: `latent` (out, in), uint8 up to 4 bits and int16 for 8 (`ops.latent`), or float32, the decoded
-    base; `scale` (out, groups) float32; `zero_point` (out, groups) uint8. The integer base costs a byte a
-    weight; the float32 base 4 bytes, and saves decoding. Backward keeps no weight, it decodes again.
+    Buffers: `scale` (out, groups) float32; `zero_point` (out, groups) uint8. Backward keeps no weight, it
+    decodes again.
     """
 
     is_quantized_linear = True
 
     def __init__(
-        self,
-        latent: Integer[Tensor, "out in"] | Float[Tensor, "out in"],
-        qparams: QParams,
-        bias: Tensor | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
+        self, out_features: int, in_features: int, qparams: QParams, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = latent.shape
+        self.out_features, self.in_features = out_features, in_features
         self.bits, self.symmetric = qparams.bits, qparams.symmetric
         self.compute_dtype = dtype
-        self.register_buffer("latent", latent)
         self.register_buffer("scale", qparams.scale)
         self.register_buffer("zero_point", qparams.zero_point)
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-        self.latent: Tensor
         self.scale: Tensor
         self.zero_point: Tensor
 
@@ -46,15 +41,13 @@ class QuantizedLinear(nn.Module):
         """The grid."""
         return QParams(self.scale.float(), self.zero_point, self.bits, self.symmetric)
 
-    def base_weight(self) -> Float[Tensor, "out in"]:
-        """The float32 weight before rounding, on which quantization-aware training builds."""
-        return decode_latent(self.latent, self.qparams)
+    @abstractmethod
+    def codes(self) -> UInt8[Tensor, "out in"]:
+        """The codes."""
 
-    def codes(self) -> Tensor:
-        """The codes, uint8 (out, in)."""
-        if self.latent.is_floating_point():
-            return quantize(self.latent, self.qparams)
-        return latent_codes(self.latent)
+    @abstractmethod
+    def base_weight(self) -> Float[Tensor, "out in"]:
+        """The float32 weight on which adapters build."""
 
     def quantized_weight(self) -> Float[Tensor, "out in"]:
         """The float32 weight that the layer multiplies with."""
@@ -71,9 +64,83 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group_size={size}"
 
 
+class QuantizedLinear(GridLinear):
+    """Codes together with what rounding lost, on which quantization-aware training builds.
+
+    Buffer `latent` (out, in): uint8 up to 4 bits and int16 for 8 (`ops.latent`), or float32, the decoded
+    base. The integer base costs a byte a weight; the float32 base 4 bytes, and saves decoding.
+    """
+
+    def __init__(
+        self,
+        latent: Integer[Tensor, "out in"] | Float[Tensor, "out in"],
+        qparams: QParams,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(latent.shape[0], latent.shape[1], qparams, bias, dtype)
+        self.register_buffer("latent", latent)
+        self.latent: Tensor
+
+    def base_weight(self) -> Float[Tensor, "out in"]:
+        """The float32 weight before rounding."""
+        return decode_latent(self.latent, self.qparams)
+
+    def codes(self) -> UInt8[Tensor, "out in"]:
+        """The codes."""
+        if self.latent.is_floating_point():
+            return quantize(self.latent, self.qparams)
+        return latent_codes(self.latent)
+
+
+class PackedLinear(GridLinear):
+    """Codes alone, as `ops.packed` packs them: half a byte a weight at 4 bits. For scales, and for running.
+
+    Buffer `packed` (out, bytes) uint8.
+    """
+
+    def __init__(
+        self,
+        packed: UInt8[Tensor, "out bytes"],
+        in_features: int,
+        qparams: QParams,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(packed.shape[0], in_features, qparams, bias, dtype)
+        self.register_buffer("packed", packed)
+        self.packed: Tensor
+
+    @classmethod
+    def pack(
+        cls,
+        codes: UInt8[Tensor, "out in"],
+        qparams: QParams,
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """The layer of these codes."""
+        return cls(pack_codes(codes, qparams.bits), codes.shape[1], qparams, bias, dtype=dtype)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """Multiply with the dequantized weight, in the dtype of x."""
+        return scaled_linear(x, self.packed, self.qparams, self.bias)
+
+    def base_weight(self) -> Float[Tensor, "out in"]:
+        """The float32 weight of the codes: there is no other."""
+        return self.quantized_weight()
+
+    def codes(self) -> UInt8[Tensor, "out in"]:
+        """The codes."""
+        return unpack_codes(self.packed, self.bits, self.in_features)
+
+
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: GridLinear) -> Tensor:
         ctx.layer = layer
         return nn.functional.linear(x, layer.quantized_weight().to(x.dtype))
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from sqft.errors import ModelError
 from sqft.models.packing import GridSpec, QuantizedWeight, pack_weight, quantization_config
-from sqft.models.quantized_linear import QuantizedLinear
+from sqft.models.quantized_linear import GridLinear
 
 __all__ = ["save_as_packed"]
 
-OWN_TENSORS = ("latent", "scale", "zero_point")
+OWN_TENSORS = ("latent", "packed", "scale", "zero_point")
 
 
 def save_as_packed(model: PreTrainedModel) -> None:
@@ -37,7 +37,7 @@ def _save_packed(
 ) -> None:
     """As `transformers.PreTrainedModel.save_pretrained`. Raises: ModelError for grids that differ."""
     save = partial(type(model).save_pretrained, model, save_directory, *args, **options)
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, GridLinear)}
     if not linears or getattr(model, "_hf_peft_config_loaded", False):  # then adapters are all it saves
         save(state_dict=state_dict)
         return

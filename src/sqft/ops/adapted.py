@@ -2,7 +2,8 @@
 
     delta   = (lora_B @ lora_A) * scaling
     adapted = base + where(mask, delta, 0)
-    codes   = clamp(round(adapted / scale) + zero_point, 0, 2^bits - 1)        if a grid is given
+    codes   = clamp(round(adapted / base_scale) + zero_point, 0, 2^bits - 1)   if a grid is given
+    weight  = (codes - zero_point) * scale          the base's scale, or the one trained in its place
 
 All of it in float32 with autocast and TF32 off, true division, in this order: a product in bfloat16 flips
 160 codes in a million.
@@ -55,17 +56,19 @@ def adapted_weight(
     scaling: float,
     mask: Bool[Tensor, "out in"] | None = None,
     qparams: QParams | None = None,
+    scale: Float[Tensor, "out groups"] | None = None,
     storage_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "out in"]:
     """The float32 weight that the adapted layer multiplies with, differentiable in A, B and the scale.
 
-    mask: True = kept; None adapts every weight. qparams: round to this grid. storage_dtype: round to this
-    16-bit type instead, so that a merged 16-bit file holds the very weights that were trained.
+    mask: True = kept; None adapts every weight. qparams: round to this grid. scale: multiply the codes with
+    this trained scale in the place of the grid's. storage_dtype: round to this 16-bit type instead of a grid,
+    so that a merged 16-bit file holds the very weights that were trained.
     A sub-adapter of rank r passes lora_A[:r], lora_B[:, :r] and the scaling of the maximal rank.
     """
     adapted = _before_rounding(base, lora_A, lora_B, scaling, mask)
     if qparams is not None:
-        return fake_quantize(adapted, qparams)
+        return fake_quantize(adapted, qparams, scale)
     return adapted if storage_dtype is None else round_storage(adapted, storage_dtype)
 
 

@@ -7,6 +7,8 @@ base, builds W again block by block of rows, and forms the gradient of W in the 
 
     dX = dY W
     exact:    G = mask * unclamped * (dY^T x),   dA = scaling B^T G,   dB = scaling G A^T
+              with a trained scale: dscale = sum over a group of (dY^T x) * (codes - zero_point), and
+              G times scale / base scale
     lowrank:  dA = scaling (dY B)^T x,   dB = scaling dY^T (x A^T)
 
 so that its transients are two blocks of max(BLOCK_ELEMENTS, MIN_ROWS * in) elements in the compute dtype, and
@@ -46,32 +48,33 @@ def adapted_linear(
     *,
     scaling: float,
     qparams: QParams | None = None,
+    scale: Float[Tensor, "out groups"] | None = None,
     storage_dtype: torch.dtype | None = None,
     gradient: Literal["exact", "lowrank"] = "exact",
     kernels: Literal["auto", "torch", "triton"] = "auto",
 ) -> Float[Tensor, "*batch out"]:
-    """Multiply with the adapted weight; differentiable in x, A, B, the bias, and the scale of the grid.
+    """Multiply with the adapted weight; differentiable in x, A, B, the bias, and a trained scale.
 
-    base: a float weight, or the integer latent of `ops.latent`, for which qparams is its grid. The product
-    runs in the dtype of x, or in the autocast dtype; the weight is computed in float32 whatever that is.
+    base: a float weight, or the integer latent of `ops.latent`, for which qparams is its grid. scale: a
+    trained one, which the codes are multiplied with in the place of the grid's. The product runs in the dtype
+    of x, or in the autocast dtype; the weight is computed in float32 whatever that is.
     gradient: exact, or lowrank, which leaves the mask and the clamp out of the gradients of A and B.
     kernels: triton builds the weight and contracts its gradient by the kernels of `sqft.kernels`; where they
         cannot run (no NVIDIA GPU, no Triton) it is torch, and a warning says so once. auto: what the table in
-        `kernels.choices` says is faster for the shape on this kind of card; torch for trainable scales.
+        `kernels.choices` says is faster for the shape on this kind of card; torch for trained scales.
 
-    Raises: AdapterError for an unknown choice, and for the gradient of a scale with gradient="lowrank" or
+    Raises: AdapterError for an unknown choice, and for a trained scale with gradient="lowrank" or
     kernels="triton".
     """
     check_choice("gradient", gradient, GRADIENTS)
     check_choice("kernels", kernels, KERNELS)
-    trains_scale = qparams is not None and qparams.scale.requires_grad
-    if trains_scale and kernels == "triton":
-        raise AdapterError("trainable scales need the torch operation; set kernels: torch")
+    if kernels == "triton" and scale is not None:
+        raise AdapterError("trained scales need the torch operation; set kernels: torch")
+    if gradient == "lowrank" and scale is not None:
+        raise AdapterError("trained scales need the exact gradient; set gradient: exact")
     used = TORCH
-    if not trains_scale:
+    if scale is None:
         used = kernels_for(kernels, x.device, base.shape, quantized=qparams is not None)
-    if trains_scale and gradient == "lowrank":
-        raise AdapterError("trainable scales need the exact gradient; set gradient: exact")
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     plan = _Plan(
@@ -83,8 +86,8 @@ def adapted_linear(
         dtype,
         used,
     )
-    scale, zero_point = (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
-    out: Tensor = _AdaptedLinear.apply(x, base, lora_A, lora_B, bias, scale, zero_point, plan)
+    step, zero_point = (None, None) if qparams is None else (qparams.scale, qparams.zero_point)
+    out: Tensor = _AdaptedLinear.apply(x, base, lora_A, lora_B, bias, scale, step, zero_point, plan)
     return out
 
 
@@ -126,12 +129,18 @@ class _Plan:
     kernels: Choice
 
     def blocks(
-        self, base: Tensor, lora_A: Tensor, lora_B: Tensor, scale: Tensor | None, zero_point: Tensor | None
+        self,
+        base: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: Tensor | None,
+        step: Tensor | None,
+        zero_point: Tensor | None,
     ) -> WeightBlocks:
         grid = None
-        if scale is not None and zero_point is not None:
-            grid = QParams(scale.detach(), zero_point, self.bits, self.symmetric)
-        return WeightBlocks(base, lora_A, lora_B, self.scaling, grid, self.storage_dtype, self.kernels)
+        if step is not None and zero_point is not None:
+            grid = QParams(step, zero_point, self.bits, self.symmetric)
+        return WeightBlocks(base, lora_A, lora_B, self.scaling, grid, self.storage_dtype, self.kernels, scale)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -144,14 +153,15 @@ class _AdaptedLinear(torch.autograd.Function):
         lora_B: Tensor,
         bias: Tensor | None,
         scale: Tensor | None,
+        step: Tensor | None,
         zero_point: Tensor | None,
         plan: _Plan,
     ) -> Tensor:
         # Every tensor is an input as it came: FSDP frees and refills the storage of the base in between.
-        ctx.save_for_backward(x, base, lora_A, lora_B, scale, zero_point)
+        ctx.save_for_backward(x, base, lora_A, lora_B, scale, step, zero_point)
         ctx.plan = plan
         with exact_float32(x.device):
-            blocks = plan.blocks(base, lora_A, lora_B, scale, zero_point)
+            blocks = plan.blocks(base, lora_A, lora_B, scale, step, zero_point)
             weight = blocks.build(slice(0, base.shape[0]), plan.dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(plan.dtype), weight, None if bias is None else bias.to(plan.dtype))
@@ -159,10 +169,10 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, base, lora_A, lora_B, scale, zero_point = ctx.saved_tensors
+        x, base, lora_A, lora_B, scale, step, zero_point = ctx.saved_tensors
         plan: _Plan = ctx.plan
         with torch.autocast(x.device.type, enabled=False):
-            blocks = plan.blocks(base, lora_A, lora_B, scale, zero_point)
+            blocks = plan.blocks(base, lora_A, lora_B, scale, step, zero_point)
             dy = grad_output.reshape(-1, base.shape[0]).to(plan.dtype)
             flat = x.reshape(-1, base.shape[1]).to(plan.dtype)
             needs_x, _, needs_A, needs_B, needs_bias, needs_scale = ctx.needs_input_grad[:6]
@@ -178,7 +188,7 @@ class _AdaptedLinear(torch.autograd.Function):
                     _backward_block(blocks, rows, dy, flat, dx, dA, dB, dscale, plan)
             dbias = dy.sum(0) if needs_bias else None
         dx = None if dx is None else dx.view_as(x).to(x.dtype)
-        return dx, None, dA, dB, dbias, dscale, None, None
+        return dx, None, dA, dB, dbias, dscale, None, None, None
 
 
 def _backward_block(
@@ -201,10 +211,7 @@ def _backward_block(
     else:
         gradient = torch.mm(dy_rows.t(), x) if plan.exact and dB is not None else None
         with exact_float32(x.device):
-            if gradient is not None and dscale is not None:
-                term = blocks.scale_term(rows)
-                dscale[rows] = (gradient.float().view_as(term) * term).sum(-1)
-            weight = blocks.build(rows, plan.dtype, gradient)
+            weight = blocks.build(rows, plan.dtype, gradient, dscale)
     if dx is not None and rows.start == 0:
         torch.mm(dy_rows, weight, out=dx)
     elif dx is not None:

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from sqft.errors import CompressionError
 
-__all__ = ["QParams", "compute_qparams", "dequantize", "fake_quantize", "quantize", "round_scale"]
+__all__ = [
+    "QParams",
+    "compute_qparams",
+    "dequantize",
+    "fake_quantize",
+    "quantize",
+    "round_scale",
+    "round_significant",
+]
 
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16, in which GGUF and most runtimes keep scales
 
@@ -51,9 +59,14 @@ class QParams:
 
 def round_scale(scale: Tensor, scale_bits: int) -> Tensor:
     """Round to `scale_bits` significant bits, and up to the smallest normal float16."""
-    mantissa, exponent = torch.frexp(scale.float())
-    steps = 2.0**scale_bits
-    return torch.ldexp(torch.round(mantissa * steps) / steps, exponent).clamp_min(SMALLEST_SCALE)
+    return round_significant(scale, scale_bits).clamp_min(SMALLEST_SCALE)
+
+
+def round_significant(values: Tensor, bits: int) -> Tensor:
+    """The nearest float32 numbers of so many significant bits, ties to even."""
+    mantissa, exponent = torch.frexp(values.float())
+    steps = 2.0**bits
+    return torch.ldexp(torch.round(mantissa * steps) / steps, exponent)
 
 
 def compute_qparams(
@@ -94,13 +107,18 @@ def dequantize(codes: UInt8[Tensor, "out in"], qparams: QParams) -> Float[Tensor
     return (steps * qparams.scale[..., None]).flatten(1)
 
 
-def fake_quantize(weight: Float[Tensor, "out in"], qparams: QParams) -> Float[Tensor, "out in"]:
-    """dequantize(quantize(weight)), differentiable in the weight and the scale.
+def fake_quantize(
+    weight: Float[Tensor, "out in"], qparams: QParams, scale: Float[Tensor, "out groups"] | None = None
+) -> Float[Tensor, "out in"]:
+    """The codes of a weight times a scale, differentiable in the weight and that scale.
 
-    The value is the hard one, bit for bit. The gradient passes straight through the rounding and is 0 where
-    the code was clamped; the scale's gradient is that of LSQ (arXiv 1902.08153, equation 3).
+    scale: what the codes are multiplied with, where it is trained; None: that of the grid, which makes it
+    dequantize(quantize(weight)). The value is the hard one, bit for bit. The gradient passes straight through
+    the rounding, times scale / qparams.scale, and is 0 where the code was clamped; the scale's is
+    sum(gradient * (codes - zero_point)) over its group.
     """
-    out: Tensor = _FakeQuantize.apply(weight, qparams.scale, qparams.zero_point, qparams.max_code)
+    trained = qparams.scale if scale is None else scale
+    out: Tensor = _FakeQuantize.apply(weight, trained, qparams.scale, qparams.zero_point, qparams.max_code)
     return out
 
 
@@ -112,21 +130,23 @@ def _unclamped_codes(weight: Tensor, scale: Tensor, zero_point: Tensor) -> Tenso
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, zero_point: Tensor, max_code: int) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero_point)
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, step: Tensor, zero_point: Tensor, max_code: int
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, step, zero_point)
         ctx.max_code = max_code
-        codes = _unclamped_codes(weight, scale, zero_point).clamp_(0, max_code)
+        codes = _unclamped_codes(weight, step, zero_point).clamp_(0, max_code)
         return ((codes - zero_point[..., None].float()) * scale[..., None]).flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        weight, scale, zero_point = ctx.saved_tensors
-        unclamped = _unclamped_codes(weight, scale, zero_point)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        weight, scale, step, zero_point = ctx.saved_tensors
+        unclamped = _unclamped_codes(weight, step, zero_point)
         inside = (unclamped >= 0) & (unclamped <= ctx.max_code)
         grad = grad_output.unflatten(1, (scale.shape[1], -1))
         grad_scale = None
         if ctx.needs_input_grad[1]:
             steps = unclamped.clamp(0, ctx.max_code) - zero_point[..., None].float()
-            exact = weight.float().unflatten(1, (scale.shape[1], -1)) / scale[..., None]
-            grad_scale = (grad * torch.where(inside, steps - exact, steps)).sum(-1)
-        return (grad * inside).flatten(1).to(weight.dtype), grad_scale, None, None
+            grad_scale = (grad * steps).sum(-1)
+        grad_weight = grad * inside * (scale / step)[..., None]
+        return grad_weight.flatten(1).to(weight.dtype), grad_scale, None, None, None

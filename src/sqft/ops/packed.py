@@ -7,7 +7,7 @@ codes lie in the order of compressed-tensors (`models.packing`).
 """
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from sqft.ops.grid import QParams
@@ -36,13 +36,20 @@ def unpack_codes(packed: UInt8[Tensor, "out bytes"], bits: int, columns: int) ->
 
 
 def code_steps(
-    packed: UInt8[Tensor, "out bytes"], qparams: QParams, out: Float[Tensor, "out in"]
+    stored: Integer[Tensor, "out stored"],
+    qparams: QParams,
+    out: Float[Tensor, "out in"],
+    *,
+    latent: bool = False,
 ) -> Float[Tensor, "out in"]:
     """codes - zero_point as float32, written into `out`; times the scale it is the weight.
 
-    packed and qparams: of the same rows.
+    stored and qparams: of the same rows. stored: packed codes, or with latent=True those of `ops.latent`.
     """
-    _unpack_into(out, packed, qparams.bits)
+    if latent:
+        out.copy_(stored >> 4)
+    else:
+        _unpack_into(out, stored, qparams.bits)
     if qparams.symmetric:
         return out.sub_(1 << (qparams.bits - 1))
     out.unflatten(1, (qparams.zero_point.shape[1], -1)).sub_(qparams.zero_point[..., None].float())

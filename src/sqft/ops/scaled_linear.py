@@ -13,12 +13,12 @@ section 3.3.
 Differs from the papers: the scale is rounded to what is stored in every forward pass, by `rounded_scale`.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,25 +27,69 @@ from sqft.ops.grid import QParams
 from sqft.ops.packed import code_steps
 from sqft.ops.weight_blocks import cache_blocks, transient_blocks
 
-__all__ = ["scaled_linear"]
+__all__ = ["scaled_linear", "scaled_weight"]
 
 
 def scaled_linear(
     x: Float[Tensor, "*batch in"],
-    packed: UInt8[Tensor, "out bytes"],
+    stored: Integer[Tensor, "out stored"],
     qparams: QParams,
     bias: Float[Tensor, " out"] | None = None,
+    *,
+    latent: bool = False,
 ) -> Float[Tensor, "*batch out"]:
-    """Multiply with the weight of packed codes; differentiable in x, the scale of the grid, and the bias.
+    """Multiply with the weight of codes; differentiable in x, the scale of the grid, and the bias.
 
-    packed: as `ops.packed.pack_codes` gives it. The product runs in the dtype of x, or in the autocast dtype;
-    the weight is computed in float32 whatever that is.
+    stored: the codes as `ops.packed.pack_codes` packs them, or with latent=True as `ops.latent` keeps them,
+    in the upper part of each integer. The product runs in the dtype of x, or in the autocast dtype; the
+    weight is computed in float32 whatever that is.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    grid = replace(qparams, scale=qparams.scale.detach())
-    out: Tensor = _ScaledLinear.apply(x, packed, qparams.scale, qparams.zero_point, bias, grid, dtype)
+    plan = _Plan(qparams.bits, qparams.symmetric, latent, dtype)
+    out: Tensor = _ScaledLinear.apply(x, stored, qparams.scale, qparams.zero_point, bias, plan)
     return out
+
+
+def scaled_weight(
+    stored: Integer[Tensor, "out stored"], qparams: QParams, columns: int, *, latent: bool = False
+) -> Float[Tensor, "out in"]:
+    """The float32 weight that `scaled_linear` multiplies with; it has no gradient."""
+    plan = _Plan(qparams.bits, qparams.symmetric, latent, torch.float32)
+    return plan.build(stored, qparams.scale.detach(), qparams.zero_point, columns)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    bits: int
+    symmetric: bool
+    latent: bool
+    dtype: torch.dtype
+
+    def build(
+        self,
+        stored: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        columns: int,
+        gradient: Tensor | None = None,
+        dscale: Tensor | None = None,
+    ) -> Tensor:
+        """Rows of the weight; gradient: that of these rows; dscale receives its sums over the groups."""
+        weight = torch.empty(len(stored), columns, dtype=self.dtype, device=stored.device)
+        for part in cache_blocks(len(stored), columns, stored.device.type):
+            target = weight[part]
+            block = target if self.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+            grid = QParams(scale[part], zero_point[part], self.bits, self.symmetric)
+            code_steps(stored[part], grid, block, latent=self.latent)
+            steps = block.unflatten(1, (scale.shape[1], -1))
+            if gradient is not None and dscale is not None:
+                grouped = gradient[part].unflatten(1, (scale.shape[1], -1))
+                dscale[part] = (grouped * steps).sum(-1, dtype=torch.float32)
+            steps.mul_(grid.scale[..., None])
+            if block is not target:
+                target.copy_(block)
+        return weight
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -53,67 +97,43 @@ class _ScaledLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        packed: Tensor,
+        stored: Tensor,
         scale: Tensor,
         zero_point: Tensor,
         bias: Tensor | None,
-        grid: QParams,
-        dtype: torch.dtype,
+        plan: _Plan,
     ) -> Tensor:
-        ctx.save_for_backward(x, packed, scale, zero_point)
-        ctx.bits, ctx.symmetric, ctx.dtype = grid.bits, grid.symmetric, dtype
+        ctx.save_for_backward(x, stored, scale, zero_point)
+        ctx.plan = plan
         with exact_float32(x.device):
-            weight = _build(packed, grid, slice(0, len(packed)), x.shape[-1], dtype)
+            weight = plan.build(stored, scale, zero_point, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+            return F.linear(x.to(plan.dtype), weight, None if bias is None else bias.to(plan.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, packed, scale, zero_point = ctx.saved_tensors
+        x, stored, scale, zero_point = ctx.saved_tensors
+        plan: _Plan = ctx.plan
         needs_x, _, needs_scale, _, needs_bias = ctx.needs_input_grad[:5]
-        rows, columns = len(packed), x.shape[-1]
-        grid = QParams(scale, zero_point, ctx.bits, ctx.symmetric)
+        rows, columns = len(stored), x.shape[-1]
         with torch.autocast(x.device.type, enabled=False):
-            dy = grad_output.reshape(-1, rows).to(ctx.dtype)
-            flat = x.reshape(-1, columns).to(ctx.dtype)
+            dy = grad_output.reshape(-1, rows).to(plan.dtype)
+            flat = x.reshape(-1, columns).to(plan.dtype)
             dx = torch.empty_like(flat) if needs_x else None
             dscale = torch.empty_like(scale) if needs_scale else None
             for block in transient_blocks(rows, columns, x.device.type):
-                gradient = torch.mm(dy[:, block].t(), flat) if needs_scale else None
+                gradient = part = None
+                if dscale is not None:
+                    gradient, part = torch.mm(dy[:, block].t(), flat), dscale[block]
                 with exact_float32(x.device):
-                    weight = _build(packed, grid, block, columns, ctx.dtype, gradient, dscale)
+                    weight = plan.build(
+                        stored[block], scale[block], zero_point[block], columns, gradient, part
+                    )
                 if dx is not None and block.start == 0:
                     torch.mm(dy[:, block], weight, out=dx)
                 elif dx is not None:
                     dx.addmm_(dy[:, block], weight)
             dbias = dy.sum(0) if needs_bias else None
         dx = None if dx is None else dx.view_as(x).to(x.dtype)
-        return dx, None, dscale, None, dbias, None, None
-
-
-def _build(
-    packed: Tensor,
-    grid: QParams,
-    rows: slice,
-    columns: int,
-    dtype: torch.dtype,
-    gradient: Tensor | None = None,
-    dscale: Tensor | None = None,
-) -> Tensor:
-    """Rows of the weight; gradient: that of these rows, of which dscale receives the sums over the groups."""
-    weight = torch.empty(rows.stop - rows.start, columns, dtype=dtype, device=packed.device)
-    groups = (grid.scale.shape[1], -1)
-    for part in cache_blocks(len(weight), columns, packed.device.type):
-        whole = slice(rows.start + part.start, rows.start + part.stop)
-        target = weight[part]
-        block = target if dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-        scale = grid.scale[whole]
-        code_steps(packed[whole], replace(grid, scale=scale, zero_point=grid.zero_point[whole]), block)
-        steps = block.unflatten(1, groups)
-        if gradient is not None and dscale is not None:
-            dscale[whole] = (gradient[part].unflatten(1, groups) * steps).sum(-1, dtype=torch.float32)
-        steps.mul_(scale[..., None])
-        if block is not target:
-            target.copy_(block)
-    return weight
+        return dx, None, dscale, None, dbias, None

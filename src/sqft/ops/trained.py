@@ -1,6 +1,6 @@
 """Tensors that are trained in the place of the base's own: group scales, and the weights of norms.
 
-    scale  = round_scale(base_scale * (1 + change), scale_bits)
+    scale  = round_significant(base_scale * (1 + change), scale_bits)
     weight = round_storage(base_weight + change)                      of a norm
 
 They are rounded in every forward pass to what is stored, so that the merged file holds the very numbers that
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sqft.ops.adapted import round_storage
-from sqft.ops.grid import round_scale
+from sqft.ops.grid import SMALLEST_SCALE, round_significant
 
 __all__ = ["significant_bits", "trained_norm", "trained_scale"]
 
@@ -28,7 +28,8 @@ def trained_scale(
 ) -> Float[Tensor, "out groups"]:
     """The scale that is served, float32 of `scale_bits` significant bits; differentiable in the change.
 
-    A change of -1 or less has no meaning: the scale would not be positive.
+    It stays at or above the smallest normal float16, or the base's own scale where that lies below. A change
+    of -1 or less has no meaning, as the scale would not be positive: callers refuse it.
     """
     out: Tensor = _TrainedScale.apply(base, change, scale_bits)
     return out
@@ -43,20 +44,17 @@ def trained_norm(
 
 def significant_bits(values: Float[Tensor, "*any"]) -> int:
     """The fewest significant bits that hold every one of the values: 1 to 24, as they are float32."""
-    mantissa, _ = torch.frexp(values.float())
-    for bits in range(1, 24):
-        scaled = mantissa * 2.0**bits
-        if torch.equal(scaled.round(), scaled):
-            return bits
-    return 24
+    exact = values.float()
+    return next((bits for bits in range(1, 24) if torch.equal(round_significant(exact, bits), exact)), 24)
 
 
 class _TrainedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, base: Tensor, change: Tensor, scale_bits: int) -> Tensor:
         ctx.save_for_backward(base)
-        # Scales of others may lie below the smallest that is rounded to: untouched, they stay what they are.
-        return torch.where(change == 0, base, round_scale(base * (1 + change), scale_bits))
+        rounded = round_significant(base * (1 + change), scale_bits)
+        rounded = torch.maximum(rounded, base.clamp_max(SMALLEST_SCALE))
+        return torch.where(change == 0, base, rounded)  # scales of others may have more bits
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:

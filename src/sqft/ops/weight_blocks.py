@@ -44,7 +44,8 @@ def cache_blocks(rows: int, columns: int, device: str) -> list[slice]:
 class WeightBlocks:
     """Builds rows of the adapted weight from a base, which is a float weight or an integer latent.
 
-    storage_dtype: round to this 16-bit type; qparams: round to this grid; kernels: what builds and contracts.
+    storage_dtype: round to this 16-bit type; qparams: round to this grid; kernels: what builds and contracts;
+    scale: a trained one, which the codes are multiplied with in the place of the grid's (by torch only).
     """
 
     base: Tensor
@@ -54,16 +55,21 @@ class WeightBlocks:
     qparams: QParams | None
     storage_dtype: torch.dtype | None
     kernels: Choice = TORCH
+    scale: Tensor | None = None
 
     def transient_blocks(self) -> list[slice]:
         """The row blocks of a backward pass."""
         rows, columns = self.base.shape
         return transient_blocks(rows, columns, self.base.device.type)
 
-    def build(self, rows: slice, dtype: torch.dtype, gradient: Tensor | None = None) -> Tensor:
+    def build(
+        self, rows: slice, dtype: torch.dtype, gradient: Tensor | None = None, dscale: Tensor | None = None
+    ) -> Tensor:
         """Rows of the adapted weight in a compute dtype.
 
-        gradient: that of these rows; multiplied in place by the mask, and by 0 where a code was clamped.
+        gradient: that of these rows; becomes that of the adapted weight before rounding, in place: times the
+        mask, times 0 where a code was clamped, times scale over grid scale where the scale is trained.
+        dscale: receives the gradient of the trained scale in these rows.
         """
         if self.kernels.weight is not None:
             if gradient is None:
@@ -82,6 +88,7 @@ class WeightBlocks:
             self._add_base(block, keep, whole)
             if self.qparams is not None:
                 self._round_to_grid(block, keep if gradient is not None else None, whole)
+                self._multiply_scale(block, whole, None if gradient is None else gradient[part], dscale)
             elif self.storage_dtype is not None:
                 block.copy_(block.to(self.storage_dtype))
             if gradient is not None:
@@ -127,17 +134,6 @@ class WeightBlocks:
             **grid,
         )
 
-    def scale_term(self, rows: slice) -> Tensor:
-        """What the weight's gradient is multiplied with for the scale's (LSQ), (rows, groups, group size)."""
-        assert self.qparams is not None
-        block = torch.mm(self.lora_B[rows].float(), self.lora_A.float())
-        self._add_base(block, torch.empty_like(block), rows)
-        exact = block.unflatten(1, (self.qparams.scale.shape[1], -1)) / self.qparams.scale[rows, :, None]
-        zero = self.qparams.zero_point[rows, :, None].float()
-        rounded = exact.round()
-        steps = torch.clamp(rounded, -zero, self.qparams.max_code - zero)
-        return torch.where(steps == rounded, steps - exact, steps)
-
     def _add_base(self, block: Tensor, keep: Tensor, rows: slice) -> None:
         """block = base + mask * block * scaling; keep = mask."""
         base = self.base[rows]
@@ -177,4 +173,20 @@ class WeightBlocks:
         if keep is not None:
             inside = torch.eq(clamped, groups, out=torch.empty_like(groups))
             keep.unflatten(1, (scale.shape[1], -1)).mul_(inside)
-        torch.mul(clamped, scale, out=groups)
+        groups.copy_(clamped)
+
+    def _multiply_scale(
+        self, steps: Tensor, rows: slice, gradient: Tensor | None, dscale: Tensor | None
+    ) -> None:
+        """steps times the scale; the gradient of the trained scale, and what it does to the weight's."""
+        assert self.qparams is not None
+        scale = self.qparams.scale[rows, :, None]
+        groups = steps.unflatten(1, (scale.shape[1], -1))
+        if self.scale is not None:
+            grid_scale, scale = scale, self.scale[rows, :, None]
+            if gradient is not None:
+                grouped = gradient.unflatten(1, (scale.shape[1], -1))
+                if dscale is not None:
+                    dscale[rows] = (grouped * groups).sum(-1, dtype=torch.float32)
+                grouped.mul_(scale / grid_scale)
+        groups.mul_(scale)

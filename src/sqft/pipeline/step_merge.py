@@ -34,7 +34,7 @@ def merge(context: StageContext) -> dict[str, Any]:
     linears = {name: _stored_weight(weight) for name, weight in merged.items()}
     masks = read_masks(context.base)
     existing = {name: weight.mask for name, weight in merged.items() if name not in masks}
-    masks |= {name: mask for name, mask in existing.items() if not bool(mask.all())}
+    masks |= {name: mask for name, mask in existing.items() if mask is not None and not bool(mask.all())}
     items = read_items(context.inputs["items"], "test")
     write_model(
         context.directory,

@@ -8,13 +8,26 @@ from sqft.sections.base import Positive, Section
 
 __all__ = ["AdapterMethod", "AdapterSection", "SearchSection", "TrainSection"]
 
-AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft"]
+AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft", "scales"]
 
 
 class AdapterSection(Section):
     """What is trained."""
 
-    method: AdapterMethod = "qa_sparse_peft"
+    method: AdapterMethod = Field(
+        "qa_sparse_peft",
+        description="scales: the group scales of a quantized base and the norms, no low-rank update.",
+    )
+    train_scales: bool | None = Field(
+        None,
+        description="Train the group scales of every quantized linear; with qa_sparse_peft beside the "
+        "low-rank update. Default: where method is scales.",
+    )
+    train_norms: bool | None = Field(
+        None,
+        description="Train the weights of the norms too; goes with every method that merges. Default: where "
+        "method is scales.",
+    )
     ranks: list[Positive] = Field([16], min_length=1, description="More than one entry: elastic ranks (NLS).")
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / max(ranks) at every rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the update only, never of the base.")
@@ -33,7 +46,9 @@ class AdapterSection(Section):
         "on an NVIDIA GPU (extra: triton), elsewhere torch.",
     )
     target_modules: list[str] | None = Field(
-        None, description="Name ends; default q, k, v, up, down and fused forms."
+        None,
+        description="Name ends; default q, k, v, up, down and fused forms; with method scales every "
+        "quantized linear.",
     )
     rank_groups: list[list[str]] | None = Field(
         None,
@@ -50,6 +65,49 @@ class AdapterSection(Section):
     def _ranks(cls, value: list[int]) -> list[int]:
         return sorted(set(value), reverse=True)
 
+    @property
+    def low_rank(self) -> bool:
+        """Whether there is a low-rank update, with ranks to search."""
+        return self.method != "scales"
+
+    @property
+    def trains_scales(self) -> bool:
+        """Whether group scales are trained."""
+        return self.method == "scales" if self.train_scales is None else self.train_scales
+
+    @property
+    def trains_norms(self) -> bool:
+        """Whether the weights of norms are trained."""
+        return self.method == "scales" if self.train_norms is None else self.train_norms
+
+    def without_effect(self) -> dict[str, str]:
+        """Method scales has no low-rank update, whose gradient and ranks could be set."""
+        if self.low_rank:
+            return {}
+        names = ("gradient", "hybrid_steps", "kernels", "rank_groups", "base_precision")
+        return dict.fromkeys(names, "method scales has no low-rank update")
+
+    @model_validator(mode="after")
+    def _trained(self) -> "AdapterSection":
+        if self.trains_scales and self.method in ("lora", "sparse_peft"):
+            raise ValueError(
+                f"train_scales: {self.method} has no scales; use method scales or qa_sparse_peft"
+            )
+        if self.trains_norms and self.method == "lora":
+            raise ValueError(
+                "train_norms goes with the methods that merge: sparse_peft, qa_sparse_peft, scales"
+            )
+        if self.method == "scales" and not self.trains_scales:
+            raise ValueError("train_scales: method scales is just that; remove it")
+        beside = self.trains_scales and self.low_rank
+        if beside and (self.gradient != "exact" or self.kernels == "triton"):
+            raise ValueError("train_scales goes with gradient exact, and kernels auto or torch")
+        if beside and self.dropout and self.dropout_kind == "token":
+            raise ValueError("train_scales goes with dropout_kind column")
+        if beside and self.base_precision == "float32":
+            raise ValueError("train_scales goes with base_precision latent")
+        return self
+
     @model_validator(mode="after")
     def _gradient(self) -> "AdapterSection":
         if self.method == "lora" and self.gradient != "exact":
@@ -65,7 +123,11 @@ class AdapterSection(Section):
 class TrainSection(Section):
     """How the adapters are trained, with transformers.Trainer underneath."""
 
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(3e-4, gt=0, description="Of low-rank updates.")
+    scale_learning_rate: float = Field(
+        6e-3, gt=0, description="Of trained scales: the share of a scale that a step of Adam moves it by."
+    )
+    norm_learning_rate: float = Field(2e-3, gt=0, description="Of trained norms.")
     batch_size: Positive = Field(8, description="Items of an optimizer step on one device.")
     gradient_accumulation: Positive = Field(1, description="Micro-batches that batch_size is cut into.")
     epochs: float = Field(3.0, gt=0)
