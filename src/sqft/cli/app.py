@@ -12,6 +12,7 @@ from sqft.cli.doctor import doctor
 from sqft.cli.export import export
 from sqft.cli.inspect import inspect
 from sqft.cli.merge import merge
+from sqft.cli.pack import pack, unpack
 from sqft.cli.plan import plan
 from sqft.cli.run import run
 from sqft.cli.schema import schema
@@ -25,7 +26,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run, plan, status, verify, compress, export, merge, bench, inspect, demo, schema, doctor):
+COMMANDS = (
+    run, plan, status, verify, compress, export, merge, pack, unpack, bench, inspect, demo, schema, doctor,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -1,5 +1,6 @@
 """`sqft verify`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,8 @@ def verify(
 ) -> None:
     """Repeat the certificate of a merged model; with --base and --adapter, also recompute its weights.
 
-    What sqft export wrote is checked against its digests; with --merged, code by code too.
+    What sqft export wrote is checked against its digests; with --merged, code by code too. What sqft pack
+    wrote is checked to give every file back that was certified; `sqft unpack` it to repeat the rest.
     Exits with 1 if a check fails.
     """
     from sqft.certificate import check_integrity, check_provenance
@@ -39,11 +41,14 @@ def verify(
     if (base is None) != (adapter is None):
         raise CertificateError("give both --base and --adapter, or neither")
     exported = (directory / "sqft_export.json").is_file()
+    packed = (directory / "sqft_packed.json").is_file()
     if merged is not None and not exported:
         raise CertificateError(f"{directory} was not written by sqft export, so --merged does not apply")
     with RichProgress() as progress:
         if exported:
             checks = _export_checks(directory, merged)
+        elif packed:
+            checks = _pack_checks(directory)
         else:
             checks = check_integrity(directory, progress, trust_remote_code=trust_remote_code)
         if base is not None and adapter is not None:
@@ -52,7 +57,8 @@ def verify(
     for check in checks:
         print(f"{'passed' if check.passed else 'FAILED'}  {check.name:<{width}}  {check.detail}".rstrip())
     failed = sum(not check.passed for check in checks)
-    level = "export" if exported else "integrity" if base is None else "integrity and provenance"
+    level = "integrity" if base is None else "integrity and provenance"
+    level = "export" if exported else "pack" if packed else level
     verdict = "FAILED" if failed else "passed"
     print(f"{directory}: {level} {verdict}, {len(checks) - failed} passed, {failed} failed")
     if failed:
@@ -64,3 +70,30 @@ def _export_checks(directory: Path, merged: Path | None) -> list["Check"]:
     from sqft.export.verification import check_export
 
     return [Check(found.name, found.passed, found.detail) for found in check_export(directory, merged)]
+
+
+def _pack_checks(directory: Path) -> list["Check"]:
+    """Of a packed directory: its files are unchanged, and give back what was certified."""
+    from sqft.certificate import Check
+    from sqft.certificate.integrity import CERTIFICATE, run_check
+    from sqft.certificate.stored import read_json
+    from sqft.errors import CertificateError
+    from sqft.formats.packed import check_packed, check_restored
+
+    def certified() -> str:
+        if not (directory / CERTIFICATE).is_file():
+            return "the model that was packed carries no certificate"
+        restored = check_restored(directory)
+        files = read_json(directory / CERTIFICATE).get("files", {})
+        wrong = sorted(name for name, digest in files.items() if restored.get(name) != digest)
+        if wrong or not files:
+            raise CertificateError(f"not as certified: {', '.join(wrong) or 'no digests are recorded'}")
+        return f"{len(files)} files come back as they were certified"
+
+    steps: list[tuple[str, Callable[[], str]]] = [
+        ("files", lambda: f"{len(check_packed(directory)['files'])} files unchanged"),
+        ("originals", lambda: f"{len(check_restored(directory))} files come back bit for bit"),
+        ("certificate", certified),
+    ]
+    found: list[Check] = [run_check(name, step) for name, step in steps]
+    return found

@@ -19,12 +19,24 @@ from transformers.utils import logging as transformers_logging
 
 from sqft.errors import ModelError
 from sqft.models.blocks import decoder_blocks, is_linear
-from sqft.models.packing import GridSpec, QuantizedWeight, packed_specs, read_grid, unpack_weight
+from sqft.models.packing import (
+    GridSpec,
+    QuantizedWeight,
+    packed_specs,
+    read_grid,
+    unpack_qparams,
+    unpack_weight,
+)
+from sqft.models.sparse_packing import sparse_specs, unpack_codes
 
 __all__ = ["Checkpoint", "build_skeleton", "open_checkpoint", "quiet_transformers", "read_config"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Packed files have this in their names in place of "model", so that who cannot read them finds no weights.
+SPARSE_FILE = "packed"
+PACKED, KEPT = ".weight_packed", ".weight_kept"  # end the names of codes: all of them, or those that are kept
+CODES_ENDS = (PACKED, KEPT)
 
 
 @dataclass(frozen=True)
@@ -67,14 +79,19 @@ class Checkpoint:
     @cached_property
     def quantized_names(self) -> tuple[str, ...]:
         """The quantized linears, by full name."""
-        end = ".weight_packed"
-        return tuple(name.removesuffix(end) for name in self.names if name.endswith(end))
+        return tuple(
+            name.removesuffix(end) for name in self.names for end in CODES_ENDS if name.endswith(end)
+        )
 
     def quantized(self, name: str) -> QuantizedWeight:
         """One quantized linear: its codes and grid."""
         if self.grid is None:
             raise ModelError(f"{self.directory} is not quantized")
-        return unpack_weight(name, self.tensor, self.grid)
+        if f"{name}{KEPT}" not in self._files:
+            return unpack_weight(name, self.tensor, self.grid)
+        qparams = unpack_qparams(name, self.tensor, self.grid)
+        codes, _ = unpack_codes(name, self.tensor, self.linears[name][1], self.grid.bits, qparams.zero_point)
+        return QuantizedWeight(codes, qparams)
 
     def weight(self, name: str) -> Tensor:
         """The weight of a linear: as it is stored, or float32 out of its codes."""
@@ -209,7 +226,8 @@ def _wrong_setting(directory: Path, error: Exception) -> ModelError:
 
 
 def _tensor_paths(directory: Path) -> list[Path]:
-    index = directory / INDEX
+    start = "model" if any((directory / name).is_file() for name in (INDEX, SINGLE)) else SPARSE_FILE
+    index = directory / INDEX.replace("model", start)
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -217,7 +235,8 @@ def _tensor_paths(directory: Path) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is damaged ({error}); fetch the model again") from None
     else:
-        paths = [directory / SINGLE]
+        single = directory / SINGLE.replace("model", start)
+        paths = [single if single.is_file() else directory / SINGLE]
     for path in paths:
         if not path.is_file():
             unsafe = any(directory.glob("*.bin"))
@@ -249,7 +268,7 @@ def _check_tensors(
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     tied = tied_weights(skeleton)
     modules = dict(skeleton.named_modules())
-    for name in {n.removesuffix(".weight_packed") for n in files if n.endswith(".weight_packed")}:
+    for name in {n.removesuffix(end) for n in files for end in CODES_ENDS if n.endswith(end)}:
         if grid is None:
             raise ModelError(
                 f"{directory} holds packed weights but its config.json has no quantization_config"
@@ -257,6 +276,11 @@ def _check_tensors(
         if name in modules and is_linear(modules[name]):
             rows, columns = expected.pop(f"{name}.weight")
             expected |= {n: shape for n, (_, shape) in packed_specs(name, (rows, columns), grid).items()}
+            if f"{name}{KEPT}" in files:  # how many are kept, the mask tells
+                del expected[f"{name}{PACKED}"]
+                kept = _handle(handles, files[f"{name}{KEPT}"]).get_slice(f"{name}{KEPT}").get_shape()
+                shapes = sparse_specs(name, (rows, columns), grid.bits, 0)
+                expected |= {n: shape for n, (_, shape) in shapes.items()} | {f"{name}{KEPT}": tuple(kept)}
     missing = sorted(name for name in expected if name not in files and name not in tied)
     if missing:
         raise ModelError(f"{directory} lacks {len(missing)} tensors of its architecture, first {missing[0]}")

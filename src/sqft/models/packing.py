@@ -29,15 +29,23 @@ from sqft.models.tensorfile import TensorSpec
 from sqft.ops import QParams, dequantize
 
 __all__ = [
+    "PACKED_METHOD",
+    "PACKED_VERSION",
     "GridSpec",
     "QuantizedWeight",
+    "check_packed_version",
     "pack_weight",
     "packed_specs",
     "quantization_config",
     "read_grid",
     "scale_dtype",
+    "unpack_qparams",
     "unpack_weight",
 ]
+
+
+# What config.json calls a model whose weights `sparse_packing` packed, and the version of that format.
+PACKED_METHOD, PACKED_VERSION = "sqft_packed", 1
 
 
 @dataclass(frozen=True)
@@ -120,17 +128,23 @@ def pack_weight(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> dict[
 def unpack_weight(name: str, tensor: Callable[[str], Tensor], grid: GridSpec) -> QuantizedWeight:
     """Undo `pack_weight`; `tensor` gives a stored tensor by its full name."""
     middle = 1 << (grid.bits - 1)
-    scale = tensor(f"{name}.weight_scale").float()
     rows, columns = (int(n) for n in tensor(f"{name}.weight_shape"))
     signed = unpack_from_int32(tensor(f"{name}.weight_packed"), grid.bits, torch.Size((rows, columns)))
+    codes = (signed.int() + middle).to(torch.uint8).contiguous()
+    return QuantizedWeight(codes, unpack_qparams(name, tensor, grid))
+
+
+def unpack_qparams(name: str, tensor: Callable[[str], Tensor], grid: GridSpec) -> QParams:
+    """The grid of a quantized linear: its scales, and its zero points where they are stored."""
+    middle = 1 << (grid.bits - 1)
+    scale = tensor(f"{name}.weight_scale").float()
     if grid.symmetric:
         zero_point = torch.full(scale.shape, middle, dtype=torch.uint8)
     else:
         packed = tensor(f"{name}.weight_zero_point")
         stored = unpack_from_int32(packed, grid.bits, torch.Size(scale.shape), packed_dim=0)
         zero_point = (stored.int() + middle).to(torch.uint8).contiguous()
-    codes = (signed.int() + middle).to(torch.uint8).contiguous()
-    return QuantizedWeight(codes, QParams(scale, zero_point, grid.bits, grid.symmetric))
+    return QParams(scale, zero_point, grid.bits, grid.symmetric)
 
 
 def quantization_config(grid: GridSpec, ignore: list[str]) -> dict[str, Any]:
@@ -152,20 +166,31 @@ def quantization_config(grid: GridSpec, ignore: list[str]) -> dict[str, Any]:
     return dict(config.model_dump(mode="json"))
 
 
+def check_packed_version(values: Mapping[str, Any]) -> None:
+    """Raises: ModelError if what sqft packed is of a version that is not read here."""
+    if values.get("version") != PACKED_VERSION:
+        raise ModelError(
+            f"the model is packed in version {values.get('version')} of the format, this sqft reads version "
+            f"{PACKED_VERSION}; install a newer sqft, or pack the model again"
+        )
+
+
 def read_grid(config: Mapping[str, Any]) -> GridSpec:
     """The grid that a `quantization_config` describes.
 
-    Raises: ModelError for a format other than pack-quantized integers with one scheme.
+    Raises: ModelError for a format other than pack-quantized integers with one scheme, or such packed by
+    sqft.
     """
     groups = list((config.get("config_groups") or {}).values())
     weights = groups[0].get("weights") if len(groups) == 1 else None
-    if (
-        config.get("quant_method") != "compressed-tensors"
-        or config.get("format") != "pack-quantized"
-        or not weights
-    ):
+    form = (config.get("quant_method"), config.get("format"))
+    if form[0] == PACKED_METHOD:
+        check_packed_version(config)
+    elif form != ("compressed-tensors", "pack-quantized"):
+        weights = None
+    if not weights:
         raise ModelError(
-            f"quantization '{config.get('quant_method')}' of format '{config.get('format')}' cannot be read; "
+            f"quantization '{form[0]}' of format '{form[1]}' cannot be read; "
             "only compressed-tensors pack-quantized with one scheme can"
         )
     group_size = weights.get("group_size")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sqft.artifacts import write_json
 from sqft.errors import ModelError
-from sqft.models.checkpoint import SINGLE, Checkpoint
+from sqft.models.checkpoint import SINGLE, SPARSE_FILE, Checkpoint
 from sqft.models.packing import (
     GridSpec,
     QuantizedWeight,
@@ -239,34 +239,44 @@ def write_masks(directory: Path, masks: Mapping[str, Bool[Tensor, "out in"]]) ->
 
 
 class StoredMasks(Mapping[str, Tensor]):
-    """The stored masks (True = kept) by linear, each read when it is asked for; empty if there are none."""
+    """The stored masks (True = kept) by linear, each read when it is asked for; empty if there are none.
+
+    They stand in a file of their own, or, in a directory that is packed, beside the codes that are kept.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._path = Path(directory) / MASKS
-        self._shapes: dict[str, str] = {}
-        if self._path.is_file():
-            with self._opened() as file:
+        self._places: dict[str, tuple[Path, str, int]] = {}  # file, tensor, columns
+        own, end = Path(directory) / MASKS, ".weight_mask"
+        for path in [own] if own.is_file() else sorted(Path(directory).glob(f"{SPARSE_FILE}*.safetensors")):
+            with _opened(path) as file:
                 stated = file.metadata() or {}
-                self._shapes = {name: stated[name] for name in file.keys()}  # noqa: SIM118
+                for key in file.keys():  # noqa: SIM118
+                    if path == own:
+                        self._places[key] = (path, key, int(stated[key].split(",")[1]))
+                    elif key.endswith(end):
+                        name = key.removesuffix(end)
+                        shape = file.get_tensor(f"{name}.weight_shape")
+                        self._places[name] = (path, key, int(shape[1]))
 
     def __getitem__(self, name: str) -> Bool[Tensor, "out in"]:
-        shape = self._shapes[name]
-        with self._opened() as file:
-            return unpack_mask(file.get_tensor(name), int(shape.split(",")[1]))
+        path, key, columns = self._places[name]
+        with _opened(path) as file:
+            return unpack_mask(file.get_tensor(key), columns)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._places)
 
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
-            raise ModelError(f"{self._path} is truncated or damaged ({error}); write it again") from error
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, KeyError, IndexError, ValueError) as error:
+        raise ModelError(f"{path} is truncated or damaged ({error}); write it again") from error
 
 
 def read_masks(directory: Path) -> dict[str, Bool[Tensor, "out in"]]:

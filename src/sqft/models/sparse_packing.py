@@ -1,0 +1,85 @@
+"""One sparse quantized weight in few bytes: which weights are kept, and their codes. docs/format.md
+specifies it.
+
+A packed linear NAME has NAME.weight_mask uint8 (out, ceil(in / 8)), a bit a column, and NAME.weight_kept
+uint8, the kept codes row by row as one stream of bits. Scales, zero points and the shape stay as
+compressed-tensors has them (`models/packing.py`). A pruned weight has the code of its zero point.
+
+A mask takes a bit a weight whatever its pattern is, and no pattern that CPUs decode fast has offsets that
+take less.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, UInt8
+from torch import Tensor
+
+from sqft.errors import ModelError
+from sqft.models.tensorfile import TensorSpec
+from sqft.ops import pack_mask, unpack_mask
+
+__all__ = ["pack_codes", "sparse_specs", "sparse_takes_less", "unpack_codes"]
+
+
+def sparse_specs(name: str, shape: tuple[int, int], bits: int, kept: int) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes of the two tensors that take the place of NAME.weight_packed."""
+    return {
+        f"{name}.weight_mask": (torch.uint8, (shape[0], math.ceil(shape[1] / 8))),
+        f"{name}.weight_kept": (torch.uint8, (math.ceil(kept * bits / 8),)),
+    }
+
+
+def sparse_takes_less(shape: tuple[int, int], bits: int, kept: int) -> bool:
+    """Whether a mask and the kept codes take fewer bytes than all codes in words of 32 bits."""
+    size = sum(math.prod(shape) for _, shape in sparse_specs("", shape, bits, kept).values())
+    return size < math.ceil(shape[1] * bits / 32) * 4 * shape[0]
+
+
+def pack_codes(
+    name: str, codes: UInt8[Tensor, "out in"], mask: Bool[Tensor, "out in"], bits: int
+) -> dict[str, Tensor]:
+    """The two tensors of a weight. mask: True = kept."""
+    return {f"{name}.weight_mask": pack_mask(mask), f"{name}.weight_kept": _pack_bits(codes[mask], bits)}
+
+
+def unpack_codes(
+    name: str,
+    tensor: Callable[[str], Tensor],
+    in_features: int,
+    bits: int,
+    zero_point: UInt8[Tensor, "out groups"],
+) -> tuple[UInt8[Tensor, "out in"], Bool[Tensor, "out in"]]:
+    """Undo `pack_codes`: codes and mask. `tensor` gives a stored tensor by its full name.
+
+    Raises: ModelError if the two tensors do not fit each other.
+    """
+    packed, kept = tensor(f"{name}.weight_mask"), tensor(f"{name}.weight_kept")
+    mask = unpack_mask(packed, in_features)
+    count = int(mask.sum())
+    if not torch.equal(pack_mask(mask), packed) or kept.shape != (math.ceil(count * bits / 8),):
+        raise ModelError(
+            f"{name}: the mask and the codes that are kept do not fit each other; fetch it again"
+        )
+    codes = zero_point.repeat_interleave(in_features // zero_point.shape[1], dim=1).contiguous()
+    codes[mask] = _unpack_bits(kept, count, bits)
+    return codes, mask
+
+
+def _pack_bits(values: UInt8[Tensor, " n"], bits: int) -> UInt8[Tensor, " bytes"]:
+    """One value after another, each with its bits, the lowest first."""
+    if bits == 4:  # nearly always; half a byte each
+        even = torch.nn.functional.pad(values, (0, len(values) % 2)).view(-1, 2)
+        return even[:, 0] | even[:, 1] << 4
+    ones = np.unpackbits(values.numpy()[:, None], axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(ones.reshape(-1), bitorder="little"))
+
+
+def _unpack_bits(stream: UInt8[Tensor, " bytes"], count: int, bits: int) -> UInt8[Tensor, " n"]:
+    """Undo `_pack_bits`."""
+    if bits == 4:
+        return torch.stack([stream & 15, stream >> 4], dim=1).flatten()[:count]
+    ones = np.unpackbits(stream.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
+    return torch.from_numpy(np.packbits(ones, axis=1, bitorder="little").reshape(-1))
