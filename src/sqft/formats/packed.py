@@ -311,9 +311,8 @@ def _restored(directory: Path, name: str, original: Mapping[str, Any]) -> Iterat
     checkpoint = open_checkpoint(directory)
     try:
         for key in _in_order(original["header"]):
-            yield memoryview(
-                _tensor_of(checkpoint, name, key).contiguous().view(-1).view(torch.uint8).numpy()
-            )
+            tensor = _tensor_of(checkpoint, name, key).contiguous().view(-1)
+            yield tensor.view(torch.uint8).numpy().data
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{directory}: {name} cannot be restored ({error}); fetch the model again") from None
 
