@@ -168,7 +168,7 @@ def check_packed(directory: Path) -> dict[str, Any]:
     """
     record = read_record(directory)
     expected = record["files"]
-    found = {name: digest for name, digest in digestlist_files(directory).items() if name != RECORD}
+    found = {name: digest for name, digest in digest_files(directory).items() if name != RECORD}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{name} was added" for name in sorted(found.keys() - expected.keys())]
     changed = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
