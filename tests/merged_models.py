@@ -68,7 +68,7 @@ def write_merge(
     masks: dict[str, Tensor] = {}
     latents: dict[str, Tensor] = {}
     factors: dict[str, Tensor] = {}
-    grid = GridSpec(bits, group_size, symmetric)
+    grid = GridSpec(bits, group_size, symmetric, torch.float16 if scale_bits > 8 else torch.bfloat16)
     for name in names:
         weight = state[f"{name}.weight"]
         rows, columns = weight.shape

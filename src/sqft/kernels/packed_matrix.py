@@ -18,7 +18,15 @@ from torch import Tensor
 
 from sqft.kernels.native_build import library_path
 
-__all__ = ["LAYOUTS", "HugePages", "PackedMatrix", "instruction_set", "kernel_library", "use_instruction_set"]
+__all__ = [
+    "LAYOUTS",
+    "HugePages",
+    "Layout",
+    "PackedMatrix",
+    "instruction_set",
+    "kernel_library",
+    "use_instruction_set",
+]
 
 logger = logging.getLogger(__name__)
 
