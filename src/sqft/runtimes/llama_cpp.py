@@ -1,6 +1,7 @@
 """Running GGUF files in llama.cpp, through the prebuilt wheels of xllamacpp."""
 
 import json
+import math
 import os
 import sys
 import urllib.request
@@ -16,6 +17,8 @@ from torch import Tensor
 from sqft.errors import ExportError, require
 
 __all__ = ["LlamaCpp", "check_tokenizer"]
+
+EVERY_TOKEN = 1_000_000  # more than any vocabulary has
 
 
 class LlamaCpp:
@@ -45,6 +48,7 @@ class LlamaCpp:
                 self._server = xllamacpp.Server(parameters)
         except RuntimeError as error:
             raise ExportError(f"llama.cpp cannot open {path}: {error}") from error
+        self.max_length = context
         self._letter = self.tokenize("a")[0]
 
     def tokenize(self, text: str) -> list[int]:
@@ -80,6 +84,43 @@ class LlamaCpp:
         for entry in content[0]["top_logprobs"]:
             values[entry["id"]] = entry["logprob"]
         return values
+
+    def score(self, ids: Sequence[int], wanted: Sequence[tuple[int, int]]) -> list[float]:
+        """log P(t | ids[0 .. p]) of every (p, t): t is forced, which does not enter its probability."""
+        order = sorted(range(len(wanted)), key=lambda index: wanted[index])  # a longer prompt reuses a shorter
+        values = [0.0] * len(wanted)
+        for index in order:
+            position, token = wanted[index]
+            values[index] = self._score(list(ids[: position + 1]), token)
+        return values
+
+    def _score(self, prompt: list[int], token: int) -> float:
+        request = {"prompt": prompt, "n_predict": 1, "n_probs": 1, "temperature": 0.0}
+        answer = self._complete(request | {"logit_bias": [[token, 1000.0]]})
+        told = answer["choices"][0]["logprobs"]
+        if told is not None and told["content"] and told["content"][0]["id"] == token:
+            return float(told["content"][0]["logprob"])
+        # Of the first byte of a character the server says nothing, unless it is one of many.
+        answer = self._complete(request | {"n_probs": EVERY_TOKEN, "logit_bias": [[self._letter, 1000.0]]})
+        entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return next((float(entry["logprob"]) for entry in entries if entry["id"] == token), -math.inf)
+
+    def greedy(self, ids: Sequence[int]) -> Iterator[int]:
+        """The most likely next token, again and again, the end token included."""
+        context = list(ids)
+        while len(context) < self.max_length:
+            answer = self._complete(
+                {
+                    "prompt": context,
+                    "n_predict": 1,
+                    "temperature": 0.0,
+                    "return_tokens": True,
+                    "verbose": True,
+                }
+            )
+            (token,) = answer["__verbose"]["tokens"]
+            yield int(token)
+            context.append(int(token))
 
     def generate(self, token_ids: Sequence[int], num_tokens: int) -> dict[str, float]:
         """Generate greedily, whatever the end token, and return llama.cpp's timings."""

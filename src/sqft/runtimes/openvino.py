@@ -1,5 +1,6 @@
 """Running OpenVINO IR on a CPU."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ __all__ = ["OpenVinoModel"]
 class OpenVinoModel:
     """An IR file on this CPU. exact: float32 arithmetic throughout; else the runtime's own choice."""
 
-    def __init__(self, path: Path, *, exact: bool = True, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, exact: bool = True, threads: int | None = None, max_length: int = 2048
+    ) -> None:
         ov = require("openvino", "openvino")
         options: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
         if exact:
@@ -26,11 +29,26 @@ class OpenVinoModel:
             }
         self._request = ov.Core().compile_model(path, "CPU", options).create_infer_request()
         self._length = 0
+        self.max_length = max_length
 
     def reset(self) -> None:
         """Forget the context."""
         self._request.reset_state()
         self._length = 0
+
+    def score(self, ids: Sequence[int], wanted: Sequence[tuple[int, int]]) -> list[float]:
+        """log P(t | ids[0 .. p]) of every (p, t)."""
+        self.reset()
+        logs = self.logits(list(ids)).log_softmax(dim=-1)
+        return [float(logs[position, token]) for position, token in wanted]
+
+    def greedy(self, ids: Sequence[int]) -> Iterator[int]:
+        """The most likely next token, again and again, the end token included."""
+        self.reset()
+        new = list(ids)
+        while self._length + len(new) <= self.max_length:
+            new = [int(self.logits(new)[-1].argmax())]
+            yield new[0]
 
     def logits(self, token_ids: list[int]) -> Tensor:
         """(tokens, vocabulary) float32 logits of tokens that continue the context."""
