@@ -6,6 +6,7 @@ import typer
 
 import sqft
 from sqft.cli.bench import bench
+from sqft.cli.compare import compare
 from sqft.cli.compress import compress
 from sqft.cli.demo import demo
 from sqft.cli.doctor import doctor
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    run, plan, status, verify, compress, export, merge, pack, unpack, bench, inspect, demo, schema, doctor,
+    run, plan, status, compare, verify, compress, export, merge, pack, unpack, bench, inspect, demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

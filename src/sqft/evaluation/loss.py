@@ -8,6 +8,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from sqft.artifacts import digest_json
 from sqft.data import Example
 from sqft.errors import DataError
 from sqft.evaluation.accuracy import has_choices, score_choices
@@ -35,7 +36,10 @@ class LossResult:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """Perplexity exp(log_perplexity); the standard error is of log_perplexity, over windows."""
+    """Perplexity exp(log_perplexity); the standard error is of log_perplexity, over windows.
+
+    text: a digest of the tokens that were scored.
+    """
 
     perplexity: float
     log_perplexity: float
@@ -43,6 +47,7 @@ class PerplexityResult:
     num_tokens: int
     sums: list[float]
     counts: list[int]
+    text: str
 
 
 def evaluate_loss(
@@ -129,7 +134,8 @@ def evaluate_perplexity(
     spread = math.fsum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True))
     n = len(rows)
     deviation = math.sqrt(spread * n / (n - 1)) / sum(counts) if n > 1 else math.inf
-    return PerplexityResult(math.exp(min(mean, 700.0)), mean, deviation, sum(counts), sums, counts)
+    perplexity = math.exp(min(mean, 700.0))
+    return PerplexityResult(perplexity, mean, deviation, sum(counts), sums, counts, digest_json(windows)[:16])
 
 
 def answer_row(example: Example, loss_on: Literal["answer", "text"] = "answer") -> Row:

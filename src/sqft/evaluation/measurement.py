@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from sqft.adapters.identity import base_weight
+from sqft.artifacts import digest_json
 from sqft.data import Example
 from sqft.evaluation.harness import evaluate_tasks, main_figure
 from sqft.evaluation.items import evaluate_items
 from sqft.evaluation.loss import evaluate_perplexity
 from sqft.evaluation.paired import compare_correct, paired_difference
+from sqft.evaluation.scoring import Scorable
 from sqft.models import fused_weights, target_linears
 from sqft.progress import Progress
 from sqft.sections import EvaluateSection
@@ -24,7 +26,7 @@ NOT_SERVED = ("sqft_latent.safetensors", "sqft_masks.safetensors", "sqft_referen
 
 
 def measure_model(
-    model: nn.Module,
+    model: Scorable,
     tokenizer: Any,
     examples: Sequence[Example],
     section: EvaluateSection,
@@ -32,8 +34,11 @@ def measure_model(
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(figures of the report's row, figures of every item for paired comparison)."""
-    row: dict[str, Any] = {"sparsity": zero_share(model)}
+    """(figures of the report's row, figures of every item for paired comparison).
+
+    Zeros are counted in a module alone; another program keeps its weights to itself.
+    """
+    row: dict[str, Any] = {"sparsity": zero_share(model)} if isinstance(model, nn.Module) else {}
     items: dict[str, Any] = {}
     if examples:
         examples = examples[: section.max_items]
@@ -47,6 +52,7 @@ def measure_model(
         )
         row |= {"loss": loss.loss, "loss_low": loss.low, "loss_high": loss.high, "num_items": loss.num_items}
         row |= {"accuracy": accuracy.accuracy, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+        items["ids"] = [_item_id(example) for example in examples]
         items |= {"loss_sums": loss.sums, "answer_tokens": loss.counts, "correct": accuracy.correct}
         items |= {"answers": accuracy.answers, "expected": [example.answer for example in examples]}
     if section.perplexity:
@@ -60,7 +66,8 @@ def measure_model(
             progress=progress,
         )
         row["perplexity"] = perplexity.perplexity
-        items |= {"perplexity_sums": perplexity.sums, "log_perplexity_error": perplexity.standard_error}
+        items |= {"perplexity_sums": perplexity.sums, "perplexity_tokens": perplexity.counts}
+        items |= {"log_perplexity_error": perplexity.standard_error, "perplexity_text": perplexity.text}
     if section.tasks:
         results = evaluate_tasks(
             model,
@@ -96,6 +103,12 @@ def zero_share(model: nn.Module) -> float:
 def _of_adapter(name: str) -> bool:
     """Whether a weight belongs to an adapter beside the base, stock PEFT's or ours."""
     return ".lora_" in name or ".sqft_" in name
+
+
+def _item_id(example: Example) -> str:
+    """What was asked and expected, so that figures of other items or prompts are told apart."""
+    choices = len(example.choices_ids or ())
+    return digest_json([example.prompt, example.answer, example.label, choices])[:16]
 
 
 def size_on_disk(directory: Path) -> int:

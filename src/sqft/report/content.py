@@ -8,7 +8,15 @@ from typing import Any
 
 from sqft.errors import WorkspaceError
 
-__all__ = ["CheckRow", "LayerRow", "LineageRow", "ModelRow", "ReportData", "read_report"]
+__all__ = [
+    "CheckRow",
+    "LayerRow",
+    "LineageRow",
+    "ModelRow",
+    "ReportData",
+    "finite_values",
+    "read_report",
+]
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class ReportData:
         values = asdict(self)
         checks = values.pop("checks")
         values["certificate"] = None if checks is None else {"passed": self.passed, "checks": checks}
-        finite: dict[str, Any] = _finite(values)
+        finite: dict[str, Any] = finite_values(values)
         return finite
 
     @classmethod
@@ -131,11 +139,12 @@ def read_report(directory: Path) -> ReportData:
         raise WorkspaceError(f"{path} is no report of this version ({error}); run again") from error
 
 
-def _finite(value: Any) -> Any:
+def finite_values(value: Any) -> Any:
+    """A value for JSON, in which a number that is not finite is null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_values(item) for item in value]
     return value

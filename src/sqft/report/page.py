@@ -1,7 +1,6 @@
 """report.json and report.html of a results directory."""
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from sqft.directories import write_files
 from sqft.report.content import ModelRow, ReportData
 from sqft.report.plots import draw_plots
 from sqft.report.summary import format_bytes, format_seconds, label_model, loss_unit, summary_table
+from sqft.report.templates import render_template
 
 __all__ = ["render_page", "write_report"]
 
@@ -25,14 +25,9 @@ def write_report(data: ReportData, directory: Path) -> tuple[Path, Path]:
 
 def render_page(data: ReportData) -> str:
     """One HTML page that needs no other file and no network."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(files("sqft.report").joinpath("page.html.jinja").read_text("utf-8"))
     header, *rows = summary_table(data)
-    return template.render(
+    return render_template(
+        "page",
         data=data,
         facts=_facts(data),
         header=header,

@@ -12,7 +12,7 @@ from typing import Any
 from sqft.report.content import LayerRow, ReportData
 from sqft.report.summary import label_model, loss_unit
 
-__all__ = ["Plot", "draw_plots"]
+__all__ = ["Plot", "draw_plots", "render_plot"]
 
 INK, RULE, FAINT = "#010203", "#040506", "#070809"
 CSS = {INK: "var(--ink)", RULE: "var(--rule)", FAINT: "var(--faint)"}
@@ -79,10 +79,15 @@ def draw_plots(data: ReportData) -> list[Plot]:
         ),
     ]
     return [
-        Plot(title, caption, _render(draw, height, f"{title}. {caption}"))
+        render_plot(title, caption, height, draw)
         for there, title, caption, height, draw in candidates
         if there
     ]
+
+
+def render_plot(title: str, caption: str, height: float, draw: Callable[[Any], None]) -> Plot:
+    """A plot of this height in inches, out of what `draw` puts on a Matplotlib figure."""
+    return Plot(title, caption, _render(draw, height, f"{title}. {caption}"))
 
 
 def _render(draw: Callable[[Any], None], height: float, description: str) -> str:

@@ -87,7 +87,7 @@ class LlamaCpp:
 
     def score(self, ids: Sequence[int], wanted: Sequence[tuple[int, int]]) -> list[float]:
         """log P(t | ids[0 .. p]) of every (p, t): t is forced, which does not enter its probability."""
-        order = sorted(range(len(wanted)), key=lambda index: wanted[index])  # a longer prompt reuses a shorter
+        order = sorted(range(len(wanted)), key=lambda index: wanted[index])  # long prompts reuse short ones
         values = [0.0] * len(wanted)
         for index in order:
             position, token = wanted[index]
