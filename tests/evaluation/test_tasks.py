@@ -101,6 +101,8 @@ def test_solved_examples_need_a_training_file(model: Any, tiny_tokenizer: Any, d
     (data_dir / "gsm8k" / "train.jsonl").unlink()
     with pytest.raises(DataError, match="shows the model 5 solved examples"):
         evaluate_tasks(model, tiny_tokenizer, ["gsm8k"], data_dir=data_dir)
+    asked = evaluate_tasks(model, tiny_tokenizer, ["gsm8k"], data_dir=data_dir, num_fewshot=0)
+    assert asked["gsm8k"]["data_set"] == "openai/gsm8k"
 
 
 def test_our_scorer_and_the_harness_agree(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:

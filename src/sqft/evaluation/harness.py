@@ -55,16 +55,25 @@ def evaluate_tasks(
     lm_eval = require("lm_eval", "eval")
     manager_module = require("lm_eval.tasks", "eval")
     specs: list[Any] = []
-    asked: list[str] = []
+    sources: dict[str, Any] = {}  # of each task asked for, its data set on the hub
     files = [task for task in tasks if task.endswith(YAML)]
     for task in tasks:
-        spec = _from_file(Path(task), trust_remote_code) if task in files else _by_name(task, data_dir)
-        if num_fewshot is not None and isinstance(spec, dict):
-            spec["num_fewshot"] = num_fewshot
-        specs.append(spec)
-        asked.append(spec["task"] if isinstance(spec, dict) else Path(spec).stem if task in files else spec)
+        path = Path(task) if task in files else find_definition(task)
+        if path is None:  # a group or tag, which the harness resolves
+            if data_dir is not None:
+                raise DataError(
+                    f"{task} is a group of tasks; with data of your own name the tasks one by one"
+                )
+            specs.append(task)
+            sources[task] = None
+            continue
+        fields = _from_file(path, trust_remote_code) if task in files else _with_functions(path)
+        sources[fields["task"]] = fields.get("dataset_path")
+        if num_fewshot is not None:
+            fields["num_fewshot"] = num_fewshot
+        specs.append(fields if task in files else _with_data(fields, path, data_dir))
     templates = sandboxed_templates() if files and not trust_remote_code else nullcontext()
-    whole_index = any(isinstance(spec, str) and not spec.endswith(YAML) for spec in specs)
+    whole_index = any(isinstance(spec, str) for spec in specs)
     with _quiet(), templates:
         manager = manager_module.TaskManager(include_defaults=whole_index)
         try:
@@ -81,8 +90,12 @@ def evaluate_tasks(
                 torch_random_seed=None,
             )
         except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
-            raise DataError(_reason(error, ", ".join(asked))) from error
-    return {task: _figures(task, results, samples) for task in asked if task in results["results"]}
+            raise DataError(_reason(error, ", ".join(sources))) from error
+    return {
+        task: _figures(task, results, samples) | {"data_set": data_set}
+        for task, data_set in sources.items()
+        if task in results["results"]
+    }
 
 
 def task_files(tasks: Sequence[str], data_dir: Path) -> dict[str, Path]:
@@ -118,19 +131,12 @@ def _from_file(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     return _with_functions(path) if trust_remote_code else settings
 
 
-def _by_name(name: str, data_dir: Path | None) -> dict[str, Any] | str:
-    """The definition of a task; the name itself of a group or tag, which the harness resolves."""
-    path = find_definition(name)
-    if path is None:
-        if data_dir is not None:
-            raise DataError(f"{name} is a group of tasks; with data of your own name the tasks one by one")
-        return name
-    fields = _with_functions(path)
+def _with_data(fields: dict[str, Any], path: Path, data_dir: Path | None) -> dict[str, Any]:
     if data_dir is not None:
         return with_local_data(fields, data_dir)
     if is_our_own(path):
         raise DataError(
-            f"the data of task {name} are not here; name the folder that holds "
+            f"the data of task {fields['task']} are not here; name the folder that holds "
             f"{fields['dataset_path']}/test.jsonl with evaluate.tasks_data, or --tasks-data"
         )
     return fields

@@ -31,12 +31,15 @@ def measure_model(
     examples: Sequence[Example],
     section: EvaluateSection,
     *,
+    chat_tasks: bool = False,
+    samples: bool = False,
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures of the report's row, figures of every item for paired comparison).
 
-    Zeros are counted in a module alone; another program keeps its weights to itself.
+    chat_tasks, samples: chat and samples of `evaluate_tasks`. Zeros are counted in a module alone; another
+    program keeps its weights to itself.
     """
     row: dict[str, Any] = {"sparsity": zero_share(model)} if isinstance(model, nn.Module) else {}
     items: dict[str, Any] = {}
@@ -75,6 +78,8 @@ def measure_model(
             section.tasks,
             data_dir=Path(section.tasks_data) if section.tasks_data else None,
             num_fewshot=section.num_fewshot,
+            chat=chat_tasks,
+            samples=samples,
             batch_size=section.batch_size,
             max_items=section.max_items,
             trust_remote_code=trust_remote_code,

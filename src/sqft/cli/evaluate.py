@@ -1,0 +1,160 @@
+"""`sqft evaluate`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sqft.pipeline.evaluation import Evaluation
+    from sqft.sections import EvaluateSection
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Model directories, adapters, GGUF files, OpenVINO models or hub ids.",
+        ),
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="Items to answer: loss and accuracy. Rendered as in training.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Format string over a record; default: what the model was trained with.")
+    ] = None,
+    answer: Annotated[str | None, typer.Option(help="The same for the answer.")] = None,
+    choices: Annotated[str | None, typer.Option(help="Field with a list of choices.")] = None,
+    label: Annotated[str | None, typer.Option(help="Field with the index of the right one.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Take prompt, test file and evaluate section from this recipe.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, by name or YAML file; commas or several times."),
+    ] = None,
+    tasks_data: Annotated[
+        Path | None, typer.Option(help="A folder with NAME/test.jsonl of each task, in place of the hub.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Solved examples before each item.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompts of tasks through the chat template.")
+    ] = False,
+    perplexity: Annotated[Path | None, typer.Option(help="A text file.")] = None,
+    max_items: Annotated[int | None, typer.Option(min=1, help="The first so many items.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default 64.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default 16.")] = None,
+    samples: Annotated[bool, typer.Option("--samples", help="Keep every prompt and answer of tasks.")] = False,
+    base: Annotated[str | None, typer.Option(help="Of an adapter, where it is not what it names.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Of a GGUF file; default its own.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write/--no-write", help="Put the results beside the model, in .eval_results.")
+    ] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code of the model or of task files.")
+    ] = False,
+) -> None:
+    """Measure finished models: answer loss, accuracy, perplexity, and tasks of lm-evaluation-harness.
+
+    For instance: sqft evaluate runs/mine/merged --data test.jsonl --tasks arc_easy,gsm8k
+    """
+    import json as json_module
+    from dataclasses import asdict
+
+    import torch
+
+    from sqft.cli.messages import RichProgress
+    from sqft.pipeline.evaluation import evaluate_path
+    from sqft.pipeline.run import resolve_device
+    from sqft.report.content import finite_values
+
+    if threads:
+        torch.set_num_threads(threads)
+    asked = {"batch_size": batch_size, "max_items": max_items, "max_new_tokens": max_new_tokens}
+    asked |= {"num_fewshot": num_fewshot, "tasks_data": str(tasks_data) if tasks_data else None}
+    asked |= {"perplexity": str(perplexity) if perplexity else None}
+    asked |= {"tasks": [name for text in tasks for name in text.split(",") if name] if tasks else None}
+    form = {"prompt": prompt, "answer": answer, "choices": choices, "label": label}
+    section, items = _sections(recipe, asked, form, data)
+    found = []
+    with RichProgress() as progress:
+        for model in models:
+            found.append(
+                evaluate_path(
+                    model,
+                    section,
+                    items,
+                    base=base,
+                    tokenizer_dir=tokenizer,
+                    chat_tasks=chat,
+                    samples=samples,
+                    write=write,
+                    device=resolve_device(device),
+                    trust_remote_code=trust_remote_code,
+                    progress=progress,
+                )
+            )
+    if json:
+        values = [{"model": m, **asdict(one.row)} for m, one in zip(models, found, strict=True)]
+        print(json_module.dumps(finite_values(values), indent=1, ensure_ascii=False))
+        return
+    _print_results(found, items)
+
+
+def _sections(
+    recipe: Path | None, asked: dict[str, Any], form: dict[str, Any], data: Path | None
+) -> "tuple[EvaluateSection, dict[str, Any] | None]":
+    """The evaluate section, and the keys of a data section; what was asked for goes before the recipe's.
+
+    Raises: RecipeError for what fits no section.
+    """
+    from pydantic import ValidationError
+
+    from sqft.errors import RecipeError
+    from sqft.pipeline import load_recipe
+    from sqft.sections import EvaluateSection
+
+    values = {key: value for key, value in asked.items() if value is not None}
+    items = {key: value for key, value in form.items() if value is not None}
+    if recipe is not None:
+        told = load_recipe(recipe)
+        if told.evaluate is not None:
+            values = told.evaluate.model_dump(exclude={"models"}, exclude_none=True) | values
+        if told.data is not None:
+            items = told.data.model_dump(exclude_none=True) | items
+    if data is not None:
+        items["test"] = str(data)
+    if items and "test" not in items:
+        raise RecipeError("name the file of items with --data")
+    try:
+        return EvaluateSection.model_validate(values), items or None
+    except ValidationError as error:
+        raise RecipeError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
+
+
+def _print_results(found: "list[Evaluation]", items: dict[str, Any] | None) -> None:
+    from sqft.cli.tables import print_table
+    from sqft.report import ReportData, summary_table
+
+    recipe = {"data": {"choices": (items or {}).get("choices")}}
+    rows = [one.row for one in found]
+    table = summary_table(ReportData("evaluation", rows, recipe, {}, 0.0))
+    print_table(table[0], table[1:])
+    for one in found:
+        for task, figures in one.items.get("tasks", {}).items():
+            for name, value in figures.items():
+                metric, comma, kind = name.partition(",")
+                error = figures.get(f"{metric}_stderr,{kind}")
+                if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                    continue
+                spread = f" ± {error:.4f}" if isinstance(error, float) else ""
+                shown = metric if kind == "none" else f"{metric} ({kind})"
+                print(f"{one.name}  {task}  {shown}: {value:.4f}{spread} (standard error)")
+        for path in one.written:
+            print(f"written: {path}")
