@@ -15,6 +15,7 @@ from sqft.errors import WorkspaceError
 
 __all__ = [
     "BEING_BUILT",
+    "EVALUATIONS",
     "MARK",
     "Mark",
     "changed_since",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 MARK = ".sqft.json"
+EVALUATIONS = ".eval_results"  # in a model: what `sqft evaluate` measured, where the hub looks for it
 FOLDER = "folder"  # in place of the digest of an empty one
 BEING_BUILT = {MARK, MARK + TEMPORARY, ENVIRONMENT}  # in a directory that has no content yet
 
@@ -62,14 +64,16 @@ def write_mark(directory: Path, mark: Mark) -> None:
     write_json(directory / MARK, seal(asdict(mark)))
 
 
-def changed_since(directory: Path, *, thoroughly: bool = False) -> str | None:
+def changed_since(directory: Path, *, thoroughly: bool = False, beside: tuple[str, ...] = ()) -> str | None:
     """The first file that was changed, added or removed since we wrote a directory; None if nothing was.
 
+    beside: folders in it that anything may be added to.
     thoroughly: go by every file's bytes, also where size and modification time are those that were written.
     """
     mark = read_mark(directory)
     known = BEING_BUILT if mark is None or mark.files is None else {MARK, MARK + TEMPORARY, *mark.files}
     added = list_names(directory) - (known if mark else set())
+    added = {name for name in added if name.split("/")[0] not in beside}
     return min(added, default=None) or damaged_since(directory, thoroughly=thoroughly)
 
 

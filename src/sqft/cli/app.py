@@ -10,6 +10,7 @@ from sqft.cli.compare import compare
 from sqft.cli.compress import compress
 from sqft.cli.demo import demo
 from sqft.cli.doctor import doctor
+from sqft.cli.evaluate import evaluate
 from sqft.cli.export import export
 from sqft.cli.inspect import inspect
 from sqft.cli.merge import merge
@@ -28,7 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    run, plan, status, compare, verify, compress, export, merge, pack, unpack, bench, inspect, demo, schema, doctor,
+    run, plan, status, evaluate, compare, verify, compress, export, merge, pack, unpack, bench, inspect,
+    demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -24,7 +24,7 @@ def evaluate(
         Path | None, typer.Option(help="Items to answer: loss and accuracy. Rendered as in training.")
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Format string over a record; default: what the model was trained with.")
+        str | None, typer.Option(help="Format string over a record; default: as the model was trained.")
     ] = None,
     answer: Annotated[str | None, typer.Option(help="The same for the answer.")] = None,
     choices: Annotated[str | None, typer.Option(help="Field with a list of choices.")] = None,
@@ -47,7 +47,7 @@ def evaluate(
     max_items: Annotated[int | None, typer.Option(min=1, help="The first so many items.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default 64.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default 16.")] = None,
-    samples: Annotated[bool, typer.Option("--samples", help="Keep every prompt and answer of tasks.")] = False,
+    samples: Annotated[bool, typer.Option("--samples", help="Keep prompts and answers of tasks.")] = False,
     base: Annotated[str | None, typer.Option(help="Of an adapter, where it is not what it names.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Of a GGUF file; default its own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
@@ -76,7 +76,11 @@ def evaluate(
 
     if threads:
         torch.set_num_threads(threads)
-    asked = {"batch_size": batch_size, "max_items": max_items, "max_new_tokens": max_new_tokens}
+    asked: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_items": max_items,
+        "max_new_tokens": max_new_tokens,
+    }
     asked |= {"num_fewshot": num_fewshot, "tasks_data": str(tasks_data) if tasks_data else None}
     asked |= {"perplexity": str(perplexity) if perplexity else None}
     asked |= {"tasks": [name for text in tasks for name in text.split(",") if name] if tasks else None}
@@ -104,7 +108,7 @@ def evaluate(
         values = [{"model": m, **asdict(one.row)} for m, one in zip(models, found, strict=True)]
         print(json_module.dumps(finite_values(values), indent=1, ensure_ascii=False))
         return
-    _print_results(found, items)
+    _print_results(found)
 
 
 def _sections(
@@ -138,14 +142,12 @@ def _sections(
         raise RecipeError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
 
 
-def _print_results(found: "list[Evaluation]", items: dict[str, Any] | None) -> None:
+def _print_results(found: "list[Evaluation]") -> None:
     from sqft.cli.tables import print_table
-    from sqft.report import ReportData, summary_table
+    from sqft.report.summary import models_table
 
-    recipe = {"data": {"choices": (items or {}).get("choices")}}
-    rows = [one.row for one in found]
-    table = summary_table(ReportData("evaluation", rows, recipe, {}, 0.0))
-    print_table(table[0], table[1:])
+    header, *rows = models_table([one.row for one in found], found[0].loss_unit)
+    print_table(header, rows)
     for one in found:
         for task, figures in one.items.get("tasks", {}).items():
             for name, value in figures.items():

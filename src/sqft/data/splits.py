@@ -58,6 +58,19 @@ def load_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, *, see
     return Splits(kept["train"], kept["search"], kept["test"], report)
 
 
+def load_test_items(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], dict[str, int]]:
+    """The items of `section.test` as `load_splits` renders them, and how many were dropped, by reason.
+
+    Raises: DataError as `load_splits`.
+    """
+    assert section.test is not None
+    dropped: dict[str, Any] = {"null": {}, "too_long": {}}
+    examples = _load(section.test, "test", PromptFormat(section, tokenizer), dropped)
+    return examples, {reason: counts["test"] for reason, counts in dropped.items()}
+
+
 def _load(path: str, name: str, form: PromptFormat, dropped: dict[str, Any]) -> list[Example]:
     examples: list[Example] = []
     limit = form.section.sequence_length

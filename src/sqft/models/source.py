@@ -20,7 +20,7 @@ from sqft.models.writer import KEPT_FILES
 from sqft.progress import SILENT, Progress
 from sqft.sections import ModelSection
 
-__all__ = ["fetch_from_hub", "find_gguf", "resolve_model"]
+__all__ = ["fetch_from_hub", "find_gguf", "gguf_tokenizer", "resolve_model"]
 
 PACKAGE = "package:"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -112,6 +112,22 @@ def _convert_gguf(path: Path, section: ModelSection, cache_dir: Path, progress: 
             open_checkpoint(partial)
         advance(1)
     return final
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer inside a GGUF file, with a padding token.
+
+    Raises: ModelError if it cannot be read.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # the reader of a damaged file fails in any way it likes
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(f"the tokenizer of {path} cannot be read ({reason}); give --tokenizer") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _check_blocks(path: Path, header: GgufHeader) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqft.artifacts import digest_json
 from sqft.errors import DataError, WorkspaceError
+from sqft.marks import EVALUATIONS
 from sqft.report import ModelRow, ReportData, read_report
 from sqft.report.comparison import ComparedRow, ComparisonData, Estimate, Gap
 from sqft.report.summary import label_model, loss_unit
@@ -19,7 +20,6 @@ from sqft.report.summary import label_model, loss_unit
 __all__ = ["Measured", "compare_runs", "find_measured"]
 
 ITEMS = "items.json"
-EVALUATIONS = ".eval_results"
 # Settings by which runs are repeated, not told apart.
 SEEDS = ("seed", "train.seed")
 UNTOLD = ("name", "runtime", "evaluate", *SEEDS)
@@ -108,12 +108,12 @@ def compare_runs(
 
 def _measured_in(path: Path) -> list[Measured]:
     if path.is_file():
-        return [_evaluation(path)]
+        return [_merged([_read_evaluation(path)])]
     if (path / "report.json").is_file():
         return _run(path)
-    files = sorted((path / EVALUATIONS).glob("*.json"))
+    files = [file for file in (path / EVALUATIONS).glob("*.json") if not file.name.startswith(".")]
     if files:
-        return [_evaluation(file) for file in files]
+        return [_merged([_read_evaluation(file) for file in files])]
     return [one for report in sorted(path.glob("*/report.json")) for one in _run(report.parent)]
 
 
@@ -133,12 +133,30 @@ def _run(directory: Path) -> list[Measured]:
     ]
 
 
-def _evaluation(path: Path) -> Measured:
+def _read_evaluation(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Measured(values["model"]["path"], ModelRow(**values["row"]), values["items"], values["recipe"])
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        ModelRow(**values["row"])
+        if not all(isinstance(values[key], dict) for key in ("items", "recipe", "model")):
+            raise TypeError("a part is no object")
+        return values | {"date": str(values["date"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WorkspaceError(f"{path} is no evaluation of this version ({error}); evaluate again") from error
+
+
+def _merged(evaluations: list[dict[str, Any]]) -> Measured:
+    """The evaluations of one model as one; where two measured the same, the later one counts."""
+    evaluations = sorted(evaluations, key=lambda values: values["date"])
+    items: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    for values in evaluations:
+        tasks = {**items.get("tasks", {}), **values["items"].get("tasks", {})}
+        items |= values["items"] | ({"tasks": tasks} if tasks else {})
+        recipe |= values["recipe"]
+    last = evaluations[-1]
+    return Measured(
+        last["model"].get("adapter") or last["model"]["path"], ModelRow(**last["row"]), items, recipe
+    )
 
 
 def _by_seed(measured: Sequence[Measured]) -> list[list[Measured]]:

@@ -1,7 +1,7 @@
 """Measuring a finished model, adapter or export, without the recipe that made it.
 
-Items are rendered by the same `DataSection` and `PromptFormat` as in training. What the model was trained with
-stands beside its weights (`sqft.json`), so that only the file of items has to be named.
+Items are rendered by the same `DataSection` and `PromptFormat` as in training. What the model was trained
+with stands beside its weights (`sqft.json`), so that only the file of items has to be named.
 """
 
 import json
@@ -18,11 +18,12 @@ from sqft.artifacts import digest_file, digest_json
 from sqft.directories import write_files
 from sqft.errors import AdapterError, DataError, ModelError
 from sqft.formats.openvino import XML
-from sqft.pipeline.opening import open_directory
+from sqft.marks import EVALUATIONS
 from sqft.pipeline.runner import environment
 from sqft.progress import SILENT, Progress
 from sqft.report import ModelRow
 from sqft.report.content import finite_values
+from sqft.report.summary import loss_unit
 from sqft.sections import DataSection, EvaluateSection, ModelSection
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "evaluate_path", "hub_entries", "recorded_prompt"]
 
 FACTS = "sqft.json"
-RESULTS = ".eval_results"  # where the hub looks for them
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TASK_LENGTH = 2048  # tokens of context for tasks, whose prompts are not known in advance
 FORMAT_KEYS = ("train", "search", "test", "search_items", "test_items", "train_items", "loss_on", "too_long")
@@ -47,6 +47,7 @@ class Evaluation:
     runtime: str
     row: ModelRow
     items: dict[str, Any]
+    loss_unit: str
     written: list[Path] = field(default_factory=list)
 
 
@@ -106,7 +107,9 @@ def evaluate_path(
     bits = _bits(artefact, trust_remote_code)
     size = artefact.size_bytes
     name = artefact.name
-    found = Evaluation(name, artefact.runtime, ModelRow(name, **row, bits=bits, size_bytes=size), items)
+    measured = ModelRow(name, **row, bits=bits, size_bytes=size)
+    unit = loss_unit({"data": {"choices": prompt.choices if prompt else None}})
+    found = Evaluation(name, artefact.runtime, measured, items, unit)
     record = _record(found, artefact, prompt, section, report, device)
     return replace(found, written=_write(artefact, record) if write else [])
 
@@ -191,9 +194,24 @@ def _open(artefact: "Artefact", length: int, device: str, trust_remote_code: boo
         return LlamaCpp(artefact.path, context=length, lora_path=artefact.adapter)
     if artefact.runtime == "openvino":
         return OpenVinoModel(artefact.path / XML, max_length=length)
-    return open_directory(
-        artefact.path, artefact.adapter, device=device, trust_remote_code=trust_remote_code
-    )
+    from sqft.models import load_model
+
+    loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    if artefact.adapter is None:
+        return load_model(artefact.path, **loading)
+    return _open_adapted(artefact.path, artefact.adapter, loading)
+
+
+def _open_adapted(base: Path, adapter: Path, loading: dict[str, Any]) -> Any:
+    """The base as the adapter was trained on it, with the adapter."""
+    from peft import PeftConfig, PeftModel
+
+    import sqft.adapters  # noqa: F401  enters the method into PEFT's tables
+    from sqft.models import load_model, load_trainable
+
+    stock = PeftConfig.from_pretrained(adapter).peft_type == "LORA"  # wants the base in one dtype
+    model = load_model(base, **loading) if stock else load_trainable(base, **loading)
+    return PeftModel.from_pretrained(model, adapter).eval()
 
 
 def _bits(artefact: "Artefact", trust_remote_code: bool) -> int | None:
@@ -242,7 +260,7 @@ def _write(artefact: "Artefact", record: dict[str, Any]) -> list[Path]:
     the earlier one; anything else of that name stays.
     """
     place = artefact.adapter or artefact.path
-    folder = (place if place.is_dir() else place.parent) / RESULTS
+    folder = (place if place.is_dir() else place.parent) / EVALUATIONS
     tasks = record["items"].get("tasks", {})
     samples = {task: figures.pop("samples") for task, figures in tasks.items() if "samples" in figures}
     told = {"data": record["data"], "recipe": record["recipe"], "model": record["model"]}

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqft.artifacts import digest_file, digest_json
 from sqft.directories import claim_folder, free_place, new_directory, remove_partial
-from sqft.marks import Mark, read_mark
+from sqft.marks import EVALUATIONS, Mark, changed_since, read_mark
 from sqft.pipeline.context import ADAPTER, ITEM_FIGURES
 from sqft.pipeline.recipe import Recipe, stage_name
 from sqft.pipeline.runner import FinishedStage, damaged_stage
@@ -68,7 +68,7 @@ def write_results(
     if recipe.adapters:
         adapter_dir = _publish(by_name["search"], Path(ADAPTER), directory / "adapter")
     data = report_data(recipe, stages, seconds, model_dir)
-    report_json, report_html = write_report(data, directory)
+    report_json, report_html = write_report(data, directory, _items(stages))
     base_dir = None
     if recipe.adapters:
         base = by_name.get(recipe.base_stage)
@@ -148,6 +148,11 @@ def _publish(stage: FinishedStage, inside: Path, wanted: Path) -> Path:
         if name.name not in NOT_PUBLISHED
     }
     about = {"published": wanted.name}
+    there = read_mark(wanted)
+    same = there is not None and there.about == about and _digests(there) == digests
+    if same and changed_since(wanted, thoroughly=True, beside=(EVALUATIONS,)) is None:
+        remove_partial(wanted)
+        return wanted  # with what was measured of it since
     place = free_place(wanted, about)
     _tell_if_elsewhere(wanted, place)
     mark = read_mark(place)

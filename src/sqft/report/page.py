@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from sqft.directories import write_files
-from sqft.report.content import ModelRow, ReportData
+from sqft.report.content import ModelRow, ReportData, finite_values
 from sqft.report.plots import draw_plots
 from sqft.report.summary import format_bytes, format_seconds, label_model, loss_unit, summary_table
 from sqft.report.templates import render_template
@@ -15,12 +15,22 @@ from sqft.report.templates import render_template
 __all__ = ["render_page", "write_report"]
 
 
-def write_report(data: ReportData, directory: Path) -> tuple[Path, Path]:
-    """Write report.json and report.html, and return their paths: others where a user's are in the way."""
-    text = json.dumps(data.to_json(), indent=1, ensure_ascii=False) + "\n"
-    contents = {"report.json": text.encode(), "report.html": render_page(data).encode()}
-    json_path, html_path = write_files(directory, contents)
+def write_report(
+    data: ReportData, directory: Path, items: dict[str, dict[str, Any]] | None = None
+) -> tuple[Path, Path]:
+    """Write report.json and report.html, and return their paths: others where a user's are in the way.
+
+    items: what every item gave, by model; becomes items.json, which comparisons are made from.
+    """
+    contents = {"report.json": _json(data.to_json()), "report.html": render_page(data).encode()}
+    if items:
+        contents["items.json"] = _json(finite_values(items))
+    json_path, html_path, *_ = write_files(directory, contents)
     return json_path, html_path
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def render_page(data: ReportData) -> str:

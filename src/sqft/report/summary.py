@@ -1,6 +1,6 @@
 """The table of models, the same in the terminal, in Markdown and on the page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqft.report.content import ModelRow, ReportData
@@ -12,10 +12,16 @@ STRAY_ZEROS, ROUNDED_ZEROS = 0.01, 0.4
 
 
 def summary_table(data: ReportData) -> list[list[str]]:
-    """Header and one row a model, as text; columns that nothing was measured for are left out."""
-    unit = loss_unit(data.recipe)
+    """Header and one row a model of a run, as text; columns that nothing was measured for are left out."""
+    return models_table(data.models, loss_unit(data.recipe), lambda row: label_model(row, data.recipe))
+
+
+def models_table(
+    models: Sequence[ModelRow], unit: str, label: Callable[[ModelRow], str] = lambda row: row.name
+) -> list[list[str]]:
+    """Header and one row a model, as text. unit: of the loss. label: what a row is called."""
     columns: list[tuple[str, Callable[[ModelRow], str]]] = [
-        ("model", lambda row: label_model(row, data.recipe)),
+        ("model", label),
         (
             f"loss ({unit})",
             lambda row: _interval(row.loss, row.loss_low, row.loss_high, "{:.3f}"),
@@ -26,9 +32,9 @@ def summary_table(data: ReportData) -> list[list[str]]:
         ("sparsity", lambda row: "" if row.sparsity is None else f"{100 * row.sparsity:.1f} %"),
         ("size", lambda row: "" if row.size_bytes is None else format_bytes(row.size_bytes)),
     ]
-    columns += [(task, _task_column(task)) for task in sorted({t for row in data.models for t in row.tasks})]
+    columns += [(task, _task_column(task)) for task in sorted({t for row in models for t in row.tasks})]
     table = [[title for title, _ in columns]]
-    table += [[cell(row) for _, cell in columns] for row in data.models]
+    table += [[cell(row) for _, cell in columns] for row in models]
     used = [i for i in range(len(columns)) if any(line[i] for line in table[1:])]
     return [[line[i] or "-" for i in used] for line in table]
 
