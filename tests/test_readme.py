@@ -28,6 +28,8 @@ def test_the_marked_blocks_run(
         {"question": f"What is {a} plus {b}?", "answer": str(a + b)} for a in range(40) for b in range(35)
     ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    more = [json.dumps({"question": f"What is {a} plus 50?", "answer": str(a + 50)}) for a in range(4)]
+    (tmp_path / "more.jsonl").write_text("\n".join(more))
     program = ""
     commands = []
     for block in BLOCK.finditer(README):

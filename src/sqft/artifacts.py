@@ -15,6 +15,7 @@ from sqft.errors import WorkspaceError
 
 __all__ = [
     "ENVIRONMENT",
+    "FACTS",
     "LAYERS",
     "MANIFEST",
     "TEMPORARY",
@@ -34,6 +35,7 @@ MANIFEST = "manifest.json"
 ENVIRONMENT = ".environment.json"  # what an unfinished stage was begun in
 SEAL = "sha256"
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
+FACTS = "sqft.json"  # of a merged model or an adapter: what it is, and how its prompts were made
 LAYERS = "sqft_layers.json"  # of a compressed model: what was done to each layer
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sqft.artifacts import write_json
+from sqft.artifacts import FACTS, write_json
 from sqft.errors import ModelError
 from sqft.models.checkpoint import SINGLE, SPARSE_FILE, Checkpoint
 from sqft.models.packing import (
@@ -31,7 +31,6 @@ __all__ = ["CheckpointWriter", "StoredMasks", "read_latents", "read_masks", "wri
 
 MASKS = "sqft_masks.safetensors"
 LATENT = "sqft_latent.safetensors"
-FACTS = "sqft.json"
 STATE = "resume.safetensors"
 KEPT_FILES = (
     "generation_config.json",

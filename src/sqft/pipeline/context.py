@@ -45,6 +45,12 @@ class StageContext:
         return {"device": self.device, "trust_remote_code": self.trusts_code}
 
     @property
+    def opening(self) -> dict[str, Any]:
+        """Options of the functions that open a model with its adapter."""
+        precision = self.recipe.adapters.base_precision if self.recipe.adapters else "latent"
+        return self.loading | {"base_precision": precision}
+
+    @property
     def compressing(self) -> dict[str, Any]:
         """Options of the two functions that compress a model."""
         return {"device": self.device, "progress": self.progress, "spill": self.recipe.runtime.spill}

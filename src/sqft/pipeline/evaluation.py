@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sqft.artifacts import digest_file, digest_json
+from sqft.artifacts import FACTS, digest_file, digest_json
 from sqft.directories import write_files
 from sqft.errors import AdapterError, DataError, ModelError
 from sqft.formats.openvino import XML
 from sqft.marks import EVALUATIONS
+from sqft.pipeline.opening import open_model
 from sqft.pipeline.runner import environment
 from sqft.progress import SILENT, Progress
 from sqft.report import ModelRow
@@ -33,10 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Evaluation", "evaluate_path", "hub_entries", "recorded_prompt"]
 
-FACTS = "sqft.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TASK_LENGTH = 2048  # tokens of context for tasks, whose prompts are not known in advance
-FORMAT_KEYS = ("train", "search", "test", "search_items", "test_items", "train_items", "loss_on", "too_long")
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,14 @@ class Evaluation:
 def recorded_prompt(path: Path) -> dict[str, Any] | None:
     """The keys of a data section that a model's prompts were made with, where its files tell; else None."""
     folder = path if path.is_dir() else path.parent
-    prompt = _read_json(folder / FACTS).get("prompt") or _read_json(folder / "sqft_export.json").get("prompt")
+    prompt = _read_json(folder / FACTS).get("prompt")
     if isinstance(prompt, dict):
         return prompt
     data = _read_json(folder.parent / "report.json").get("recipe", {}).get("data")
-    return {k: v for k, v in data.items() if k not in FORMAT_KEYS} if isinstance(data, dict) else None
+    try:
+        return DataSection.model_validate(data).rendering() if isinstance(data, dict) else None
+    except ValueError:  # of another version
+        return None
 
 
 def evaluate_path(
@@ -194,24 +196,9 @@ def _open(artefact: "Artefact", length: int, device: str, trust_remote_code: boo
         return LlamaCpp(artefact.path, context=length, lora_path=artefact.adapter)
     if artefact.runtime == "openvino":
         return OpenVinoModel(artefact.path / XML, max_length=length)
-    from sqft.models import load_model
-
     loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    if artefact.adapter is None:
-        return load_model(artefact.path, **loading)
-    return _open_adapted(artefact.path, artefact.adapter, loading)
-
-
-def _open_adapted(base: Path, adapter: Path, loading: dict[str, Any]) -> Any:
-    """The base as the adapter was trained on it, with the adapter."""
-    from peft import PeftConfig, PeftModel
-
-    import sqft.adapters  # noqa: F401  enters the method into PEFT's tables
-    from sqft.models import load_model, load_trainable
-
-    stock = PeftConfig.from_pretrained(adapter).peft_type == "LORA"  # wants the base in one dtype
-    model = load_model(base, **loading) if stock else load_trainable(base, **loading)
-    return PeftModel.from_pretrained(model, adapter).eval()
+    found: Scorable = open_model(artefact.path, artefact.adapter, **loading)
+    return found
 
 
 def _bits(artefact: "Artefact", trust_remote_code: bool) -> int | None:
@@ -235,7 +222,7 @@ def _record(
     folder = artefact.adapter or (artefact.path if artefact.path.is_dir() else artefact.path.parent)
     recipe = dict(_read_json(folder / FACTS).get("recipe") or {"model": {"source": str(artefact.path)}})
     if prompt is not None:
-        recipe["data"] = prompt.model_dump(mode="json", exclude=set(FORMAT_KEYS), exclude_none=True)
+        recipe["data"] = prompt.rendering()
     recipe["evaluate"] = section.model_dump(mode="json", exclude_none=True)
     return {
         "sqft_evaluation": 1,

@@ -2,9 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from sqft.pipeline.context import StageContext
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -12,18 +10,26 @@ if TYPE_CHECKING:
 __all__ = ["open_adapted", "open_model", "tell_kept_zeros"]
 
 logger = logging.getLogger(__name__)
+BasePrecision = Literal["latent", "float32"]
 
 
-def open_model(context: StageContext, directory: Path, adapter: Path | None) -> "PreTrainedModel":
-    """A model for inference in float32, with its adapter if it has one."""
+def open_model(
+    directory: Path, adapter: Path | None, *, base_precision: BasePrecision = "latent", **loading: Any
+) -> "PreTrainedModel":
+    """A model for inference in float32, with its adapter if it has one.
+
+    loading: device and trust_remote_code.
+    """
     from sqft.models import load_model
 
     if adapter is not None:
-        return open_adapted(context, directory, adapter).eval()
-    return load_model(directory, **context.loading).eval()
+        return open_adapted(directory, adapter, base_precision=base_precision, **loading).eval()
+    return load_model(directory, **loading).eval()
 
 
-def open_adapted(context: StageContext, directory: Path, adapter: Path) -> Any:
+def open_adapted(
+    directory: Path, adapter: Path, *, base_precision: BasePrecision = "latent", **loading: Any
+) -> Any:
     """The base as it was trained on, with the adapter from a directory."""
     from peft import PeftConfig, PeftModel
 
@@ -31,12 +37,9 @@ def open_adapted(context: StageContext, directory: Path, adapter: Path) -> Any:
     from sqft.models import load_model, load_trainable
 
     if PeftConfig.from_pretrained(adapter).peft_type == "LORA":  # stock PEFT wants the base in one dtype
-        base = load_model(directory, **context.loading)
+        base = load_model(directory, **loading)
     else:
-        precision = context.adapters.base_precision
-        base = load_trainable(
-            directory, base_precision=precision, device=context.device, trust_remote_code=context.trusts_code
-        )
+        base = load_trainable(directory, base_precision=base_precision, **loading)
     return PeftModel.from_pretrained(base, adapter)
 
 

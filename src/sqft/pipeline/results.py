@@ -10,7 +10,7 @@ from typing import Any
 
 from sqft.artifacts import digest_file, digest_json
 from sqft.directories import claim_folder, free_place, new_directory, remove_partial
-from sqft.marks import EVALUATIONS, Mark, changed_since, read_mark
+from sqft.marks import EVALUATIONS, Mark, changed_since, is_directory, read_mark
 from sqft.pipeline.context import ADAPTER, ITEM_FIGURES
 from sqft.pipeline.recipe import Recipe, stage_name
 from sqft.pipeline.runner import FinishedStage, damaged_stage
@@ -148,7 +148,7 @@ def _publish(stage: FinishedStage, inside: Path, wanted: Path) -> Path:
         if name.name not in NOT_PUBLISHED
     }
     about = {"published": wanted.name}
-    there = read_mark(wanted)
+    there = read_mark(wanted) if is_directory(wanted) else None
     same = there is not None and there.about == about and _digests(there) == digests
     if same and changed_since(wanted, thoroughly=True, beside=(EVALUATIONS,)) is None:
         remove_partial(wanted)

@@ -23,7 +23,7 @@ def evaluate(context: StageContext) -> dict[str, Any]:
     adapter = context.inputs[stage] / ADAPTER if stage else None
     test = read_items(context.inputs["items"], "test") if context.recipe.data else []
     row, items = measure_model(
-        open_model(context, directory, adapter),
+        open_model(directory, adapter, **context.opening),
         load_tokenizer(context.inputs["model"], trust_remote_code=context.trusts_code),
         test,
         context.recipe.evaluate or EvaluateSection(),

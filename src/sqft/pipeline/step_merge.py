@@ -29,7 +29,7 @@ def merge(context: StageContext) -> dict[str, Any]:
     from sqft.models import load_model, open_checkpoint, read_masks, write_model
 
     adapter = context.inputs["search"] / ADAPTER
-    adapted = open_adapted(context, context.base, adapter).eval()
+    adapted = open_adapted(context.base, adapter, **context.opening).eval()
     merged = merge_adapters(adapted)
     linears = {name: _stored_weight(weight) for name, weight in merged.items()}
     masks = read_masks(context.base)
@@ -81,4 +81,5 @@ def _facts(context: StageContext) -> dict[str, Any]:
         "ranks": Manifest.read(context.inputs["search"]).metrics["ranks"],
         "lineage": {name: Manifest.read(context.inputs[name]).key for name in ("train", "search")},
         "recipe": recipe.model_dump(mode="json", include=DETERMINING, exclude_none=True),
+        "prompt": context.data.rendering(),
     }

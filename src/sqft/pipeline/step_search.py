@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from sqft.artifacts import Manifest, digest_json, write_json
+from sqft.artifacts import FACTS, Manifest, digest_json, write_json
 from sqft.errors import CertificateError
 from sqft.pipeline.context import ADAPTER, StageContext
 from sqft.pipeline.opening import open_adapted
@@ -20,7 +20,7 @@ def search(context: StageContext) -> dict[str, Any]:
     from sqft.search import search_sub_adapter
 
     section = context.recipe.search or SearchSection()
-    adapted = open_adapted(context, context.base, context.inputs["train"] / ADAPTER).eval()
+    adapted = open_adapted(context.base, context.inputs["train"] / ADAPTER, **context.opening).eval()
     hill_climb = section.method == "hill_climb"
     items = read_items(context.inputs["items"], "search") if hill_climb else []
 
@@ -38,6 +38,7 @@ def search(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
     )
     extract_sub_adapter(adapted, result.best, context.directory / ADAPTER)
+    write_json(context.directory / ADAPTER / FACTS, {"kind": "adapter", "prompt": context.data.rendering()})
     digest = None
     if context.adapters.method != "lora":
         trained = Manifest.read(context.inputs["train"]).metrics["codes_digests"]

@@ -1,12 +1,17 @@
 """What a recipe starts from: the model, the items, the calibration texts."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from sqft.sections.base import Positive, Section
 
 __all__ = ["CalibrationSection", "DataSection", "ModelSection"]
+
+# Settings of a data section that say which items there are, and not how one is rendered.
+NOT_RENDERING = {
+    "train", "search", "test", "search_items", "test_items", "train_items", "loss_on", "too_long"
+}  # fmt: skip
 
 
 class ModelSection(Section):
@@ -45,6 +50,10 @@ class DataSection(Section):
     )
     test_items: Positive = Field(300, description="Items split off train for the test, where test is unset.")
     train_items: Positive | None = Field(None, description="Use this many training items at most.")
+
+    def rendering(self) -> dict[str, Any]:
+        """The settings that turn a record into a prompt and an answer, without the files and their splits."""
+        return self.model_dump(mode="json", exclude=NOT_RENDERING, exclude_none=True)
 
 
 class CalibrationSection(Section):
