@@ -99,11 +99,11 @@ def run(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
                 adapted = attach_adapters(model, section, seed=seed)
                 if str(sparsity) not in result["untuned"]:
                     result["untuned"][str(sparsity)] = evaluate_loss(adapted.eval(), test).loss
-                train = TrainSection(
+                budget = TrainSection(
                     learning_rate=arguments.learning_rate, max_steps=arguments.steps, warmup_steps=4
                 )
                 output = cache / f"{seed}-{sparsity}-{gradient}"
-                record = train_adapters(adapted, splits.train, train, seed=seed, output_dir=output)
+                record = train_adapters(adapted, splits.train, budget, seed=seed, output_dir=output)
                 found = evaluate_loss(adapted, test)
                 row = {"seed": seed, "sparsity": sparsity, "gradient": gradient, "loss": found.loss}
                 row |= {"item_nats": found.sums, "item_tokens": found.counts, "seconds": record.seconds}

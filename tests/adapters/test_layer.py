@@ -58,6 +58,7 @@ def test_merged_model_is_the_adapted_model(
     weights = {name: layer.adapted("default").detach() for name, layer in adapter_layers(model).items()}
     for name, weight in merged.items():
         assert torch.equal(weight.dequantized(), weights[name])
+        assert weight.mask is not None
         assert torch.equal(weight.dequantized() != 0, weight.mask) or method == "qa_sparse_peft"
         assert not weight.dequantized()[~weight.mask].any()
     plain = model.merge_and_unload()
@@ -340,7 +341,8 @@ def test_merged_weight_of_a_quantized_base_can_be_trained_on(
     again = attach(model.merge_and_unload(), "qa_sparse_peft")
     assert torch.equal(logits(again, tokens), tuned)
     merged: dict[str, MergedWeight] = merge_adapters(again)
-    assert all(torch.equal(merged[name].mask, mask) for name, mask in masks.items())
+    found = {name: weight.mask for name, weight in merged.items()}
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())  # type: ignore[arg-type]
 
 
 def test_16_bit_base_under_float32_activations(tiny_model_dir: Any, randomize: Any, tokens: Tensor) -> None:
@@ -405,6 +407,7 @@ def test_without_a_stored_mask_stray_zeros_may_change(
         model = attach(base, "sparse_peft")
         randomize(model)
         merged = merge_adapters(model)[name]
+        assert merged.mask is not None
         assert merged.mask.all()
         assert merged.weight is not None
         assert (merged.weight[2, 5:8].abs() > 1e-4).all()
@@ -425,5 +428,6 @@ def test_a_model_that_arrives_sparse_keeps_its_zeros(
     model = attach(load_trainable(directory), "sparse_peft")
     randomize(model)
     for name, merged in merge_adapters(model).items():
+        assert merged.mask is not None
         assert torch.equal(merged.mask, tensors[f"{name}.weight"] != 0)
         assert torch.equal(merged.dequantized() != 0, merged.mask)

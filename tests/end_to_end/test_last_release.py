@@ -23,7 +23,9 @@ def workspace(tmp_path: Path) -> Path:
     return Path(shutil.copytree(RELEASE, tmp_path / "runs"))
 
 
-def test_its_model_verifies_from_its_files_and_from_base_and_adapter(workspace: Path, capsys) -> None:
+def test_its_model_verifies_from_its_files_and_from_base_and_adapter(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     merged = stage(workspace, "merge")
     assert run_command_line(["verify", str(merged)]) == 0
     base, adapter = stage(workspace, "quantize"), stage(workspace, "search") / "adapter"
@@ -49,7 +51,9 @@ def test_its_stages_are_finished_ones(workspace: Path) -> None:
     assert all(row.elapsed_seconds > 0 for row in rows)
 
 
-def test_a_stage_without_its_manifest_is_refused_in_one_line(workspace: Path, capsys) -> None:
+def test_a_stage_without_its_manifest_is_refused_in_one_line(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     merged = stage(workspace, "merge")
     (merged / MANIFEST).write_text("{")
     assert run_command_line(["status", str(workspace)]) == 2

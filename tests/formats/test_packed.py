@@ -77,7 +77,7 @@ def test_shards_and_layers_that_stay_dense(merged: Callable[..., Path], tmp_path
     directory = merged()
     tensors = load_file(directory / "model.safetensors")
     names, end = sorted(tensors), len(tensors) // 2
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate([names[:end], names[end:]], 1):
         file = f"model-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name] for name in part}, directory / file, metadata={"format": "pt"})
@@ -143,7 +143,7 @@ def test_packing_notices_what_would_not_come_back(
     merged: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a file of another writer, with bits where ours has none, or a defect of our own."""
-    honest = packed_format.pack_codes
+    honest = packed_format.pack_codes  # type: ignore[attr-defined]
 
     def change(name: str, *rest: Any) -> dict[str, torch.Tensor]:
         tensors = honest(name, *rest)

@@ -38,7 +38,8 @@ def test_read_as_a_stranger_would(bits: int) -> None:
     mask = mask_rows(torch.rand(3, 60), 0.45)
     codes, _ = draw(mask, bits)
     packed = pack_codes("x", codes, mask, bits)
-    columns, kept, found = packed["x.weight_mask"].tolist(), packed["x.weight_kept"].tolist(), {}
+    columns, kept = packed["x.weight_mask"].tolist(), packed["x.weight_kept"].tolist()
+    found: dict[tuple[int, int], int] = {}
     for row in range(3):
         for column in range(60):
             if columns[row][column // 8] >> column % 8 & 1:
