@@ -156,12 +156,20 @@ def new_directory(
             sync_tree(partial)
             _put_in_place(partial, final)
     except Exception as error:
-        # Libraries wrap the system's error in their own, and keep its words.
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
+        if not _is_full(error):
             raise
         free = shutil.disk_usage(partial.parent).free
         message = f"no space left in {partial.parent} ({free // 2**20} MiB free); make room and run again"
         raise WorkspaceError(message) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether the disk was full: libraries wrap that in their errors, keep its words, or fail after it."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def remove_partial(final: Path) -> None:
