@@ -53,7 +53,7 @@ def test_an_undamaged_model_passes(merge_copy: Merge, arch: str, changes: dict[s
     (directory / "README.md").write_text("a model card, written later")
     checks = check_integrity(directory)
     require_passed(checks, directory)
-    assert [check.name for check in checks] == ["digests", "tensors", "codes", "zeros", "logits"]
+    assert [check.name for check in checks] == ["record", "digests", "tensors", "codes", "zeros", "logits"]
 
 
 NAME = "model.layers.0.self_attn.v_proj"

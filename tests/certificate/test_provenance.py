@@ -69,7 +69,8 @@ def test_a_merge_is_its_base_plus_its_adapter(merges: Merge, arch: str, changes:
     checks = provenance(merges(arch, **changes))
     assert not failed(checks), checks
     assert {check.name for check in checks} == {
-        "lineage", "identity", "grid", "mask", "other tensors", "recomputed", "trained"
+        "lineage", "identity", "settings", "strangers", "grid", "mask", "other tensors", "recomputed",
+        "trained",
     }  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def test_an_exported_adapter_says_how_to_serve_it(
     assert all(finding.passed for finding in check_export(out))
     findings = [finding for finding in check_export(out, merged_dir()) if not finding.passed]
     assert all("verify it without --merged" in finding.detail for finding in findings)
-    assert [finding.name for finding in findings] == ["codes", "tokenizer", "masks"]
+    assert [finding.name for finding in findings] == ["codes", "tokenizer", "masks", "made anew"]
 
 
 def test_an_adapter_that_changed_on_the_way_is_not_written(

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from sqft.adapters import codes_digest
-from sqft.artifacts import write_json
+from sqft.artifacts import seal, write_json
 from sqft.certificate.checks import Check
 from sqft.certificate.integrity import CERTIFICATE, LOGIT_TOLERANCE, check_integrity, file_digests, run_check
 from sqft.certificate.provenance import check_provenance
@@ -73,7 +73,7 @@ def write_certificate(
         "trained_digest": trained_digest,
         "checks": [asdict(check) for check in checks],
     }
-    write_json(directory / CERTIFICATE, value)
+    write_json(directory / CERTIFICATE, seal(value))
 
 
 def _compare(adapted: nn.Module, merged: nn.Module, token_ids: TokenIds) -> str:

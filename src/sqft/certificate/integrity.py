@@ -1,5 +1,6 @@
 """The first level of a certificate: what a model's own files show.
 
+record       the certificate is as it was written, and says that every check passed then
 digests      every certified file is there, unchanged, and no file was added
 tensors      the weight files hold every tensor, whole, and every number is finite
 codes        every code and zero point is in its range, and every scale is positive
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sqft.artifacts import digest_files
+from sqft.artifacts import digest_files, unseal
+from sqft.certificate.answers import SIGNATURE, hidden_names
 from sqft.certificate.checks import Check
 from sqft.certificate.reference import compute_logits, largest_difference, read_reference
 from sqft.certificate.stored import StoredModel, read_json
@@ -29,6 +31,7 @@ FACTS = "sqft.json"
 LOGIT_TOLERANCE = 1e-5  # of the largest absolute logit
 UNCERTIFIED = {
     CERTIFICATE,
+    SIGNATURE,
     "manifest.json",
     "README.md",
 }  # written after the certificate, and no part of a model
@@ -43,6 +46,7 @@ def check_integrity(
     trust_remote_code: open a model that comes with Python code of its own, and so run that code.
     """
     steps: list[tuple[str, Callable[[], str]]] = [
+        ("record", lambda: _check_record(directory)),
         ("digests", lambda: _check_digests(directory)),
         ("tensors", lambda: _check_tensors(directory)),
         ("codes", lambda: _check_codes(directory)),
@@ -73,11 +77,24 @@ def file_digests(directory: Path) -> dict[str, str]:
     return {name: digest for name, digest in digest_files(directory).items() if name not in UNCERTIFIED}
 
 
+def _check_record(directory: Path) -> str:
+    try:
+        record = unseal(read_json(directory / CERTIFICATE))
+        outcomes = {str(check["name"]): check["passed"] for check in record["checks"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CertificateError(f"{CERTIFICATE} is damaged ({error})") from None
+    failed = [name for name, passed in outcomes.items() if passed is not True]
+    if failed:
+        raise CertificateError(f"when it was certified, {', '.join(failed)} did not hold")
+    return f"as it was written, {len(outcomes)} checks then"
+
+
 def _check_digests(directory: Path) -> str:
     recorded = read_json(directory / CERTIFICATE).get("files", {})
     found = file_digests(directory)
     problems = [f"{name} is missing" for name in sorted(recorded.keys() - found.keys())]
     problems += [f"{name} was added" for name in sorted(found.keys() - recorded.keys())]
+    problems += [f"{name} was added, hidden" for name in hidden_names(directory)]
     shared = sorted(recorded.keys() & found.keys())
     problems += [f"{name} was changed" for name in shared if recorded[name] != found[name]]
     if problems or not recorded:

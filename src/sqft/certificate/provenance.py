@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sqft.certificate.adapter import ADAPTER_CONFIG, Adapter, read_adapter
+from sqft.certificate.answers import check_files, check_settings
 from sqft.certificate.checks import Check
 from sqft.certificate.integrity import CERTIFICATE, file_digests, run_check
 from sqft.certificate.stored import StoredModel, read_json
@@ -86,6 +87,8 @@ def check_provenance(
     return [
         run_check("lineage", lambda: _check_lineage(directory, base_dir, adapter_dir, lineage)),
         run_check("identity", lambda: _check_identity(base, adapter)),
+        run_check("settings", lambda: check_settings(directory, base_dir)),
+        run_check("strangers", lambda: check_files(directory)),
         run_check("grid", lambda: _check_grid(merged, base)),
         run_check("mask", lambda: _check_masks(merged, base, adapter)),
         run_check("other tensors", lambda: _check_others(merged, base, adapter)),

@@ -166,7 +166,8 @@ class StoredModel:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = read_json(directory / "config.json")
-        self.tensors = StoredTensors(self._weight_files())
+        self.weight_files = self._weight_files()
+        self.tensors = StoredTensors(self.weight_files)
         masks = directory / MASKS
         self._masks = StoredTensors([masks]) if masks.exists() else None
         latent = directory / LATENT

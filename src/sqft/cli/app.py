@@ -18,6 +18,7 @@ from sqft.cli.pack import pack, unpack
 from sqft.cli.plan import plan
 from sqft.cli.run import run
 from sqft.cli.schema import schema
+from sqft.cli.sign import sign
 from sqft.cli.status import status
 from sqft.cli.verify import verify
 
@@ -29,8 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    run, plan, status, evaluate, compare, verify, compress, export, merge, pack, unpack, bench, inspect,
-    demo, schema, doctor,
+    run, plan, status, evaluate, compare, verify, sign, compress, export, merge, pack, unpack, bench,
+    inspect, demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -21,6 +21,9 @@ def verify(
     merged: Annotated[
         Path | None, typer.Option(help="For what sqft export wrote: the model that was exported.")
     ] = None,
+    signed_by: Annotated[
+        Path | None, typer.Option(help="The public ssh key of whoever signed it with sqft sign.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
@@ -28,10 +31,13 @@ def verify(
     """Repeat the certificate of a merged model; with --base and --adapter, also recompute its weights.
 
     What sqft export wrote is checked against its digests; with --merged, code by code too. What sqft pack
-    wrote is checked to give every file back that was certified; `sqft unpack` it to repeat the rest.
+    wrote is checked to give every file back that was certified; `sqft unpack` it to repeat the rest. With
+    --signed-by, also that the owner of that key signed what the files are checked against.
     Exits with 1 if a check fails.
     """
     from sqft.certificate import check_integrity, check_provenance
+    from sqft.certificate.integrity import run_check
+    from sqft.certificate.signature import check_signature
     from sqft.cli.messages import RichProgress
     from sqft.errors import CertificateError
 
@@ -53,6 +59,8 @@ def verify(
             checks = check_integrity(directory, progress, trust_remote_code=trust_remote_code)
         if base is not None and adapter is not None:
             checks += check_provenance(directory, base, adapter, progress=progress)
+        if signed_by is not None:
+            checks.append(run_check("signature", lambda: check_signature(directory, signed_by)))
     width = max(len(check.name) for check in checks)
     for check in checks:
         print(f"{'passed' if check.passed else 'FAILED'}  {check.name:<{width}}  {check.detail}".rstrip())

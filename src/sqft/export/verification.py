@@ -1,14 +1,17 @@
 """Checking an artefact again, long after it was exported."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqft.artifacts import digest_file, digest_files
+from sqft.certificate.answers import hidden_names
 from sqft.errors import ExportError, SqftError
 from sqft.export.model_export import EXPORT, check_stored
+from sqft.export.table import find_format
 from sqft.formats.gguf_model import changed_tokenizer_keys, gguf_path
 from sqft.formats.weights import open_source
 from sqft.models import load_tokenizer
@@ -16,6 +19,8 @@ from sqft.models import load_tokenizer
 __all__ = ["Finding", "check_export"]
 
 MASKS = "sqft_masks.safetensors"
+NOT_CHECKED = (EXPORT, f"{EXPORT}.sig", "README.md", "manifest.json")  # the record, and documents
+OF_NO_EFFECT = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,14 @@ def check_export(directory: Path, merged_dir: Path | None = None) -> list[Findin
     """Check an artefact's files against the digests taken when it was exported.
 
     merged_dir: the model that was exported; then every code is read back and compared with it too, and so
-    are tokenizer and masks.
+    are tokenizer, masks, and every file with that of an export made anew.
     """
     steps: list[tuple[str, Callable[[], str]]] = [("digests", lambda: _check_digests(directory))]
     if merged_dir is not None:
         steps.append(("codes", lambda: _check_codes(directory, merged_dir)))
         steps.append(("tokenizer", lambda: _check_tokenizer(directory, merged_dir)))
         steps.append(("masks", lambda: _check_masks(directory, merged_dir)))
+        steps.append(("made anew", lambda: _check_made_anew(directory, merged_dir)))
     findings = []
     for name, step in steps:
         try:
@@ -52,11 +58,12 @@ def check_export(directory: Path, merged_dir: Path | None = None) -> list[Findin
 def _check_digests(directory: Path) -> str:
     recorded = json.loads((directory / EXPORT).read_text(encoding="utf-8"))["files"]
     found = digest_files(directory)
-    for ours in (EXPORT, "README.md", "manifest.json"):
+    for ours in NOT_CHECKED:
         recorded.pop(ours, None)
         found.pop(ours, None)
     problems = [f"{name} is missing" for name in sorted(recorded.keys() - found.keys())]
     problems += [f"{name} was added" for name in sorted(found.keys() - recorded.keys())]
+    problems += [f"{name} was added, hidden" for name in hidden_names(directory)]
     problems += [
         f"{n} was changed" for n in sorted(recorded.keys() & found.keys()) if recorded[n] != found[n]
     ]
@@ -108,6 +115,36 @@ def _check_masks(directory: Path, merged_dir: Path) -> str:
     if digest_file(ours) != digest_file(theirs):
         raise ExportError(f"{MASKS} is not the merged model's")
     return "the merged model's"
+
+
+def _check_made_anew(directory: Path, merged_dir: Path) -> str:
+    """Export once more, and compare what came out: the graph and tokenizers, settings, and every other file.
+
+    So the versions of libraries that write files should be those of the export.
+    """
+    record = _model_record(directory)
+    if record.get("damage"):
+        raise ExportError("the artefact was requantized; export it again to compare")
+    with tempfile.TemporaryDirectory() as folder:
+        anew = Path(folder)
+        find_format(record["format"]).write(open_source(merged_dir), anew, record.get("head_option", "auto"))
+        names = (digest_files(directory).keys() | digest_files(anew).keys()) - set(NOT_CHECKED)
+        other = [name for name in sorted(names) if not _same_file(directory / name, anew / name)]
+    if other:
+        raise ExportError(f"not what an export of the merged model is: {', '.join(other)}")
+    return f"{len(names)} files are those of an export made now"
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    if not (first.is_file() and second.is_file()):
+        return False
+    if digest_file(first) == digest_file(second):
+        return True
+    if first.suffix != ".json":
+        return False
+    values = [json.loads(path.read_text(encoding="utf-8")) for path in (first, second)]
+    plain = [{k: v for k, v in value.items() if k not in OF_NO_EFFECT} for value in values]
+    return plain[0] == plain[1]
 
 
 def _model_record(directory: Path) -> dict[str, Any]:

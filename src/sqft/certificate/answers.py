@@ -1,0 +1,103 @@
+"""What changes a model's answers beside its weights, compared with the base's.
+
+settings     config, generation settings, tokenizer, chat template and code are the base's, byte by byte; of
+             the config, what only says who wrote it may differ, and is named
+strangers    there is no file that a merge does not write, hidden ones included
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sqft.artifacts import LAYERS, digest_file
+from sqft.certificate.stored import StoredModel, read_json
+from sqft.errors import CertificateError
+from sqft.marks import MARK, list_names
+
+__all__ = ["SIGNATURE", "check_files", "check_settings", "hidden_names"]
+
+SIGNATURE = "sqft_certificate.json.sig"
+FACTS = "sqft.json"
+TEXTS = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "vocab.txt",
+)  # fmt: skip
+OURS = {
+    "config.json", "model.safetensors.index.json", FACTS, LAYERS, "sqft_masks.safetensors",
+    "sqft_certificate.json", "sqft_reference.safetensors", SIGNATURE, "README.md", "manifest.json", MARK,
+    ".environment.json",
+}  # fmt: skip
+OF_NO_EFFECT = {"_name_or_path", "transformers_version"}
+SHOWN = 3
+
+
+def check_settings(directory: Path, base_dir: Path) -> str:
+    """Compare config, generation settings, tokenizer, template and code of a merge with its base's.
+
+    Raises: CertificateError naming the first differences.
+    """
+    config, expected = read_json(directory / "config.json"), read_json(base_dir / "config.json")
+    missing = object()
+    keys = sorted(config.keys() | expected.keys())
+    different = [key for key in keys if config.get(key, missing) != expected.get(key, missing)]
+    problems = [
+        f"config.json: {key} is {_shown(config, key)}, the base's {_shown(expected, key)}"
+        for key in different
+        if key not in OF_NO_EFFECT
+    ]
+    code = {path.name for place in (directory, base_dir) for path in place.glob("*.py")}
+    same = 0
+    for name in (*TEXTS, *sorted(code)):
+        ours, theirs = directory / name, base_dir / name
+        if ours.is_file() and theirs.is_file():
+            same += 1
+            if digest_file(ours) != digest_file(theirs):
+                problems.append(f"{name} is not the base's")
+        elif ours.is_file() or (theirs.is_file() and name not in code):  # code is copied where it is trusted
+            problems.append(f"{name} is in only one of the merged model and the base")
+    problems += _other_facts(directory, base_dir)
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise CertificateError("; ".join(problems[:SHOWN]) + more)
+    named = f" but for {', '.join(different)}" if different else ""
+    return f"config{named} and {same} files of generation settings, tokenizer and template are the base's"
+
+
+def check_files(directory: Path) -> str:
+    """Refuse files in a merged model that a merge does not write.
+
+    Raises: CertificateError naming them.
+    """
+    weights = {path.name for path in StoredModel(directory).weight_files}
+    code = {path.name for path in directory.glob("*.py")}  # compared with the base's by `check_settings`
+    found = list_names(directory)
+    strange = sorted(found - OURS - set(TEXTS) - weights - code)
+    if strange:
+        raise CertificateError(f"no part of a merged model: {', '.join(strange[:SHOWN])}")
+    return f"{len(found)} files, none that a merge does not write"
+
+
+def hidden_names(directory: Path) -> list[str]:
+    """Hidden files of a directory, and those in hidden folders, other than the mark of our own."""
+    names = list_names(directory) - {MARK, ".environment.json"}
+    return sorted(name for name in names if any(part.startswith(".") for part in Path(name).parts))
+
+
+def _other_facts(directory: Path, base_dir: Path) -> list[str]:
+    """What sqft.json says otherwise than the base's own record of how it was compressed."""
+    if not (base_dir / LAYERS).is_file():
+        return []
+    if not (directory / FACTS).is_file():
+        return [f"{FACTS} is missing"]
+    stated, made = read_json(directory / FACTS).get("recipe") or {}, read_json(base_dir / LAYERS)["recipe"]
+    return [
+        f"{FACTS}: {section} is not what the base was made with"
+        for section in ("sparsify", "quantize")
+        if stated.get(section) != made.get(section)
+    ]
+
+
+def _shown(config: dict[str, Any], key: str) -> str:
+    text = json.dumps(config[key]) if key in config else "not set"
+    return text if len(text) < 40 else text[:36] + " ..."
