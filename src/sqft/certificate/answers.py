@@ -29,6 +29,7 @@ OURS = {
     ".environment.json",
 }  # fmt: skip
 OF_NO_EFFECT = {"_name_or_path", "transformers_version"}
+GRID = "quantization_config"
 SHOWN = 3
 
 
@@ -41,10 +42,11 @@ def check_settings(directory: Path, base_dir: Path) -> str:
     missing = object()
     keys = sorted(config.keys() | expected.keys())
     different = [key for key in keys if config.get(key, missing) != expected.get(key, missing)]
+    allowed = OF_NO_EFFECT | ({GRID} if _scheme(config) == _scheme(expected) else set())
     problems = [
         f"config.json: {key} is {_shown(config, key)}, the base's {_shown(expected, key)}"
         for key in different
-        if key not in OF_NO_EFFECT
+        if key not in allowed
     ]
     code = {path.name for place in (directory, base_dir) for path in place.glob("*.py")}
     same = 0
@@ -96,6 +98,19 @@ def _other_facts(directory: Path, base_dir: Path) -> list[str]:
         for section in ("sparsify", "quantize")
         if stated.get(section) != made.get(section)
     ]
+
+
+def _scheme(config: dict[str, Any]) -> Any:
+    """What a quantization config says of the weights; each tool writes the rest, all defaults, its own way."""
+    grid = config.get(GRID)
+    if not isinstance(grid, dict):
+        return grid
+    groups = grid.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else []
+    weights = [group.get("weights") for group in groups if isinstance(group, dict)]
+    parts = ("num_bits", "type", "symmetric", "strategy", "group_size")
+    schemes = [[scheme.get(part) for part in parts] for scheme in weights if isinstance(scheme, dict)]
+    return [grid.get("quant_method"), grid.get("format"), schemes]
 
 
 def _shown(config: dict[str, Any], key: str) -> str:
