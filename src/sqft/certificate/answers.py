@@ -101,7 +101,7 @@ def _other_facts(directory: Path, base_dir: Path) -> list[str]:
 
 
 def _scheme(config: dict[str, Any]) -> Any:
-    """What a quantization config says of the weights; each tool writes the rest, all defaults, its own way."""
+    """What a quantization config says of the weights; each tool writes the rest, all defaults, in its way."""
     grid = config.get(GRID)
     if not isinstance(grid, dict):
         return grid

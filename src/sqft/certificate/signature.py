@@ -15,7 +15,7 @@ __all__ = ["check_signature", "sign_record", "signed_record"]
 
 NAMESPACE = "sqft"
 SIGNER = "signer"
-RECORDS = ("sqft_certificate.json", "sqft_export.json")  # the files that hold the digests of all others
+RECORDS = ("sqft_export.json", "sqft_certificate.json")  # the files that hold the digests of all others
 SECONDS = 300  # a passphrase is typed, a hardware key touched
 
 
