@@ -115,7 +115,7 @@ class Shadow:
         """From now on, note what this process syncs."""
         fsync = os.fsync
 
-        def noted(descriptor: int) -> None:
+        def noted(descriptor: Any) -> None:
             fsync(descriptor)
             path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
             if path.is_relative_to(self.directory) and path.exists():
