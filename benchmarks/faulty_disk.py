@@ -121,7 +121,7 @@ class Shadow:
             if path.is_relative_to(self.directory) and path.exists():
                 self.note(path)
 
-        os.fsync = noted
+        os.fsync = noted  # type: ignore[assignment]
 
     def power_cut(self, draw: random.Random) -> None:
         """Leave of the directory what may be there after the power went: all that was synced, little else."""
