@@ -26,7 +26,7 @@ def test_the_command_line_verifies_artefacts(
 ) -> None:
     directory = artefact("gptq")
     assert run_command_line(["verify", str(directory), "--merged", str(merged_dir())]) == 0
-    assert "export passed, 4 passed" in capsys.readouterr().out
+    assert "export passed, 5 passed" in capsys.readouterr().out
     (directory / "tokenizer.json").write_text("{}")
     assert run_command_line(["verify", str(directory)]) == 1
     assert run_command_line(["verify", str(merged_dir()), "--merged", str(merged_dir())]) == 2
