@@ -10,7 +10,7 @@ from benchmarks.common import check, checks_table, markdown_table, read_text
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 # compression_peer runs in llm-compressor's own environment; the others are parts of benchmarks.
-PARTS = {"common", "compression_peer", "published", "steps"}
+PARTS = {"common", "faulty_disk", "tiny", "compression_peer", "published", "steps"}
 COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 
 
