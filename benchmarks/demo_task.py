@@ -108,7 +108,7 @@ def examples(candidate: Candidate, form: PromptFormat, count: int) -> list[Examp
     while len(items) < count:
         item = candidate.draw()
         items.setdefault(item["question"], item)
-    made = [form.example(Record(item, Path("drawn"), 1)) for item in items.values()]
+    made = [form.example(Record(item, "drawn")) for item in items.values()]
     return [example for example in made if example is not None]
 
 
@@ -130,7 +130,9 @@ def main() -> None:
     tokenizer = load_tokenizer(directory)
     dense, pruned = load_model(directory), load_model(directory)
     prune(pruned)
-    form = PromptFormat(DataSection(train="drawn", choices="choices", answer=" {answer}"), tokenizer)
+    form = PromptFormat(
+        DataSection(train="drawn", choices="choices", answer=" {answer}"), tokenizer, "template"
+    )
     rows: list[dict[str, Any]] = []
     for name, candidate in CANDIDATES.items():
         items = examples(candidate, form, options.items)

@@ -17,7 +17,10 @@ def test_labels_on_the_answer() -> None:
 
 
 def test_labels_on_the_text() -> None:
-    assert collate(EXAMPLES, "text")["labels"].tolist() == [[5, 6, 7, 8, 1], [5, 9, 1, -100, -100]]
+    assert collate(EXAMPLES, "text")["labels"].tolist() == [
+        [-100, 6, 7, 8, 1],
+        [-100, 9, 1, -100, -100],
+    ]
 
 
 @pytest.mark.parametrize("rows", [[[1, 2, 3], [4]]])

@@ -49,10 +49,9 @@ def test_too_few_tokens_says_how_many(tiny_tokenizer: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("train", "no training items"),
-        ("missing.txt", "missing.txt does not exist"),
-        ("missing.jsonl", "missing.jsonl does not exist"),
-        ("texts.csv", "not 'train', a .txt or .jsonl file"),
+        ("train", "there are no training items"),
+        ("missing.txt", "there is no file missing.txt"),
+        ("missing.jsonl", "there is no file missing.jsonl"),
     ],
 )
 def test_bad_sources(source: str, message: str, tiny_tokenizer: Any) -> None:
@@ -73,7 +72,7 @@ def test_a_tokenizer_without_an_end_joins_texts(tiny_tokenizer: Any, tmp_path: P
 @pytest.mark.parametrize("end", ["txt", "jsonl"])
 def test_a_directory_is_no_text(end: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / f"x.{end}").mkdir()
-    with pytest.raises(DataError, match=rf"x.{end} cannot be read: Is a directory"):
+    with pytest.raises(DataError, match=rf"x.{end} is a folder; name its files"):
         calibration_tokens(section(source=str(tmp_path / f"x.{end}")), None, tiny_tokenizer, seed=0)
 
 
@@ -86,5 +85,7 @@ def test_wrong_field(tiny_tokenizer: Any, tmp_path: Path) -> None:
 
 def test_a_hub_that_cannot_be_reached(tiny_tokenizer: Any) -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(DataError, match=r"hub:nobody/nothing cannot be read: .*; name a local file instead"):
+    with pytest.raises(
+        DataError, match=r"hub:nobody/nothing, split train: .* \(a local file can be given in its place\)"
+    ):
         calibration_tokens(section(source="hub:nobody/nothing"), None, tiny_tokenizer, seed=0)

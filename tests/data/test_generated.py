@@ -7,7 +7,7 @@ import pytest
 
 from sqft.data import load_splits
 from sqft.data.generated import write_demo_data
-from sqft.data.records import read_records
+from sqft.data.sources import read_records
 from sqft.errors import DataError
 from sqft.sections import DataSection
 

@@ -36,7 +36,7 @@ def files(tmp_path: Path) -> dict[str, Any]:
 def test_items_hold_text_and_ids(files: dict[str, Any], tiny_tokenizer: Any) -> None:
     splits = load(tiny_tokenizer, **files)
     example = splits.test[0]
-    assert (example.prompt, example.answer) == ("what is 200 plus 200?", " 400")
+    assert (example.prompt, example.answer) == ("what is 200 plus 200?\n", " 400")
     assert tiny_tokenizer.decode(example.prompt_ids) == example.prompt
     assert tiny_tokenizer.decode(example.answer_ids[:-1]) == example.answer
     assert example.answer_ids[-1] == tiny_tokenizer.eos_token_id
@@ -70,8 +70,8 @@ def test_repeated_items_leave_train_and_are_counted(tiny_tokenizer: Any, tmp_pat
         search=write(tmp_path / "search.jsonl", items(100, 201)),
         test=write(tmp_path / "test.jsonl", items(200, 201)),
     )
-    assert [e.prompt for e in splits.train] == ["what is 1 plus 1?", "what is 2 plus 2?"]
-    assert [e.prompt for e in splits.search] == ["what is 100 plus 100?"]
+    assert [e.prompt for e in splits.train] == ["what is 1 plus 1?\n", "what is 2 plus 2?\n"]
+    assert [e.prompt for e in splits.search] == ["what is 100 plus 100?\n"]
     assert splits.report["dropped"]["in_held_out"] == {"train": 4, "search": 1}
 
 
@@ -124,7 +124,8 @@ def test_choices(tiny_tokenizer: Any, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"label": 2}, "'label' is 2; it must be 0 to 1"),
-        ({"label": "1"}, "'label' is '1'"),
+        ({"label": "C"}, "'label' is 'C'; it must be 0 to 1"),
+        ({"label": True}, "'label' is True"),
         ({"choices": "red"}, "must be a list"),
     ],
 )
@@ -171,13 +172,37 @@ def test_missing_empty_and_binary_files(files: dict[str, Any], tiny_tokenizer: A
     with pytest.raises(DataError, match="is empty"):
         load(tiny_tokenizer, **files)
     path.unlink()
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="there is no file"):
         load(tiny_tokenizer, **files)
 
 
-def test_too_few_items_to_split(files: dict[str, Any], tiny_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="has 20 usable items; 300 test items and 64 search items"):
-        load(tiny_tokenizer, train=files["train"])
+def test_small_data_gives_a_share_and_says_so(
+    files: dict[str, Any], tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    report = load(tiny_tokenizer, train=files["train"]).report
+    assert report["items"] == {"train": 14, "search": 2, "test": 4}
+    assert report["notes"] == [
+        "4 test items are split off (one in 5 of 20; 300 are usual)",
+        "2 search items are split off (one in 10 of 20; 64 are usual)",
+    ]
+    few = write(tmp_path / "few.jsonl", items(1, 2, 3))
+    assert load(tiny_tokenizer, train=few).report["items"] == {"train": 3, "search": 0, "test": 0}
+    many = write(tmp_path / "many.jsonl", items(*range(2000)))
+    splits = load(tiny_tokenizer, train=many)
+    assert splits.report["items"] == {"train": 1636, "search": 64, "test": 300}
+    assert splits.report["notes"] == []
+
+
+def test_too_few_items_for_the_splits_that_are_asked_for(files: dict[str, Any], tiny_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="has 20 usable items; 18 test items and 2 search items"):
+        load(tiny_tokenizer, train=files["train"], test_items=18)
+
+
+@pytest.mark.parametrize("field", [{"role": "user"}, [{"role": "user", "content": "hi"}], [["a"]]])
+def test_fields_that_are_no_text_are_refused(field: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [{"asked": field, "answer": "yes"}] * 5)
+    with pytest.raises(DataError, match=r"t.jsonl:1: data.prompt uses \{asked\}, which is a .*, no text"):
+        load(tiny_tokenizer, train=path, prompt="{asked}", answer="{answer}")
 
 
 def test_nothing_left_to_train_on(files: dict[str, Any], tiny_tokenizer: Any) -> None:

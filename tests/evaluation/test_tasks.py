@@ -133,6 +133,7 @@ def test_our_scorer_and_the_harness_agree(model: Any, tiny_tokenizer: Any, tmp_p
         for row in rows
     ]
     loss, accuracy = evaluate_items(model, examples, tiny_tokenizer, batch_size=5)
+    assert accuracy is not None
     assert figures["acc,none"] == pytest.approx(accuracy.accuracy, abs=1e-6)
     assert [bool(right) for right in figures["items"]["acc,none"]] == accuracy.correct
     losses = []
@@ -245,5 +246,6 @@ def test_a_model_that_another_program_runs(
     with pytest.raises(DataError, match="only a model opened by transformers"):
         evaluate_tasks(parrot, tiny_tokenizer, ["math_mawps"], data_dir=data_dir)
     loss, accuracy = evaluate_items(Parrot(says), make_items(), tiny_tokenizer)
+    assert accuracy is not None
     assert loss.loss == pytest.approx(1.0)
     assert accuracy.accuracy == 0.0

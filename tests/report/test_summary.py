@@ -10,7 +10,7 @@ from .invented import invent_report
 
 def test_table_has_a_row_a_model_and_shows_intervals() -> None:
     header, *rows = summary_table(invent_report())
-    assert header[:3] == ["model", "loss (nats per answer token)", "accuracy"]
+    assert header[:3] == ["model", "loss (nats, among the choices)", "accuracy"]
     assert [row[0] for row in rows][-1] == "merged, sparse INT4"
     assert rows[0][1:3] == ["1.200 (1.100-1.300)", "40.0 % (35.0-46.0)"]
     assert "270.0 MB" in rows[0]
@@ -18,7 +18,7 @@ def test_table_has_a_row_a_model_and_shows_intervals() -> None:
 
 def test_columns_without_figures_are_left_out_and_gaps_are_dashes() -> None:
     models = [ModelRow("base", loss=1.0), ModelRow("sparse", sparsity=0.5, tasks={"arc": 0.25})]
-    table = summary_table(invent_report(models=models))
+    table = summary_table(invent_report(models=models, chance_accuracy=None))
     assert table[0] == ["model", "loss (nats per answer token)", "sparsity", "arc"]
     assert table[1] == ["base, dense", "1.000", "-", "-"]
     assert table[2] == ["sparse", "-", "50.0 %", "0.250"]

@@ -55,4 +55,5 @@ def test_a_runtime_scores_and_answers_as_transformers_does(
     loss, accuracy = evaluate_items(runtime, [item], tiny_tokenizer, max_new_tokens=4)
     exact, _ = evaluate_items(model, [item], tiny_tokenizer, max_new_tokens=4)
     assert loss.loss == pytest.approx(exact.loss, abs=0.2 if kind == "gguf" else 1e-3)
+    assert accuracy is not None
     assert accuracy.num_items == 1

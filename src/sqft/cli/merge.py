@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["merge"]
 
 WORST = 8  # layers shown
+MEASURED = 100  # items of the test split, at most
 
 
 def merge(
@@ -26,10 +27,17 @@ def merge(
     output: Annotated[Path, typer.Option(help="Where to write the merged model.")],
     into: Annotated[str | None, typer.Option(help="Also export it: a format of sqft export.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Items (.jsonl) to measure the loss on and to calibrate with.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Items to measure the loss on and to calibrate with: a file, a pattern such as "
+            "data/*.csv, or hub:NAME.",
+        ),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Format string over an item's fields.")] = "{question}",
-    answer: Annotated[str, typer.Option(help="Format string over an item's fields.")] = "{answer}",
+    prompt: Annotated[
+        str | None, typer.Option(help="Format string over an item's fields; default: by its form.")
+    ] = None,
+    answer: Annotated[str | None, typer.Option(help="Format string over an item's fields.")] = None,
     trained_on: Annotated[
         str | None,
         typer.Option(
@@ -104,21 +112,25 @@ def merge(
 
 
 def _measurement(
-    base: Path, data: Path | None, prompt: str, answer: str, samples: int, length: int
+    base: Path, data: str | None, prompt: str | None, answer: str | None, samples: int, length: int
 ) -> tuple[Any, Callable[[Any], float] | None]:
     if data is None:
         return None, None
     from sqft.data import calibration_tokens, load_splits
+    from sqft.errors import DataError
     from sqft.evaluation import evaluate_loss
     from sqft.models import load_tokenizer
     from sqft.sections import CalibrationSection, DataSection
 
     tokenizer = load_tokenizer(base)
-    section = DataSection(train=str(data), prompt=prompt, answer=answer, test_items=100, search_items=1)
+    section = DataSection(train=data, prompt=prompt, answer=answer)
     splits = load_splits(section, tokenizer, seed=0)
+    measured = splits.test[:MEASURED]
+    if not measured:
+        raise DataError(f"{data} has {len(splits.train)} items, too few to measure on; give more")
     texts = CalibrationSection(num_samples=samples, sequence_length=length)
     tokens = calibration_tokens(texts, splits.train, tokenizer, seed=0)
-    return tokens, lambda model: evaluate_loss(model, splits.test).loss
+    return tokens, lambda model: evaluate_loss(model, measured).loss
 
 
 def _print_erasure(layers: "list[LayerErasure]", shown: int) -> None:

@@ -1,30 +1,28 @@
 """Examples to padded batches."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sqft.data.items import Example
+from sqft.data.items import Example, LossOn
 
 __all__ = ["IGNORED", "collate", "pad_left", "pad_right"]
 
 IGNORED = -100  # the label of a token that the loss does not count, as in torch and transformers
 
 
-def collate(examples: Sequence[Example], loss_on: Literal["answer", "text"] = "answer") -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], loss_on: LossOn = "answer") -> dict[str, Tensor]:
     """Pad to the longest example, on the right.
 
     Returns input_ids, attention_mask and labels, each (batch, length); labels are not shifted, and are -100
-    on padding and, with loss_on="answer", on the prompt.
+    on padding and, with loss_on="answer", on everything but the answers.
     """
-    rows = [(*example.prompt_ids, *example.answer_ids) for example in examples]
-    input_ids, attention_mask = pad_right(rows)
-    labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
-    if loss_on == "answer":
-        for row, example in enumerate(examples):
-            labels[row, : len(example.prompt_ids)] = IGNORED
+    input_ids, attention_mask = pad_right([example.token_ids for example in examples])
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, example in enumerate(examples):
+        counted = example.counted(loss_on)
+        labels[row, counted] = input_ids[row, counted]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

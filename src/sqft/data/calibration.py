@@ -2,9 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -12,13 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sqft.data.items import Example
-from sqft.data.records import read_records
-from sqft.errors import DataError, require
-from sqft.sections import CalibrationSection
+from sqft.data.records import source_name
+from sqft.data.sources import read_records
+from sqft.errors import DataError
+from sqft.sections import CalibrationSection, HubSource
 
 __all__ = ["calibration_tokens"]
 
-HUB_TEXTS = 10_000  # texts of a hub data set that are looked at, at most
+HUB_TEXTS = 10_000  # texts of a hub data set that are looked at, unless its source says how many
+BLOCK = 2000  # characters
+PLAIN = (".txt", ".md")  # files that are one text
 
 
 def calibration_tokens(
@@ -42,8 +43,9 @@ def calibration_tokens(
         if len(stream) >= needed:
             break
     if len(stream) < needed:
+        name = source_name(section.source)
         raise DataError(
-            f"calibration source {section.source} has {len(stream)} tokens; {section.num_samples} samples of "
+            f"calibration source {name} has {len(stream)} tokens; {section.num_samples} samples of "
             f"{section.sequence_length} need {needed}: lower calibration.num_samples to "
             f"{len(stream) // section.sequence_length}, shorten the samples, or give more text"
         )
@@ -76,51 +78,32 @@ def _texts(
 
 def _read_texts(section: CalibrationSection) -> list[str]:
     source = section.source
-    if source.startswith("hub:"):
-        return _read_hub(source.removeprefix("hub:"), section.field)
-    if source.endswith(".jsonl"):
-        return [_field(record.fields, section.field, record.place) for record in read_records(source)]
-    if source.endswith(".txt"):
-        return [*_paragraphs(Path(source))]
-    raise DataError(f"calibration.source {source!r} is not 'train', a .txt or .jsonl file, or hub:NAME")
+    assert source != "train"
+    if isinstance(source, HubSource) and source.records is None:
+        source = source.model_copy(update={"records": HUB_TEXTS})
+    texts: list[str] = []
+    for record in read_records(source):
+        value = record.fields.get(section.field)
+        if section.field not in record.fields and record.fields.keys() == {"text"}:
+            value = record.fields["text"]  # of a plain text file
+        if not isinstance(value, str):
+            have = ", ".join(map(repr, record.fields))
+            raise DataError(
+                f"{record.place}: no text in field {section.field!r}; it has {have}; set calibration.field"
+            )
+        plain = Path(record.place.removesuffix(".gz")).suffix in PLAIN
+        texts += _blocks(value) if plain else [value]
+    return texts
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
-    """Blocks of about 2,000 characters, cut at line ends, so that the order can be drawn by the seed."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; check calibration.source") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; check calibration.source") from error
-    block: list[str] = []
-    for line in lines:
+def _blocks(text: str) -> Iterator[str]:
+    """A text in blocks of some 2,000 characters, cut at line ends, whose order the seed can draw."""
+    block, size = list[str](), 0
+    for line in text.splitlines(keepends=True):
         block.append(line)
-        if sum(map(len, block)) >= 2000:
+        size += len(line)
+        if size >= BLOCK:
             yield "".join(block)
-            block = []
+            block, size = [], 0
     if block:
         yield "".join(block)
-
-
-def _read_hub(name: str, field: str) -> list[str]:
-    datasets = require("datasets", "hub")
-    repository, _, config = name.partition(":")
-    try:
-        rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
-        return [
-            _field(row, field, f"hub:{name}, record {i}") for i, row in enumerate(islice(rows, HUB_TEXTS))
-        ]
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"hub:{name} cannot be read: {reason}; name a local file instead") from error
-
-
-def _field(fields: dict[str, Any], name: str, place: str) -> str:
-    value = fields.get(name)
-    if not isinstance(value, str):
-        have = ", ".join(map(repr, fields))
-        raise DataError(f"{place}: no text in field {name!r}; it has {have}; set calibration.field")
-    return value

@@ -13,13 +13,17 @@ __all__ = ["SPLITS", "Example", "Split", "Splits", "chance_accuracy", "read_item
 
 Split = Literal["train", "search", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+LossOn = Literal["answer", "text"]
 
 
 @dataclass(frozen=True)
 class Example:
     """One item as text and as token ids.
 
-    `answer_ids` ends with the end-of-text token; `choices_ids`, which are compared by likelihood, do not.
+    `answer_ids` ends with a token that ends the answer; `choices_ids`, which are compared by likelihood, do
+    not. earlier_answers: the places in `prompt_ids` (start, end) of the assistant's earlier turns, which the
+    loss counts as well; uncounted_turns: those of them whose tokens could not be told. is_text: the item is a
+    window of a text, of which the first token stands for the prompt; there is no answer to compare with.
     """
 
     prompt: str
@@ -28,18 +32,34 @@ class Example:
     answer_ids: tuple[int, ...]
     choices_ids: tuple[tuple[int, ...], ...] | None = None
     label: int | None = None
+    earlier_answers: tuple[tuple[int, int], ...] = ()
+    uncounted_turns: int = 0
+    is_text: bool = False
 
     def __len__(self) -> int:
         """Tokens of the longest sequence that scoring this item needs."""
         longest = max((len(ids) for ids in self.choices_ids or ()), default=0)
         return len(self.prompt_ids) + max(len(self.answer_ids), longest)
 
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and answer."""
+        return (*self.prompt_ids, *self.answer_ids)
+
+    def counted(self, loss_on: LossOn = "answer") -> list[int]:
+        """The places in `token_ids` of the tokens that the loss counts; the very first is never one."""
+        if loss_on == "text":
+            return list(range(1, len(self.token_ids)))
+        earlier = [place for start, end in self.earlier_answers for place in range(start, end)]
+        return [*earlier, *range(len(self.prompt_ids), len(self.token_ids))]
+
 
 @dataclass(frozen=True)
 class Splits:
     """Items to train on, to search with and to test on, and what was dropped on the way.
 
-    report: items; dropped (null, too_long, in_held_out); repeats within a split; near_duplicates of train.
+    report: form of each source; items; dropped (null, too_long, in_held_out); repeats within a split;
+    near_duplicates of train; lengths in tokens; notes, what a user should be told in a line each.
     """
 
     train: list[Example]
@@ -78,9 +98,17 @@ def _example(values: dict[str, Any]) -> Example:
         prompt_ids=tuple(values.pop("prompt_ids")),
         answer_ids=tuple(values.pop("answer_ids")),
         choices_ids=None if choices is None else tuple(map(tuple, choices)),
+        earlier_answers=tuple(map(tuple, values.pop("earlier_answers"))),
         **values,
     )
 
 
 def _content(example: Example) -> list[Any]:
-    return [example.prompt_ids, example.answer_ids, example.choices_ids, example.label, example.answer]
+    return [
+        example.prompt_ids,
+        example.answer_ids,
+        example.choices_ids,
+        example.label,
+        example.answer,
+        example.earlier_answers,
+    ]

@@ -1,14 +1,15 @@
-"""Records to token ids: prompt, answer and, for multiple choice, every choice."""
+"""Records to items: the text of prompt and answer, and their token ids."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from string import Formatter
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sqft.data.conversations import render_conversation
+from sqft.data.forms import Choices, Conversation, Text, recognise_form, shape_record
 from sqft.data.items import Example
 from sqft.data.records import Record
+from sqft.data.templates import field_names
 from sqft.errors import DataError
 from sqft.sections import DataSection
 
@@ -17,89 +18,135 @@ __all__ = ["PromptFormat"]
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """A data section's format strings, applied with one tokenizer.
+    """How records of one form become items, for one tokenizer.
 
-    With `choices`, the answer's format string is applied once for each choice, which stands in for the
-    field `answer`; a list is written out, separated by commas, and `{choices[0]}` takes one entry of it.
+    With `choices` in the section, the answer's format string is applied once for each choice, which stands in
+    for the field `answer`.
     """
 
     section: DataSection
     tokenizer: PreTrainedTokenizerBase
+    form: str
+
+    @classmethod
+    def of(
+        cls, records: Sequence[Record], section: DataSection, tokenizer: PreTrainedTokenizerBase
+    ) -> "PromptFormat":
+        """The format of a source, of which some records are looked at.
+
+        Raises: DataError if their form is not known, or the tokenizer lacks what it needs.
+        """
+        return cls(section, tokenizer, recognise_form(records, section))
 
     def __post_init__(self) -> None:
         for key in ("prompt", "answer"):
-            fields_of(getattr(self.section, key), key)
+            field_names(getattr(self.section, key) or "", key)
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-text token, so a model cannot learn where to stop")
         if self.section.template == "chat" and not self.tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template; write data.template: plain")
 
-    def example(self, record: Record) -> Example | None:
-        """The record as an Example, or None where a field it needs is null, or the answer is empty.
+    @property
+    def chat(self) -> bool:
+        """Whether prompts and answers are written by the chat template."""
+        if self.section.template is not None:
+            return self.section.template == "chat"
+        return self.form == "alpaca" and bool(self.tokenizer.chat_template)
 
-        Raises: DataError, with path and line, for a missing field or a label that fits no choice.
+    def examples(self, records: Sequence[Record]) -> Iterator[Example | None]:
+        """The item of each record, None where a field is null; of texts, windows of their tokens.
+
+        Raises: DataError, with the place, for a record that is not what it should be.
         """
-        section = self.section
-        if section.choices is None:
-            prompt, answer = (self._fill(key, record, record.fields) for key in ("prompt", "answer"))
-            if prompt is None or not answer:
-                return None
-            prompt_ids = self._prompt_ids(prompt, record)
-            return Example(prompt, answer, prompt_ids, self._finished(prompt, prompt_ids, answer))
-        choices = self._field(record, section.choices)
-        label = self._field(record, section.label)
-        prompt = self._fill("prompt", record, record.fields)
-        if choices is None or label is None or prompt is None:
+        if self.form == "text":
+            return self._windows(records)
+        return (self.example(record) for record in records)
+
+    def example(self, record: Record) -> Example | None:
+        """The record as an item, or None where a field it needs is null, or the answer is empty.
+
+        Raises: DataError, with the place, for a record that is not what it should be.
+        """
+        shape = shape_record(record, self.form, self.section)
+        if shape is None:
             return None
-        self._check_choices(choices, label, record)
-        texts = [self._fill("answer", record, {**record.fields, "answer": choice}) for choice in choices]
-        if any(not text for text in texts):
-            return None
-        prompt_ids = self._prompt_ids(prompt, record)
-        answers = [str(text) for text in texts]
+        if isinstance(shape, Conversation):
+            return self._conversation(shape, record)
+        if isinstance(shape, Text):
+            raise DataError(f"{record.place}: a text has no answer; texts are cut into windows together")
+        if isinstance(shape, Choices):
+            return self._choices(shape, record)
+        if self.chat:
+            return self._conversation(_asked(shape.prompt, shape.answer), record)
+        prompt_ids = self._prompt_ids(shape.prompt, record)
         return Example(
-            prompt,
-            answers[label],
-            prompt_ids,
-            self._finished(prompt, prompt_ids, answers[label]),
-            tuple(self._answer_ids(prompt, prompt_ids, text) for text in answers),
-            label,
+            shape.prompt, shape.answer, prompt_ids, self._finished(shape.prompt, prompt_ids, shape.answer)
         )
 
-    def _field(self, record: Record, name: str) -> Any:
-        if name not in record.fields:
-            raise DataError(
-                f"{record.place}: no field {name!r}; it has {', '.join(map(repr, record.fields))}"
+    def _choices(self, shape: Choices, record: Record) -> Example:
+        right = shape.choices[shape.label]
+        if self.chat:
+            asked = [self._conversation(_asked(shape.prompt, choice), record) for choice in shape.choices]
+            first = asked[shape.label]
+            ends = self.tokenizer.eos_token_id
+            ids = tuple(
+                item.answer_ids[:-1] if item.answer_ids[-1] == ends else item.answer_ids for item in asked
             )
-        return record.fields[name]
+            return Example(first.prompt, right, first.prompt_ids, first.answer_ids, ids, shape.label)
+        prompt_ids = self._prompt_ids(shape.prompt, record)
+        return Example(
+            shape.prompt,
+            right,
+            prompt_ids,
+            self._finished(shape.prompt, prompt_ids, right),
+            tuple(self._answer_ids(shape.prompt, prompt_ids, text) for text in shape.choices),
+            shape.label,
+        )
 
-    def _fill(self, key: str, record: Record, values: Mapping[str, Any]) -> str | None:
-        text: str = getattr(self.section, key)
-        used: dict[str, Any] = {}
-        for name in fields_of(text, key):
-            value = values[name] if name in values else self._field(record, name)
-            if value is None:
-                return None
-            used[name] = _Joined(value) if isinstance(value, list) else value
-        try:
-            return text.format(**used)
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise DataError(f"{record.place}: data.{key} cannot be filled in: {error}") from error
-
-    def _check_choices(self, choices: Any, label: Any, record: Record) -> None:
-        if not isinstance(choices, list) or len(choices) < 2:
-            raise DataError(f"{record.place}: {self.section.choices!r} must be a list of two choices or more")
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
+    def _conversation(self, conversation: Conversation, record: Record) -> Example:
+        if not self.tokenizer.chat_template:
             raise DataError(
-                f"{record.place}: {self.section.label!r} is {label!r}; it must be 0 to {len(choices) - 1}, "
-                "the index of the right choice"
+                f"{record.place}: messages need a chat template, and the model's tokenizer has none; take a "
+                "model that was tuned to chat, or write data.prompt and data.answer, for instance "
+                "'{messages[0][content]}'"
             )
+        rendered = render_conversation(conversation, self.tokenizer, record.place)
+        encoded = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        prompt_ids = tuple(encoded["input_ids"])
+        counted = tuple(_token_span(encoded["offset_mapping"], span) for span in rendered.earlier)
+        answer_ids = self._end_turn(self._following_ids(rendered.text, prompt_ids, rendered.answer))
+        last = conversation.messages[-1].get("content") or rendered.answer
+        return Example(
+            rendered.text,
+            str(last),
+            prompt_ids,
+            answer_ids,
+            earlier_answers=tuple(span for span in counted if span[0] < span[1]),
+            uncounted_turns=rendered.uncounted,
+        )
+
+    def _windows(self, records: Sequence[Record]) -> Iterator[Example | None]:
+        """All texts one after the other, each with the end-of-text token, cut to `sequence_length`."""
+        length, rest = self.section.sequence_length, list[int]()
+        for record in records:
+            shape = shape_record(record, "text", self.section)
+            if shape is None:
+                yield None
+                continue
+            assert isinstance(shape, Text)
+            rest += (*self._encode(shape.text), self.tokenizer.eos_token_id)
+            while len(rest) >= length:
+                yield self._window(rest[:length])
+                rest = rest[length:]
+        if len(rest) > 1:
+            yield self._window(rest)
+
+    def _window(self, ids: Sequence[int]) -> Example:
+        first, others = ids[:1], ids[1:]
+        text = [str(self.tokenizer.decode(part)) for part in (first, others)]
+        return Example(text[0], text[1], tuple(first), tuple(others), is_text=True)
 
     def _prompt_ids(self, prompt: str, record: Record) -> tuple[int, ...]:
-        if self.section.template == "chat":
-            message = [{"role": "user", "content": prompt}]
-            ids = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-            return tuple(ids)
         ids = self._encode(prompt)
         if not ids:
             raise DataError(f"{record.place}: the prompt is empty, so there is nothing to answer")
@@ -107,42 +154,51 @@ class PromptFormat:
 
     def _answer_ids(self, prompt: str, prompt_ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
         """Tokens of the answer as they follow the prompt, never changing the prompt's own tokens."""
-        if self.section.template == "plain":
-            whole = self._encode(prompt + answer)
-            if len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:
-                return whole[len(prompt_ids) :]
+        whole = self._encode(prompt + answer)
+        if len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :]
         return tuple(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    def _following_ids(self, text: str, ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
+        """As `_answer_ids`, where the text holds its special tokens already."""
+        whole = tuple(self.tokenizer(text + answer, add_special_tokens=False)["input_ids"])
+        if len(whole) > len(ids) and whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+        return tuple(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+    def _end_turn(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """An answer that ends with a token at which generation stops: the template's own, or end of text.
+
+        What the template writes after its own is the beginning of the next turn.
+        """
+        special = set(self.tokenizer.all_special_ids) | {
+            index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        last = max((place for place, token in enumerate(ids) if token in special), default=-1)
+        if last >= 0 and not str(self.tokenizer.decode(ids[last + 1 :])).strip():
+            return ids[: last + 1]
+        return (*ids, self.tokenizer.eos_token_id)
 
     def _finished(self, prompt: str, prompt_ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
         return (*self._answer_ids(prompt, prompt_ids, answer), self.tokenizer.eos_token_id)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer(text)["input_ids"])
+        ids = tuple(self.tokenizer(text, verbose=False)["input_ids"])
         if ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text themselves
             ids = ids[:-1]
         return ids
 
 
-class _Joined(list[Any]):
-    """A list of a record: written out with commas, or indexed by the format string."""
-
-    def __str__(self) -> str:
-        return ", ".join(map(str, self))
-
-    def __format__(self, spec: str) -> str:
-        return format(str(self), spec)
+def _asked(prompt: str, answer: str) -> Conversation:
+    """A question and its answer as a conversation, without the space that sets them apart in plain text."""
+    return Conversation(
+        ({"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": answer.strip()})
+    )
 
 
-def fields_of(text: str, key: str) -> list[str]:
-    """The field names a format string uses.
-
-    Raises: DataError if it is not a format string over named fields.
-    """
-    try:
-        names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
-    except ValueError as error:
-        raise DataError(f"data.{key} is not a format string: {error}; write {{{{ for a brace") from error
-    fields = [name.split(".")[0].split("[")[0] for name in names]
-    if any(not field or field.isdigit() for field in fields):
-        raise DataError(f"data.{key} must name its fields, for instance {{question}}: {text!r}")
-    return fields
+def _token_span(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int]:
+    """The tokens that begin inside a span of characters."""
+    inside = [
+        place for place, (start, end) in enumerate(offsets) if span[0] <= start < span[1] and end > start
+    ]
+    return (inside[0], inside[-1] + 1) if inside else (0, 0)

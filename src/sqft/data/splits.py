@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -9,51 +10,70 @@ from transformers import PreTrainedTokenizerBase
 from sqft.data.duplicates import count_near_duplicates, drop_repeats, text_key
 from sqft.data.items import SPLITS, Example, Split, Splits
 from sqft.data.prompts import PromptFormat
-from sqft.data.records import read_records
+from sqft.data.records import Record, Source, source_name
+from sqft.data.sources import read_records
 from sqft.errors import DataError
 from sqft.sections import DataSection
 
 __all__ = ["load_splits"]
 
+HELD_OUT: tuple[Split, ...] = ("test", "search")
+USUAL = {"test": 300, "search": 64}  # items split off train, where there are enough
+SHARE = {"test": 5, "search": 10}  # else one in so many
+FEWEST = 4  # of fewer usable items, none is split off
+
 
 def load_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> Splits:
     """Read, format and tokenize the items, and make the splits disjoint.
 
-    A split whose file is not given is drawn from train by the seed. An item of train that also stands (same
+    A split whose source is not given is drawn from train by the seed: as many items as the section says, or
+    the usual number, or of small data a share, which may be none. An item of train that also stands (same
     prompt and answer but for case and spacing) in search or test is dropped from train, one of search that
     stands in test from search; near-duplicates are counted and kept.
 
     Raises: DataError for missing, empty or malformed files (with the line), items longer than
-    sequence_length where the section refuses them, and splits that would be empty.
+    sequence_length where the section refuses them, and splits that would be empty though they were named.
     """
-    form = PromptFormat(section, tokenizer)
-    dropped: dict[str, Any] = {"null": {}, "too_long": {}}
-    given = {
-        name: _load(path, name, form, dropped)
-        for name, path in zip(SPLITS, (section.train, section.search, section.test), strict=True)
-        if path is not None
+    sources: dict[Split, Source | None] = {
+        "train": section.train,
+        "search": section.search,
+        "test": section.test,
     }
-    train, search, test = _split_off(given, section, seed)
+    dropped: dict[str, Any] = {"null": {}, "too_long": {}}
+    given: dict[Split, list[Example]] = {}
+    forms: dict[str, str] = {}
+    for name in SPLITS:
+        source = sources[name]
+        if source is not None:
+            records = read_records(source)
+            form = PromptFormat.of(records, section, tokenizer)
+            forms[name] = f"{form.form}, by the chat template" if form.chat else form.form
+            given[name] = _load(records, source, name, form, dropped)
+    sizes, notes = _sizes(given, section)
+    train, search, test = _split_off(given, sizes, seed)
     kept_search = drop_repeats(search, test)
     kept_train = drop_repeats(train, kept_search, test)
     dropped["in_held_out"] = {
         "train": len(train) - len(kept_train),
         "search": len(search) - len(kept_search),
     }
-    kept = {"train": kept_train[: section.train_items], "search": kept_search, "test": test}
-    for name, items in kept.items():
-        if not items:
-            raise DataError(
-                f"no {name} item is left of {section.train if name == 'train' else getattr(section, name)}: "
-                f"dropped {dropped}"
-            )
+    kept: dict[Split, list[Example]] = {
+        "train": kept_train[: section.train_items],
+        "search": kept_search,
+        "test": test,
+    }
+    for name in given:
+        source = sources[name]
+        if source is not None and not kept[name]:
+            raise DataError(f"no {name} item is left of {source_name(source)}: dropped {_counts(dropped)}")
     report = {
+        "forms": forms,
         "items": {name: len(items) for name, items in kept.items()},
         "dropped": dropped,
         "repeats": {name: len(items) - len(set(map(text_key, items))) for name, items in kept.items()},
-        "near_duplicates": {
-            name: count_near_duplicates(kept["train"], kept[name]) for name in ("search", "test")
-        },
+        "near_duplicates": {name: count_near_duplicates(kept["train"], kept[name]) for name in HELD_OUT},
+        "lengths": {name: _lengths(items, section) for name, items in kept.items() if items},
+        "notes": notes + _notes(kept),
     }
     return Splits(kept["train"], kept["search"], kept["test"], report)
 
@@ -67,16 +87,19 @@ def load_test_items(
     """
     assert section.test is not None
     dropped: dict[str, Any] = {"null": {}, "too_long": {}}
-    examples = _load(section.test, "test", PromptFormat(section, tokenizer), dropped)
+    records = read_records(section.test)
+    form = PromptFormat.of(records, section, tokenizer)
+    examples = _load(records, section.test, "test", form, dropped)
     return examples, {reason: counts["test"] for reason, counts in dropped.items()}
 
 
-def _load(path: str, name: str, form: PromptFormat, dropped: dict[str, Any]) -> list[Example]:
+def _load(
+    records: Sequence[Record], source: Source, name: str, form: PromptFormat, dropped: dict[str, Any]
+) -> list[Example]:
     examples: list[Example] = []
     limit = form.section.sequence_length
     dropped["null"][name] = dropped["too_long"][name] = 0
-    for record in read_records(path):
-        example = form.example(record)
+    for place, example in enumerate(form.examples(records)):
         if example is None:
             dropped["null"][name] += 1
         elif len(example) <= limit:
@@ -85,35 +108,81 @@ def _load(path: str, name: str, form: PromptFormat, dropped: dict[str, Any]) -> 
             dropped["too_long"][name] += 1
         else:
             raise DataError(
-                f"{record.place}: {len(example)} tokens, more than data.sequence_length {limit}; "
+                f"{records[place].place}: {len(example)} tokens, more than data.sequence_length {limit}; "
                 "raise it, or write data.too_long: drop"
             )
     if not examples:
-        raise DataError(f"{path}: no item is left; {dropped['null'][name]} had a null field or an empty "
-                        f"answer, {dropped['too_long'][name]} were longer than {limit} tokens")  # fmt: skip
+        raise DataError(
+            f"{source_name(source)}: no item is left; {dropped['null'][name]} had a null field or an empty "
+            f"answer, {dropped['too_long'][name]} were longer than {limit} tokens"
+        )
     return examples
 
 
+def _sizes(given: dict[Split, list[Example]], section: DataSection) -> tuple[dict[Split, int], list[str]]:
+    """How many items of train each split that is not given gets, and what of it should be told.
+
+    Raises: DataError if the section asks for more than there are.
+    """
+    asked = {"test": section.test_items, "search": section.search_items}
+    missing = [name for name in HELD_OUT if name not in given]
+    total = len(given["train"])
+    sizes: dict[Split, int] = {}
+    notes = []
+    for name in missing:
+        share = max(1, total // SHARE[name]) if total >= FEWEST else 0
+        sizes[name] = asked[name] or min(USUAL[name], share)
+        if asked[name] is None and sizes[name] < USUAL[name]:
+            usual = f"one in {SHARE[name]} of {total}; {USUAL[name]} are usual"
+            notes.append(f"{sizes[name]} {name} items are split off ({usual})")
+    if sum(sizes.values()) >= total:
+        wanted = " and ".join(f"{sizes[name]} {name} items" for name in missing)
+        raise DataError(
+            f"{source_name(section.train)} has {total} usable items; {wanted} cannot be split off it; lower "
+            "data.test_items or data.search_items, or leave them out"
+        )
+    return sizes, notes
+
+
 def _split_off(
-    given: dict[Split, list[Example]], section: DataSection, seed: int
+    given: dict[Split, list[Example]], sizes: dict[Split, int], seed: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
     train = given["train"]
-    held_out: tuple[Split, ...] = ("test", "search")
-    missing = [name for name in held_out if name not in given]
-    sizes: dict[Split, int] = {"test": section.test_items, "search": section.search_items}
-    needed = sum(sizes[name] for name in missing)
-    if needed >= len(train):
-        wanted = " and ".join(f"{sizes[name]} {name} items" for name in missing)
-        raise DataError(f"{section.train} has {len(train)} usable items; {wanted} cannot be split off it; "
-                        "lower data.test_items or data.search_items")  # fmt: skip
     order = list(range(len(train)))
     random.Random(f"split:{seed}").shuffle(order)
     start, splits = 0, dict(given)
-    for name in missing:
-        splits[name] = _take(train, order[start : start + sizes[name]])
-        start += sizes[name]
+    for name, size in sizes.items():
+        splits[name] = _take(train, order[start : start + size])
+        start += size
     return _take(train, order[start:]), splits["search"], splits["test"]
 
 
 def _take(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
     return [examples[index] for index in sorted(indices)]
+
+
+def _lengths(examples: Sequence[Example], section: DataSection) -> dict[str, float]:
+    """Tokens: of the shortest, the median and the longest item, of all, and those that the loss counts."""
+    lengths = [len(example.token_ids) for example in examples]
+    return {
+        "shortest": min(lengths),
+        "median": median(lengths),
+        "longest": max(lengths),
+        "tokens": sum(lengths),
+        "counted": sum(len(example.counted(section.loss_on)) for example in examples),
+    }
+
+
+def _notes(kept: dict[Split, list[Example]]) -> list[str]:
+    uncounted = sum(example.uncounted_turns for items in kept.values() for example in items)
+    if not uncounted:
+        return []
+    return [
+        f"{uncounted} earlier turns of the assistant are not counted by the loss: the chat template writes "
+        "them differently once others follow"
+    ]
+
+
+def _counts(dropped: dict[str, dict[str, int]]) -> str:
+    found = [f"{sum(counts.values())} {reason.replace('_', ' ')}" for reason, counts in dropped.items()]
+    return ", ".join(found)

@@ -27,11 +27,15 @@ def evaluate_items(
     batch_size: int = 16,
     max_new_tokens: int = 64,
     progress: Progress = SILENT,
-) -> tuple[LossResult, AccuracyResult]:
+) -> tuple[LossResult, AccuracyResult | None]:
     """What `evaluate_loss` (on the answer) and `evaluate_accuracy` give, in one pass where there are choices.
+
+    The accuracy is None where an item is a text, which has no answer to compare with.
 
     Raises: DataError and ModelError as those two.
     """
+    if any(example.is_text for example in examples):
+        return evaluate_loss(model, examples, batch_size=batch_size, progress=progress), None
     if not has_choices(examples):
         loss = evaluate_loss(model, examples, batch_size=batch_size, progress=progress)
         accuracy = evaluate_accuracy(

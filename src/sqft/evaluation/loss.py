@@ -140,6 +140,5 @@ def evaluate_perplexity(
 
 def answer_row(example: Example, loss_on: Literal["answer", "text"] = "answer") -> Row:
     """What measuring the loss of an item needs."""
-    ids = (*example.prompt_ids, *example.answer_ids)
-    start = len(example.prompt_ids) if loss_on == "answer" else 1
-    return Row(ids[:-1], [(position - 1, ids[position]) for position in range(start, len(ids))])
+    ids = example.token_ids
+    return Row(ids[:-1], [(place - 1, ids[place]) for place in example.counted(loss_on)])

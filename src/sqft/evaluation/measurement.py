@@ -54,10 +54,13 @@ def measure_model(
             progress=progress,
         )
         row |= {"loss": loss.loss, "loss_low": loss.low, "loss_high": loss.high, "num_items": loss.num_items}
-        row |= {"accuracy": accuracy.accuracy, "accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
         items["ids"] = [_item_id(example) for example in examples]
-        items |= {"loss_sums": loss.sums, "answer_tokens": loss.counts, "correct": accuracy.correct}
-        items |= {"answers": accuracy.answers, "expected": [example.answer for example in examples]}
+        items |= {"loss_sums": loss.sums, "answer_tokens": loss.counts}
+        if accuracy is not None:
+            row |= {"accuracy": accuracy.accuracy}
+            row |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
+            items |= {"correct": accuracy.correct, "answers": accuracy.answers}
+            items |= {"expected": [example.answer for example in examples]}
     if section.perplexity:
         perplexity = evaluate_perplexity(
             model,
@@ -143,9 +146,9 @@ def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:
     loss = paired_difference(second["loss_sums"], first["loss_sums"], first["answer_tokens"])
-    right = compare_correct(second["correct"], first["correct"])
-    return (
-        f"loss {loss.difference:+.3f} nats ({loss.low:+.3f} to {loss.high:+.3f}), accuracy "
-        f"{100 * right.difference:+.1f} points ({100 * right.low:+.1f} to {100 * right.high:+.1f}), "
-        f"{loss.num_items} items, paired"
-    )
+    parts = [f"loss {loss.difference:+.3f} nats ({loss.low:+.3f} to {loss.high:+.3f})"]
+    if "correct" in first and "correct" in second:
+        right = compare_correct(second["correct"], first["correct"])
+        low, high = 100 * right.low, 100 * right.high
+        parts.append(f"accuracy {100 * right.difference:+.1f} points ({low:+.1f} to {high:+.1f})")
+    return ", ".join([*parts, f"{loss.num_items} items, paired"])

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqft.data.records import Record, read_records
+from sqft.data.files import read_file
+from sqft.data.records import Record
 from sqft.errors import DataError, require
 
 __all__ = ["local_files", "with_local_data"]
@@ -29,7 +30,7 @@ def with_local_data(fields: dict[str, Any], directory: Path) -> dict[str, Any]:
     files = local_files(fields, directory)
     convert = CONVERSIONS.get(task, _as_it_is)
     splits = {
-        split: datasets.Dataset.from_list([convert(record, task) for record in read_records(path)])
+        split: datasets.Dataset.from_list([convert(record, task) for record in read_file(path)])
         for split, path in files.items()
     }
     kept = {key: fields[key] if fields.get(key) in splits else None for key in SPLITS if key in fields}

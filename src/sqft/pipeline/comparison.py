@@ -103,7 +103,9 @@ def compare_runs(
         rows.append(ComparedRow(name, places, figures, gaps, row.size_bytes, row.sparsity, row.bits))
     counts = {m: len(s.ids) for m, s in series[names[0]][0].items()}
     differing = _differing([group[0] for group in groups])
-    return ComparisonData(names[0], rows, counts, loss_unit(measured[0].recipe), differing, notes)
+    # Among choices an item counts once; an answer has its own tokens and the one that ends it.
+    unit = loss_unit(among_choices=set(measured[0].items.get("answer_tokens", [])) == {1})
+    return ComparisonData(names[0], rows, counts, unit, differing, notes)
 
 
 def _measured_in(path: Path) -> list[Measured]:

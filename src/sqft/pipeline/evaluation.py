@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sqft.artifacts import FACTS, digest_file, digest_json
+from sqft.artifacts import FACTS, digest_json
 from sqft.directories import write_files
 from sqft.errors import AdapterError, DataError, ModelError
 from sqft.formats.openvino import XML
@@ -110,7 +110,7 @@ def evaluate_path(
     size = artefact.size_bytes
     name = artefact.name
     measured = ModelRow(name, **row, bits=bits, size_bytes=size)
-    unit = loss_unit({"data": {"choices": prompt.choices if prompt else None}})
+    unit = loss_unit(among_choices=any(example.choices_ids for example in examples))
     found = Evaluation(name, artefact.runtime, measured, items, unit)
     record = _record(found, artefact, prompt, section, report, device)
     return replace(found, written=_write(artefact, record) if write else [])
@@ -182,11 +182,17 @@ def _data_section(artefact: "Artefact", data: Mapping[str, Any]) -> DataSection:
 
 
 def _items(section: DataSection, tokenizer: Any) -> tuple[list["Example"], dict[str, Any]]:
+    from sqft.data.records import source_name
+    from sqft.data.sources import source_content
     from sqft.data.splits import load_test_items
 
     examples, dropped = load_test_items(section, tokenizer)
     assert section.test is not None
-    return examples, {"file": section.test, "sha256": digest_file(Path(section.test)), "dropped": dropped}
+    return examples, {
+        "file": source_name(section.test),
+        "content": source_content(section.test),
+        "dropped": dropped,
+    }
 
 
 def _open(artefact: "Artefact", length: int, device: str, trust_remote_code: bool) -> "Scorable":

@@ -17,6 +17,7 @@ from sqft.sections import (
     CalibrationSection,
     DataSection,
     EvaluateSection,
+    HubSource,
     QuantizeSection,
     SparsifySection,
     TrainSection,
@@ -175,9 +176,12 @@ class _Estimate:
 
     def _items(self) -> float:
         """Texts and token ids: about three times the files that they are read from."""
+        from sqft.data.sources import expand_paths
+
         data = self.recipe.data
-        paths = [data.train, data.search, data.test] if data else []
-        return 3 * sum(Path(path).stat().st_size for path in paths if path)
+        sources = [data.train, data.search, data.test] if data else []
+        files = [path for s in sources if s and not isinstance(s, HubSource) for path in expand_paths(s)]
+        return 3 * sum(path.stat().st_size for path in files)
 
     def _compression(self) -> float:
         calibration = self.recipe.calibration or CalibrationSection()

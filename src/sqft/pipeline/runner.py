@@ -21,7 +21,7 @@ from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.sources import source_digest
 from sqft.pipeline.stages import Stage, recipe_stages
 from sqft.progress import SILENT, Progress
-from sqft.sections import CalibrationSection
+from sqft.sections import CalibrationSection, DataSource
 
 __all__ = [
     "FinishedStage",
@@ -238,8 +238,8 @@ def _data_key(recipe: Recipe) -> str:
     given = {f"{split}_items" for split in ("search", "test") if getattr(data, split)}
     settings = data.model_dump(mode="json", exclude=elsewhere | given)
     splits = ("train", "search", "test")
-    files = {split: _content(getattr(data, split), f"data.{split}") for split in splits}
-    return digest_json({"settings": settings, "files": files, "seed": recipe.seed})
+    contents = {split: _source_content(getattr(data, split), f"data.{split}") for split in splits}
+    return digest_json({"settings": settings, "sources": contents, "seed": recipe.seed})
 
 
 def _texts_key(recipe: Recipe) -> str:
@@ -268,9 +268,16 @@ def _calibration_key(recipe: Recipe) -> str:
     source = (recipe.calibration or CalibrationSection()).source
     if source == "train" or not recipe.needs_calibration:
         return ""
-    if source.startswith("hub:"):
-        return source
-    return _content(source, "calibration.source") or ""
+    return digest_json(_source_content(source, "calibration.source"))
+
+
+def _source_content(source: DataSource | None, key: str) -> Any:
+    from sqft.data.sources import source_content
+
+    try:
+        return None if source is None else source_content(source)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from None
 
 
 def _content(path: str | None, key: str) -> str | None:

@@ -1,10 +1,13 @@
 """The stage `items`: the data read, tokenized and checked, once for all stages that look at it."""
 
+import logging
 from typing import Any
 
 from sqft.pipeline.context import StageContext
 
 __all__ = ["prepare_items"]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_items(context: StageContext) -> dict[str, Any]:
@@ -14,5 +17,7 @@ def prepare_items(context: StageContext) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(context.inputs["model"], trust_remote_code=context.trusts_code)
     splits = load_splits(context.data, tokenizer, seed=context.recipe.seed)
+    for note in splits.report["notes"]:
+        logger.warning("data: %s", note)
     write_items(context.directory, splits)
     return {"data": splits.report, "chance_accuracy": chance_accuracy(splits.test)}

@@ -97,6 +97,11 @@ class ReportData:
     merged_dir: str | None = None
 
     @property
+    def among_choices(self) -> bool:
+        """Whether the items are of multiple choice, so that a loss is about the choices alone."""
+        return self.chance_accuracy is not None
+
+    @property
     def passed(self) -> bool | None:
         """Whether every check of the certificate passed; None without a certificate."""
         return None if self.checks is None else bool(self.checks) and all(c.passed for c in self.checks)

@@ -61,7 +61,7 @@ def _facts(data: ReportData) -> list[tuple[str, str, str]]:
         facts.append((f"accuracy, {label_model(last, data.recipe)}", f"{100 * last.accuracy:.1f} %", remark))
     if last.loss is not None:
         remark = f"base {base.loss:.2f}" if base and base.loss is not None else ""
-        facts.append((f"loss, {loss_unit(data.recipe)}", f"{last.loss:.2f}", remark))
+        facts.append((f"loss, {loss_unit(among_choices=data.among_choices)}", f"{last.loss:.2f}", remark))
     if last.size_bytes is not None:
         remark = f"base {format_bytes(base.size_bytes)}" if base and base.size_bytes else ""
         facts.append(("size on disk", format_bytes(last.size_bytes), remark))

@@ -44,7 +44,7 @@ def draw_plots(data: ReportData) -> list[Plot]:
         (
             any(row.loss is not None for row in data.models),
             "Loss",
-            f"{loss_unit(data.recipe)} (lower is better), with 95 % intervals.".capitalize(),
+            f"{loss_unit(among_choices=data.among_choices)} (lower is better), with 95 % intervals.".capitalize(),
             _stage_height(data),
             lambda figure: _draw_stages(figure, data, "loss"),
         ),
@@ -168,7 +168,7 @@ def _draw_stages(figure: Any, data: ReportData, quantity: str) -> None:
             axes.axvline(100 * data.chance_accuracy, color=INK, linestyle=":", linewidth=1)
         axes.set_xlim(left=0, right=min(103.0, axes.get_xlim()[1]))
     else:
-        axes.set_xlabel(loss_unit(data.recipe))
+        axes.set_xlabel(loss_unit(among_choices=data.among_choices))
         axes.set_xlim(left=0)
 
 

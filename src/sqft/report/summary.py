@@ -13,7 +13,11 @@ STRAY_ZEROS, ROUNDED_ZEROS = 0.01, 0.4
 
 def summary_table(data: ReportData) -> list[list[str]]:
     """Header and one row a model of a run, as text; columns that nothing was measured for are left out."""
-    return models_table(data.models, loss_unit(data.recipe), lambda row: label_model(row, data.recipe))
+    return models_table(
+        data.models,
+        loss_unit(among_choices=data.among_choices),
+        lambda row: label_model(row, data.recipe),
+    )
 
 
 def models_table(
@@ -87,10 +91,9 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def loss_unit(recipe: dict[str, Any]) -> str:
-    """What a loss of this recipe counts: nats per answer token, or per item among its choices."""
-    choices = (recipe.get("data") or {}).get("choices")
-    return "nats, among the choices" if choices else "nats per answer token"
+def loss_unit(*, among_choices: bool) -> str:
+    """What a loss counts: nats per answer token, or per item among its choices."""
+    return "nats, among the choices" if among_choices else "nats per answer token"
 
 
 def _task_column(task: str) -> Callable[[ModelRow], str]:

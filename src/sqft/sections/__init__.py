@@ -8,7 +8,14 @@ Rules that concern two sections stand in `pipeline/recipe.py`.
 from sqft.sections.adapters import AdapterMethod, AdapterSection, SearchSection, TrainSection
 from sqft.sections.base import Section
 from sqft.sections.compression import QuantizeSection, SparsifySection
-from sqft.sections.inputs import CalibrationSection, DataSection, ModelSection
+from sqft.sections.inputs import (
+    CalibrationSection,
+    DataForm,
+    DataSection,
+    DataSource,
+    HubSource,
+    ModelSection,
+)
 from sqft.sections.outputs import EvaluateSection, ExportFormat, ExportSection, ReportedModel
 from sqft.sections.runtime import RuntimeSection
 
@@ -16,10 +23,13 @@ __all__ = [
     "AdapterMethod",
     "AdapterSection",
     "CalibrationSection",
+    "DataForm",
     "DataSection",
+    "DataSource",
     "EvaluateSection",
     "ExportFormat",
     "ExportSection",
+    "HubSource",
     "ModelSection",
     "QuantizeSection",
     "ReportedModel",

@@ -1,8 +1,10 @@
 """What all sections share: frozen values, unknown keys refused, settings without effect refused."""
 
+from os.path import expanduser
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -11,10 +13,11 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["Fraction", "Positive", "Section"]
+__all__ = ["Fraction", "PathText", "Positive", "Section"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+PathText = Annotated[str, AfterValidator(expanduser)]  # of a file or folder; ~ is the user's home
 
 
 class Section(BaseModel):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sqft.sections.base import Positive, Section
+from sqft.sections.base import PathText, Positive, Section
 
 __all__ = ["EvaluateSection", "ExportFormat", "ExportSection", "ReportedModel"]
 
@@ -24,13 +24,13 @@ class EvaluateSection(Section):
     max_items: Positive | None = Field(None, description="Use the first so many test items.")
     batch_size: Positive = 16
     max_new_tokens: Positive = Field(64, description="Longest generated answer.")
-    perplexity: str | None = Field(None, description="A text file.")
+    perplexity: PathText | None = Field(None, description="A text file.")
     perplexity_tokens: Positive = Field(8192, description="Tokens of it, in windows of sequence_length.")
     sequence_length: Positive = 512
-    tasks: list[str] = Field(
+    tasks: list[PathText] = Field(
         [], description="Tasks of lm-evaluation-harness, by name or YAML file (extra: eval)."
     )
-    tasks_data: str | None = Field(
+    tasks_data: PathText | None = Field(
         None, description="A folder with NAME/test.jsonl of each task, in place of data sets of the hub."
     )
     num_fewshot: int | None = Field(

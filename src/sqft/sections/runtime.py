@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from sqft.sections.base import Positive, Section
+from sqft.sections.base import PathText, Positive, Section
 
 __all__ = ["RuntimeSection"]
 
@@ -13,7 +13,7 @@ __all__ = ["RuntimeSection"]
 class RuntimeSection(Section):
     """What must not change a result; never part of a stage's identity."""
 
-    workspace: str = "runs"
+    workspace: PathText = "runs"
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     threads: Positive | None = None
     log_level: Literal["debug", "info", "warning"] = "warning"

@@ -119,7 +119,7 @@ def _identity(
     model: nn.Module, examples: Sequence[Example], section: TrainSection, loss_on: str, seed: int
 ) -> str:
     trained = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
-    items = [[example.prompt_ids, example.answer_ids] for example in examples]
+    items = [[example.prompt_ids, example.answer_ids, example.earlier_answers] for example in examples]
     settings = section.model_dump(exclude={"checkpoint_steps"})
     adapters = {
         name: {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "revision")}

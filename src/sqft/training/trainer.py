@@ -102,7 +102,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         )
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # makes Trainer count the step's labels for compute_loss
-        self.lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+        self.lengths = [len(example.token_ids) for example in examples]
         self.journal = callback
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
