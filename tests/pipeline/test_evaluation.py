@@ -150,7 +150,7 @@ def test_what_cannot_be_measured(trained: Any, tmp_path: Path, tiny_model_dir: C
         evaluate_path(str(tmp_path / "none"), SECTION, {"test": str(test)})
     with pytest.raises(DataError, match="does not tell with which prompt"):
         evaluate_path(str(tiny_model_dir("llama")), SECTION, {"test": str(test)})
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="there is no file"):
         evaluate_path(str(result.model_dir), SECTION, {"test": str(tmp_path / "none.jsonl")})
 
 

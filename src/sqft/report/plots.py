@@ -33,6 +33,7 @@ def draw_plots(data: ReportData) -> list[Plot]:
     accuracy = "Share of the held-out items answered right, with 95 % intervals."
     if data.chance_accuracy is not None:
         accuracy += f" Dotted: guessing ({100 * data.chance_accuracy:.0f} %)."
+    unit = loss_unit(among_choices=data.among_choices)
     candidates: list[tuple[bool, str, str, float, Callable[[Any], None]]] = [
         (
             any(row.accuracy is not None for row in data.models),
@@ -44,7 +45,7 @@ def draw_plots(data: ReportData) -> list[Plot]:
         (
             any(row.loss is not None for row in data.models),
             "Loss",
-            f"{loss_unit(among_choices=data.among_choices)} (lower is better), with 95 % intervals.".capitalize(),
+            f"{unit} (lower is better), with 95 % intervals.".capitalize(),
             _stage_height(data),
             lambda figure: _draw_stages(figure, data, "loss"),
         ),
