@@ -431,3 +431,14 @@ def test_a_model_that_arrives_sparse_keeps_its_zeros(
         assert merged.mask is not None
         assert torch.equal(merged.mask, tensors[f"{name}.weight"] != 0)
         assert torch.equal(merged.dequantized() != 0, merged.mask)
+
+
+@pytest.mark.parametrize("method", ["sparse_peft", "qa_sparse_peft"])
+def test_what_is_evaluated_beside_a_fast_kernel_is_what_a_merge_writes(
+    randomize: Any, method: str, make_base: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attach(make_base(method), method, kernels="triton")
+    randomize(model)
+    monkeypatch.setattr("sqft.adapters.layer.adapted_linear", None)  # the training layer is not asked
+    adapted = logits(model, tokens)
+    assert torch.equal(adapted, logits(model.merge_and_unload(), tokens))

@@ -3,6 +3,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from sqft.models import (
     write_masks,
     write_model,
 )
-from sqft.ops import compute_qparams, dequantize, keep_nonzero, quantize
+from sqft.ops import compute_qparams, decode_latent, dequantize, encode_latent, keep_nonzero, quantize
 from sqft.sections import ModelSection
 
 ALL = ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2"]
@@ -436,3 +437,21 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model_dir: Maker, tmp
     tokenizer.save_pretrained(directory)
     with pytest.raises(ModelError, match="ids up to 288, but the model has 288 tokens"):
         load_tokenizer(directory)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantized_linear_never_holds_its_weight_in_float32(bits: Any, dtype: torch.dtype) -> None:
+    weight = torch.randn(48, 96)
+    grid = compute_qparams(weight, bits=bits, group_size=32, symmetric=False)
+    latent = encode_latent(weight, quantize(weight, grid), None, grid)
+    for base in (latent, decode_latent(latent, grid)):
+        layer = QuantizedLinear(base, grid)
+        assert torch.equal(layer.built_weight(dtype), layer.quantized_weight().to(dtype))
+    x = torch.randn(5, 96, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx.dtype == torch.float32
+    torch.testing.assert_close(dx[0], layer.quantized_weight().sum(0), atol=0.5, rtol=2e-2)

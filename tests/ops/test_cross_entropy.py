@@ -10,7 +10,7 @@ from sqft.ops.cross_entropy import chunked_cross_entropy, liger_cross_entropy
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 22])
 def test_equals_the_plain_loss(chunk: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": chunk, "cuda": chunk})
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(13, 8, generator=generator, requires_grad=True)
     weight, shift = torch.randn(37, 8, generator=generator), torch.randn(37, generator=generator)
@@ -34,7 +34,7 @@ def test_nothing_counted() -> None:
 
 
 def test_logits_of_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": 200, "cuda": 200})
     sizes: list[int] = []
     plain = F.linear
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from sqft.errors import TrainingError
+from sqft.ops.kernel_use import computes_in_bfloat16
 from sqft.sections import TrainSection
 from sqft.training import check_arguments
-from sqft.training.arguments import computes_in_bfloat16, training_arguments
+from sqft.training.arguments import training_arguments
 
 
 def build(tmp_path: Path, **fields: Any) -> Any:
@@ -28,7 +29,7 @@ def test_the_section_and_its_arguments(tmp_path: Path) -> None:
 
 def test_a_gpu_computes_in_bfloat16_where_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for able in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able, **_: able)
         assert computes_in_bfloat16(torch.device("cuda")) is able
         assert not computes_in_bfloat16(torch.device("cpu"))
     assert build(tmp_path).bf16 is False

@@ -33,7 +33,7 @@ from sqft.ops import (
     encode_latent,
     fake_quantize,
 )
-from sqft.ops.adapted import low_rank_delta
+from sqft.ops.adapted import exact_float32, low_rank_delta
 from sqft.ops.adapted_linear import adapted_linear, frozen_linear
 from sqft.ops.kernel_use import kernels_for
 from sqft.ops.mask import STRAY_ZEROS
@@ -165,7 +165,7 @@ class AdapterLinear(TunerLayer):
         """The float32 weight as the training layer builds it, which `ops.adapted` and `ops.grid` define."""
         name = self.active_name()
         assert name is not None
-        with torch.no_grad():
+        with torch.no_grad(), exact_float32(base_tensor(self).device):
             if name not in self.sqft_A:
                 stored, latent = self._stored_codes()
                 return scaled_weight(stored, self._trained_grid(name), self.in_features, latent=latent)
@@ -271,6 +271,12 @@ class AdapterLinear(TunerLayer):
             return self._low_rank_forward(x, name)
         if self.training and config.dropout and config.dropout_kind == "token":
             return self._token_dropout_forward(x, name)
+        if not self.training and (x.device.type != "cpu" or config.kernels == "triton"):
+            # Here the training layer may round a weight in a million to its other neighbour. What is
+            # evaluated is what a merge writes.
+            bias = self._bias()
+            weight = self.adapted(name).to(x.dtype)
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         lora_A, lora_B = self._dropped_slice(name)
         return adapted_linear(
             x,

@@ -9,7 +9,14 @@ from sqft.models.blocks import (
 )
 from sqft.models.checkpoint import Checkpoint, open_checkpoint
 from sqft.models.existing import ExistingMasks
-from sqft.models.loading import load_model, load_tokenizer, load_trainable, read_quantized
+from sqft.models.loading import (
+    build_trainable,
+    load_model,
+    load_tokenizer,
+    load_trainable,
+    read_quantized,
+    training_dtype,
+)
 from sqft.models.outline import ModelOutline, model_identity, model_outline
 from sqft.models.packing import GridSpec, QuantizedWeight
 from sqft.models.quantized_linear import PackedLinear, QuantizedLinear
@@ -33,6 +40,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedWeight",
     "StoredMasks",
+    "build_trainable",
     "check_fused_groups",
     "decoder_blocks",
     "fused_weights",
@@ -48,6 +56,7 @@ __all__ = [
     "read_quantized",
     "resolve_model",
     "target_linears",
+    "training_dtype",
     "write_masks",
     "write_model",
 ]

@@ -1,6 +1,7 @@
 """Whole models in memory: to run, and to train adapters on."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,19 @@ from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transforme
 from sqft.models.packing import QuantizedWeight
 from sqft.models.quantized_linear import GridLinear, PackedLinear, QuantizedLinear
 from sqft.models.saving import save_as_packed
-from sqft.models.writer import read_latents, read_masks
+from sqft.models.writer import StoredMasks, read_latents
 from sqft.ops import decode_latent, encode_latent, keep_nonzero, latent_codes
+from sqft.ops.kernel_use import computes_in_bfloat16
 from sqft.ops.mask import existing_mask
 
-__all__ = ["load_model", "load_tokenizer", "load_trainable", "read_quantized"]
+__all__ = [
+    "build_trainable",
+    "load_model",
+    "load_tokenizer",
+    "load_trainable",
+    "read_quantized",
+    "training_dtype",
+]
 
 # Share of zeros from which integer weights without a mask count as sparse. Of dense weights, 12 to 22 % round
 # to 0 with 4 bits (normal ones in groups of 32 to whole rows), fewer with 8; with 2 or 3 bits nothing tells.
@@ -72,14 +81,46 @@ def load_trainable(
     Raises: ModelError if the directory is not a whole model, or weights and masks disagree.
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-    masks = read_masks(directory)
     latents = {} if base_precision == "packed" else read_latents(directory)
+    return build_trainable(
+        checkpoint,
+        StoredMasks(directory),
+        latents,
+        base_precision=base_precision,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def training_dtype(checkpoint: Checkpoint, device: torch.device | str) -> torch.dtype:
+    """The dtype of what `load_trainable` does not leave as it is stored, for training on a device.
+
+    bfloat16 on a GPU that computes in it, where all of it is stored in it, so that no bit is lost; else
+    float32.
+    """
+    blocks = tuple(f"{name}." for name in checkpoint.block_names)
+    stored = {checkpoint.dtype(name) for name in checkpoint.names if not name.startswith(blocks)}
+    if stored == {torch.bfloat16} and computes_in_bfloat16(torch.device(device)):
+        return torch.bfloat16
+    return torch.float32
+
+
+def build_trainable(
+    checkpoint: Checkpoint,
+    masks: Mapping[str, Tensor],
+    latents: Mapping[str, Tensor],
+    *,
+    base_precision: Literal["latent", "float32", "packed"] = "latent",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """`load_trainable` of an opened checkpoint, its masks and its latent codes, by linear."""
     model = checkpoint.skeleton()
     for name in checkpoint.quantized_names:
         bias = f"{name}.bias"
         layer = _quantized_layer(
             name, checkpoint.quantized(name), latents.get(name), masks.get(name), base_precision, dtype,
-            checkpoint.tensor(bias) if bias in checkpoint.names else None,
+            checkpoint.tensor(bias) if bias in checkpoint.names else None, torch.device(device),
         )  # fmt: skip
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.to(device))
@@ -88,10 +129,12 @@ def load_trainable(
         if parameter.device.type != "meta":
             continue
         linear = name.rpartition(".")[0]
-        value = checkpoint.tensor(name)
-        if name == f"{linear}.weight" and linear in masks and not torch.equal(value != 0, masks[linear]):
+        value = checkpoint.tensor(name).to(device)
+        masked = name == f"{linear}.weight" and linear in masks
+        if masked and not torch.equal(value != 0, masks[linear].to(device)):
             raise ModelError(
-                f"{directory}: the zeros of {linear} are not those of its stored mask; write it again"
+                f"{checkpoint.directory}: the zeros of {linear} are not those of its stored mask; "
+                "write it again"
             )
         in_block = linear in linears and any(linear.startswith(b + ".") for b in checkpoint.block_names)
         dense = linear not in masks and in_block and name == f"{linear}.weight"
@@ -99,7 +142,7 @@ def load_trainable(
             value = keep_nonzero(value, torch.ones_like(value, dtype=torch.bool))
         if not in_block:  # so that a trained norm is rounded to what is stored
             model.get_submodule(linear).stored_dtype = value.dtype
-        _set_parameter(model, name, value.to(device=device, dtype=value.dtype if in_block else dtype))
+        _set_parameter(model, name, value if in_block else value.to(dtype))
     if checkpoint.quantized_names:
         save_as_packed(model)
     return _finish(model, checkpoint, dtype, device)
@@ -138,7 +181,10 @@ def _quantized_layer(
     base_precision: str,
     dtype: torch.dtype,
     bias: Tensor | None,
+    device: torch.device,
 ) -> GridLinear:
+    weight = QuantizedWeight(weight.codes.to(device), weight.qparams.to(device))
+    latent, mask, bias = (None if t is None else t.to(device) for t in (latent, mask, bias))
     if base_precision == "packed":
         layer = PackedLinear.pack(weight.codes, weight.qparams, bias, dtype=dtype)
         if mask is not None and bool((layer.quantized_weight()[~mask] != 0).any()):

@@ -8,8 +8,11 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor, nn
 
 from sqft.ops import QParams, decode_latent, dequantize, latent_codes, quantize
+from sqft.ops.adapted import exact_float32
+from sqft.ops.kernel_use import kernels_for
 from sqft.ops.packed import pack_codes, unpack_codes
 from sqft.ops.scaled_linear import scaled_linear
+from sqft.ops.weight_blocks import WeightBlocks
 
 __all__ = ["GridLinear", "PackedLinear", "QuantizedLinear"]
 
@@ -53,8 +56,12 @@ class GridLinear(nn.Module, ABC):
         """The float32 weight that the layer multiplies with."""
         return dequantize(self.codes(), self.qparams)
 
+    def built_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """`quantized_weight` in a compute dtype."""
+        return self.quantized_weight().to(dtype)
+
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """Multiply with the dequantized weight, in the dtype of x."""
+        """Multiply with the dequantized weight, in the dtype of x, or in the autocast dtype."""
         y: Tensor = _Multiply.apply(x, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -92,6 +99,15 @@ class QuantizedLinear(GridLinear):
         if self.latent.is_floating_point():
             return quantize(self.latent, self.qparams)
         return latent_codes(self.latent)
+
+    def built_weight(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """`quantized_weight` in a compute dtype, never whole in float32: an adapted weight of rank 0."""
+        base, qparams = self.latent, self.qparams
+        kernels = kernels_for("auto", base.device, base.shape, quantized=True)
+        factors = self.scale.new_empty(0, self.in_features), self.scale.new_empty(self.out_features, 0)
+        blocks = WeightBlocks(base, *factors, 1.0, qparams, None, kernels)
+        with exact_float32(base.device):
+            return blocks.build(slice(0, self.out_features), dtype)
 
 
 class PackedLinear(GridLinear):
@@ -141,9 +157,11 @@ class PackedLinear(GridLinear):
 class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: GridLinear) -> Tensor:
-        ctx.layer = layer
-        return nn.functional.linear(x, layer.quantized_weight().to(x.dtype))
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return nn.functional.linear(x.to(dtype), layer.built_weight(dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.quantized_weight().to(grad.dtype), None
+        return (grad @ ctx.layer.built_weight(grad.dtype)).to(ctx.dtype), None

@@ -17,9 +17,19 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["chunked_cross_entropy", "liger_cross_entropy"]
+from sqft.kernels.choices import choose_loss
+from sqft.ops.kernel_use import device_capability
 
-CHUNK_ELEMENTS = 1 << 22  # logits that exist at a time: 16 MiB in float32
+__all__ = ["chunk_elements", "chunked_cross_entropy", "liger_cross_entropy"]
+
+# Logits that exist at a time. A chunk reads the output layer twice, so a GPU needs many tokens in one to be
+# bound by its products: 2^26 are 512 tokens of 128 k logits, 0.8 GB in all their forms. A CPU keeps 16 MiB.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+
+def chunk_elements(device: str) -> int:
+    """The most logits that exist at a time on a kind of device."""
+    return CHUNK_ELEMENTS.get(device, 1 << 22)
 
 
 def chunked_cross_entropy(
@@ -34,7 +44,8 @@ def chunked_cross_entropy(
 
     weight, bias: the frozen output layer. Tokens whose target is ignore_index count nothing and cost nothing.
     Logits are computed in the autocast dtype, else in that of hidden, and summed up in float32. On a GPU
-    Liger Kernel's fused form runs if it is installed (extra: liger); that path has not been run on a GPU.
+    Liger Kernel's fused form runs where it is installed (extra: liger) and the table in `kernels.choices`
+    says that it is faster on such a card.
     """
     counted = (targets != ignore_index).nonzero().squeeze(1)
     hidden, targets = hidden[counted], targets[counted]
@@ -42,10 +53,14 @@ def chunked_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
-        if device == "cuda" and len(hidden) and find_spec("liger_kernel") is not None:
+        if len(hidden) and _takes_liger(hidden.device):
             return liger_cross_entropy(hidden, weight, targets, bias)
         out: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, bias)
     return out
+
+
+def _takes_liger(device: torch.device) -> bool:
+    return choose_loss(device_capability(device)) == "liger" and find_spec("liger_kernel") is not None
 
 
 def liger_cross_entropy(
@@ -67,7 +82,7 @@ def liger_cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-        size = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        size = max(1, chunk_elements(hidden.device.type) // weight.shape[0])
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], size):

@@ -1,4 +1,4 @@
-"""Which kernels an operation runs on the device at hand."""
+"""Which kernels and which compute dtype fit the device at hand."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ import torch
 
 from sqft.kernels.choices import TORCH, Choice, choose_kernels
 
-__all__ = ["KERNELS", "device_capability", "kernels_for"]
+__all__ = ["KERNELS", "computes_in_bfloat16", "device_capability", "kernels_for"]
 
 KERNELS = ("auto", "torch", "triton")
 
@@ -42,6 +42,11 @@ def device_capability(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     return ".".join(str(part) for part in torch.cuda.get_device_capability(device))
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether products run in bfloat16 by default: on a GPU that has it. A CPU is fast in float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @lru_cache

@@ -26,18 +26,25 @@ def train_dense(context: StageContext) -> dict[str, Any]:
 
 
 def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[str, Any]:
-    from sqft.adapters import SearchSpace, attach_adapters, codes_digest, set_ranks
+    from sqft.adapters import (
+        SearchSpace,
+        attach_adapters,
+        codes_digest,
+        count_differing_codes,
+        set_ranks,
+    )
     from sqft.data import read_items
-    from sqft.models import ExistingMasks, load_trainable, open_checkpoint
+    from sqft.models import ExistingMasks, load_trainable, open_checkpoint, training_dtype
     from sqft.training import train_adapters
 
+    stored = open_checkpoint(base, trust_remote_code=context.trusts_code)
     model = load_trainable(
         base,
         base_precision=section.base_precision,
+        dtype=training_dtype(stored, context.device),
         device=context.device,
         trust_remote_code=context.trusts_code,
     )
-    stored = open_checkpoint(base, trust_remote_code=context.trusts_code)
     adapted = attach_adapters(
         model,
         section,
@@ -58,12 +65,19 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
         progress=context.progress,
     )
     digests: dict[str, str] = {}
+    differing = (0, 0)
     if section.method != "lora":
         for sub_adapter in (space.minimal(), space.median(), space.maximal()):
             set_ranks(adapted, sub_adapter)
             digests[digest_json(sub_adapter)] = codes_digest(adapted)
+        differing = count_differing_codes(adapted)
     adapted.save_pretrained(context.directory / ADAPTER)
     write_json(context.directory / "training.json", record.as_dict())
     shutil.rmtree(context.directory / CHECKPOINTS)
     curve = [(step.step, step.loss) for step in record.steps]
-    return {"codes_digests": digests, "curve": curve, **record.summary()}
+    return {
+        "codes_digests": digests,
+        "differing_codes": differing,  # of the training kernel from a merge's, and of how many
+        "curve": curve,
+        **record.summary(),
+    }

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from sqft.errors import MissingExtraError, SqftError, TrainingError, is_out_of_memory
+from sqft.ops.kernel_use import computes_in_bfloat16
 from sqft.sections import TrainSection
 
 __all__ = ["check_arguments", "refusals", "training_arguments"]
@@ -109,11 +110,6 @@ def training_arguments(
         settings |= {"logging_strategy": "steps", "logging_steps": 1}
     with refusals():
         return TrainingArguments(**(settings | section.arguments))
-
-
-def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether products run in bfloat16 by default: on a GPU that has it. A CPU is fast in float32."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 @contextmanager

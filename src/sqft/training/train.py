@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import transformers
 from peft import PeftModel
 from torch import nn
@@ -74,7 +75,8 @@ def train_adapters(
         else:
             with refusals():
                 trainer = ElasticTrainer(model, arguments, examples, loss_on, callback)
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with _repeatable(device):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     record.peak_bytes = peak_bytes(device)
     if space is not None:
@@ -126,6 +128,30 @@ def _identity(
         for name, config in getattr(model, "peft_config", {}).items()
     }
     return digest_json([trained, items, settings, loss_on, seed, adapters])
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """Have a GPU add up in a fixed order, as a CPU does: the backward pass of attention would not.
+
+    An operation that cannot runs all the same. Fresh memory is not filled, which torch does unless told.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fills
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from sqft.adapters import SearchSpace
 from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
 from sqft.errors import TrainingError
-from sqft.ops.cross_entropy import CHUNK_ELEMENTS, chunked_cross_entropy
+from sqft.ops.cross_entropy import chunk_elements, chunked_cross_entropy
 from sqft.training.arguments import refusals
 from sqft.training.head import separable_head, without_head
 from sqft.training.ranks import begin_step
@@ -136,8 +136,8 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         labels = inputs.pop("labels")
         counted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
         targets = labels[:, counted + 1].flatten()
-        head = separable_head(self.journal.model)
-        if head is not None and targets.numel() * head.out_features > CHUNK_ELEMENTS and not return_outputs:
+        head = None if return_outputs else separable_head(self.journal.model)
+        if head is not None and targets.numel() * head.out_features > chunk_elements(targets.device.type):
             with without_head(head):
                 outputs = model(**inputs, logits_to_keep=counted)
             hidden = outputs.logits.flatten(0, 1)
