@@ -10,7 +10,7 @@ ALL  := $(VENV)/.installed-all
 # Tests run one process a core, each with one thread: tiny tensors gain nothing from more.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup demo demo-small demo-full test test-slow check fix docs bench clean
+.PHONY: help setup demo demo-small demo-full test test-slow check fix docs bench gpu clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) with everything that any target needs"
@@ -21,6 +21,7 @@ help:
 	@echo "make check       ruff, mypy   (make fix: let ruff repair what it can)"
 	@echo "make docs        rewrite the generated parts of README.md and docs/"
 	@echo "make bench       quick benchmarks; results in runs/bench/"
+	@echo "make gpu         everything on an NVIDIA GPU in 9 minutes, with $(PYTHON) as it stands (docs/gpu.md)"
 	@echo "make clean       remove caches and the environment; runs/ stays"
 
 setup: $(ALL)
@@ -70,6 +71,11 @@ bench: $(ALL)
 	$(BIN)/python -m benchmarks.adapters --quick --json runs/bench/adapters.json
 	$(BIN)/python -m benchmarks.compression --quick --json runs/bench/compression.json
 	$(BIN)/python -m benchmarks.deploy --quick --json runs/bench/deploy.json
+
+# With the Python at hand and the package where it lies: a machine with a GPU may have no registry to install from.
+gpu:
+	@mkdir -p runs/bench
+	PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu --minutes 9 --json runs/bench/gpu.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

@@ -52,12 +52,14 @@ LAYER_VARIANTS = (
 )
 
 
-def pruned_layer(out_features: int, in_features: int, device: str) -> tuple[Tensor, QParams, Tensor]:
+def pruned_layer(
+    out_features: int, in_features: int, device: str, group_size: int = GROUP
+) -> tuple[Tensor, QParams, Tensor]:
     """A random weight with half of it pruned, its symmetric 4-bit grid, and its latent."""
     weight = torch.randn(out_features, in_features, device=device) * in_features**-0.5
     mask = mask_rows(torch.rand(weight.shape, device=device), 0.5)
     base = keep_nonzero(weight, mask)
-    grid = compute_qparams(base, bits=4, group_size=GROUP, symmetric=True)
+    grid = compute_qparams(base, bits=4, group_size=group_size, symmetric=True)
     return base, grid, encode_latent(base, quantize(base, grid), mask, grid)
 
 

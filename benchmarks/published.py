@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sqft.ops import QParams, decode_latent
 
-__all__ = ["FLOPS", "PublishedLinear", "layer_flops"]
+__all__ = ["FLOPS", "PublishedLinear", "layer_flops", "published_forward"]
 
 
 class _Round(torch.autograd.Function):
@@ -52,13 +52,26 @@ class PublishedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
-        delta = (self.lora_B @ self.lora_A) * self.scaling * self.mask
-        if self.grid is None:
-            return F.linear(x, self.weight.to(x.dtype)) + F.linear(x, delta.to(x.dtype))
-        groups = (self.weight + delta).unflatten(1, (self.grid.scale.shape[1], -1))
-        scale, zero_point = self.grid.scale[..., None], self.grid.zero_point[..., None].float()
-        codes = torch.clamp(_Round.apply(groups / scale) + zero_point, 0, self.grid.max_code)
-        return F.linear(x, ((codes - zero_point) * scale).flatten(1).to(x.dtype))
+        return published_forward(x, self.weight, self.mask, self.lora_A, self.lora_B, self.scaling, self.grid)
+
+
+def published_forward(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    grid: QParams | None,
+) -> Tensor:
+    """The published output of a layer; grid: round to it, None leaves the weight unrounded."""
+    delta = (lora_B @ lora_A) * scaling * mask
+    if grid is None:
+        return F.linear(x, weight.to(x.dtype)) + F.linear(x, delta.to(x.dtype))
+    groups = (weight + delta).unflatten(1, (grid.scale.shape[1], -1))
+    scale, zero_point = grid.scale[..., None], grid.zero_point[..., None].float()
+    codes = torch.clamp(_Round.apply(groups / scale) + zero_point, 0, grid.max_code)
+    return F.linear(x, ((codes - zero_point) * scale).flatten(1).to(x.dtype))
 
 
 # Multiply-adds of forward and backward, by tokens n, rank r, and the sides o and i; elementwise work is free.

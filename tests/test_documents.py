@@ -82,5 +82,6 @@ def test_make_knows_its_targets() -> None:
         "fix",
         "docs",
         "bench",
+        "gpu",
     ]
     assert all(f"make {target}" in done.stdout for target in wanted)

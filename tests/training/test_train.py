@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -319,3 +320,11 @@ def test_a_loss_in_chunks_trains_alike(
     assert second.losses == pytest.approx(first.losses, rel=1e-4)
     for name, weight in trained(plain).items():
         torch.testing.assert_close(trained(chunked)[name], weight, atol=1e-3, rtol=1e-2)
+
+
+def test_a_stock_peft_adapter_trains_too(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(load_model(tiny_model_dir("llama")), config)
+    record = train_adapters(model, examples(), SECTION, output_dir=tmp_path)
+    assert len(record.steps) == SECTION.max_steps
+    assert record.losses[-1] < record.losses[0]

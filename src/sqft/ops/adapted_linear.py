@@ -51,7 +51,7 @@ def adapted_linear(
     scale: Float[Tensor, "out groups"] | None = None,
     storage_dtype: torch.dtype | None = None,
     gradient: Literal["exact", "lowrank"] = "exact",
-    kernels: Literal["auto", "torch", "triton"] = "auto",
+    kernels: Literal["auto", "torch", "triton"] | Choice = "auto",
 ) -> Float[Tensor, "*batch out"]:
     """Multiply with the adapted weight; differentiable in x, A, B, the bias, and a trained scale.
 
@@ -61,13 +61,15 @@ def adapted_linear(
     gradient: exact, or lowrank, which leaves the mask and the clamp out of the gradients of A and B.
     kernels: triton builds the weight and contracts its gradient by the kernels of `sqft.kernels`; where they
         cannot run (no NVIDIA GPU, no Triton) it is torch, and a warning says so once. auto: what the table in
-        `kernels.choices` says is faster for the shape on this kind of card; torch for trained scales.
+        `kernels.choices` says is faster for the shape on this kind of card, and torch for trained scales. A
+        Choice is taken as it is.
 
     Raises: AdapterError for an unknown choice, and for a trained scale with gradient="lowrank" or
     kernels="triton".
     """
     check_choice("gradient", gradient, GRADIENTS)
-    check_choice("kernels", kernels, KERNELS)
+    if not isinstance(kernels, Choice):
+        check_choice("kernels", kernels, KERNELS)
     if kernels == "triton" and scale is not None:
         raise AdapterError("trained scales need the torch operation; set kernels: torch")
     if gradient == "lowrank" and scale is not None:

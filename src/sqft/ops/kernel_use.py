@@ -18,13 +18,19 @@ logger = logging.getLogger(__name__)
 
 
 def kernels_for(
-    wanted: Literal["auto", "torch", "triton"], device: torch.device, shape: torch.Size, *, quantized: bool
+    wanted: Literal["auto", "torch", "triton"] | Choice,
+    device: torch.device,
+    shape: torch.Size,
+    *,
+    quantized: bool,
 ) -> Choice:
     """The kernels for a weight (out, in) on a device.
 
     wanted: torch; triton, where it can run (an NVIDIA GPU, or Triton's interpreter), else torch and a warning
-    once; auto: what the table in `kernels.choices` says is faster on this kind of card.
+    once; auto: what the table in `kernels.choices` says is faster on this kind of card; a Choice is itself.
     """
+    if isinstance(wanted, Choice):
+        return wanted
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return TORCH
     reason = _missing(device.type, os.environ.get("TRITON_INTERPRET", ""))

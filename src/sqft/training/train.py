@@ -124,7 +124,11 @@ def _identity(
     items = [[example.prompt_ids, example.answer_ids, example.earlier_answers] for example in examples]
     settings = section.model_dump(exclude={"checkpoint_steps"})
     adapters = {
-        name: {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "revision")}
+        name: {
+            k: sorted(v) if isinstance(v, set) else v
+            for k, v in config.to_dict().items()
+            if k not in ("base_model_name_or_path", "revision")
+        }
         for name, config in getattr(model, "peft_config", {}).items()
     }
     return digest_json([trained, items, settings, loss_on, seed, adapters])
