@@ -99,7 +99,7 @@ def test_results_fill_the_table_of_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(merged["rows"]) == 3
     monkeypatch.setattr(choices, "_table", lambda: json.loads(json.dumps(merged)))
     choices._nearest.cache_clear()
-    near = {"quantized": True, "wanted": "auto"}
+    near: dict[str, Any] = {"quantized": True, "wanted": "auto"}
     assert choose_kernels("9.0", (5120, 4000), **near) == choice
     assert choose_kernels("9.0", (70, 50), **near) == TORCH
     assert choose_kernels("9.0", (70, 50), quantized=True, wanted="triton").gradient is not None

@@ -205,10 +205,14 @@ class Layer:
         linear = nn.Linear(columns, out, bias=False, device=self.device)
         linear.weight.data = self.stored
         config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=["0"])
-        lora = get_peft_model(nn.Sequential(linear), config)  # type: ignore[arg-type]
+        lora = get_peft_model(nn.Sequential(linear), config)
         published = PublishedLinear(self.stored, RANK, ALPHA)
         frozen = partial(nn.functional.linear, self.x, self.stored)
-        others = {"frozen": frozen, "peft lora": lambda: lora(self.x), "published": lambda: published(self.x)}
+        others: dict[str, Callable[[], Tensor]] = {
+            "frozen": frozen,
+            "peft lora": lambda: lora(self.x),
+            "published": lambda: published(self.x),
+        }
         return others | found
 
     def job(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
@@ -252,6 +256,11 @@ def timing(tiling: Tiling | None, milliseconds: float, **more: Any) -> dict[str,
     return {"tiling": None if tiling is None else asdict(tiling), "ms": milliseconds, **more}
 
 
+def loss_step(loss: Callable[..., Tensor], *operands: Tensor) -> None:
+    """The loss and its gradient."""
+    loss(*operands).backward()
+
+
 def loss_rows(rows: Rows) -> dict[str, Any]:
     """The chunked loss of 4096 tokens over Llama-3's vocabulary, by torch and by Liger Kernel."""
     tokens, features, vocabulary = (20, 32, 100) if rows.dry else (TOKENS, 4096, 128256)
@@ -262,7 +271,7 @@ def loss_rows(rows: Rows) -> dict[str, Any]:
     for name, loss in (("torch", chunked_cross_entropy), ("liger", liger_cross_entropy)):
         try:
             found[f"{name}_ms"] = 1e3 * median_seconds(
-                lambda loss=loss: loss(hidden, head, targets).backward(), rows.device
+                partial(loss_step, loss, hidden, head, targets), rows.device
             )
         except Exception as error:  # Liger is an extra
             found[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]

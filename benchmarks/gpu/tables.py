@@ -48,9 +48,27 @@ def markdown(result: dict[str, Any]) -> str:
     lines = ["# Measured on a GPU" + (" (dry run: no figure means anything)" if result["dry"] else "")]
     for name, part in result["parts"].items():
         lines += ["", f"## {name}: {part['about']}", ""]
+        lines += [_layers_table(result, part["rows"]), ""] if name == "layers" else []
         lines += [_part_table(part["rows"])] if part["rows"] else []
         lines += ["", f"**{part['error']}**"] if part["error"] else []
     return "\n".join([*lines, "", "## Aims", "", checks_table(result["checks"])])
+
+
+def _layers_table(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Every variant of every layer."""
+    rate = _values(result, "facts", "matrix rate").get("flops_per_second")
+    lines = []
+    for row in rows:
+        values = row.get("values", {})
+        for variant, milliseconds in values.get("ms", {}).items():
+            speed, transient = values["tflops"][variant], values["transient_bytes"][variant]
+            share = f"{speed * 1e12 / rate:.0%}" if rate else ""
+            numbers = [f"{milliseconds:.3f}", f"{speed:.0f}", share, f"{transient / 2**20:.0f}"]
+            lines.append([row["row"], variant, *numbers])
+        lines += [
+            [row["row"], variant, text, "", "", ""] for variant, text in values.get("failed", {}).items()
+        ]
+    return markdown_table(["layer", "variant", "ms", "TFLOP/s", "of the matrix rate", "transient MiB"], lines)
 
 
 def _part_table(rows: list[dict[str, Any]]) -> str:
