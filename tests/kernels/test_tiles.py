@@ -1,7 +1,6 @@
 """The kernels against their torch operations: on a GPU, and in Triton's interpreter where there is none."""
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -263,8 +262,9 @@ def test_where_kernels_cannot_run_torch_does_the_same(
 def test_trained_scales_leave_the_kernels_alone(device: str) -> None:
     case = Case((16, 32, 2, 4), device)
     latent, grid = case.grid()
-    grid = replace(grid, scale=grid.scale.clone().requires_grad_())
+    scale = grid.scale.clone().requires_grad_()
+    factors = case.A, case.B
     with pytest.raises(AdapterError, match="torch"):
-        adapted_linear(case.x, latent, case.A, case.B, scaling=1.0, qparams=grid, kernels="triton")
-    adapted_linear(case.x, latent, case.A, case.B, scaling=1.0, qparams=grid).sum().backward()
-    assert grid.scale.grad is not None
+        adapted_linear(case.x, latent, *factors, scaling=1.0, qparams=grid, scale=scale, kernels="triton")
+    adapted_linear(case.x, latent, *factors, scaling=1.0, qparams=grid, scale=scale).sum().backward()
+    assert scale.grad is not None
