@@ -38,7 +38,7 @@ from sqft.export import ExportResult, export_adapter, export_model
 from sqft.foreign import merge_foreign
 from sqft.models import CheckpointWriter, load_model, load_tokenizer, open_checkpoint, resolve_model
 from sqft.runtimes.speed import measure_speed, open_artefact
-from sqft.sections import ModelSection, QuantizeSection
+from sqft.sections import MergeSection, ModelSection, QuantizeSection
 
 TEXT = (
     "The capital of France is Paris, which lies on the river Seine. In 1889 the tower that Gustave "
@@ -235,11 +235,9 @@ def measure_merge(base: Path, work: Path, quick: bool, checks: list[dict[str, An
         base,
         adapter,
         work / "merged",
+        MergeSection(enough=2.0, least=0.0, polish_steps=30 if quick else 120),
         calibration=calibration,
         measure=lambda model: evaluate_loss(model, test).loss,
-        enough=2.0,
-        least=0.0,
-        polish_steps=30 if quick else 120,
     )
     base_loss, unmerged = result.base_loss, result.unmerged_loss
     losses = {rung.name: rung.loss for rung in result.rungs if rung.loss is not None}

@@ -1,10 +1,11 @@
 """Rewrite the parts of the documentation that are made from the code and from measured reports.
 
-python docs/generate.py           docs/recipe.md; the demo's table in README.md if runs/demo-full or
-                                  runs/demo holds a report
-python docs/generate.py --check   exit with 1 if docs/recipe.md is not what the code says
+python docs/generate.py           docs/recipe.md; the diagram of packages in docs/architecture.md; the demo's
+                                  table in README.md if runs/demo-full or runs/demo holds a report
+python docs/generate.py --check   exit with 1 if the first two are not what the code says
 """
 
+import ast
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from sqft.report import ReportData, markdown_table, read_report
 from sqft.report.summary import format_seconds
 
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "sqft"
 BEGIN, END = "<!-- demo table: begin -->", "<!-- demo table: end -->"
+PACKAGES = "<!-- packages: begin -->", "<!-- packages: end -->"
 INTRODUCTION = """\
 # Recipe
 
@@ -49,6 +52,38 @@ def render_recipe() -> str:
         for key, field in section["properties"].items():
             lines.append(_row(key, field, section))
     return "\n".join(lines) + "\n"
+
+
+def package_imports() -> dict[str, set[str]]:
+    """What every package, and every module beside them, imports of the others."""
+    graph: dict[str, set[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        mine = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if mine.startswith("__"):
+            continue
+        names = graph.setdefault(mine, set())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                from_top = node.module == "sqft"
+                modules = [f"sqft.{alias.name}" for alias in node.names] if from_top else [node.module]
+            else:
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names |= {module.split(".")[1] for module in modules if module.startswith("sqft.")}
+    return {name: found & graph.keys() - {name} for name, found in graph.items()}
+
+
+def render_packages(graph: dict[str, set[str]]) -> str:
+    """A diagram with an arrow from each package to those it imports, if not through another one already."""
+
+    def reached(name: str) -> set[str]:
+        return graph[name].union(*(reached(other) for other in graph[name]))
+
+    lines = [PACKAGES[0], "```mermaid", "flowchart TD"]
+    for name in sorted(graph):
+        through = set().union(*(reached(other) for other in graph[name]))
+        direct = sorted(graph[name] - through)
+        lines += [f"    {name} --> {' & '.join(direct)}"] if direct else []
+    return "\n".join([*lines, "```", PACKAGES[1]])
 
 
 def render_demo(data: ReportData) -> str:
@@ -110,17 +145,32 @@ def _text(field: dict[str, Any]) -> str:
 
 def replace_demo(readme: str, table: str) -> str:
     """The README with its generated block exchanged."""
-    before, rest = readme.split(BEGIN)
-    return before + table + rest.split(END)[1]
+    return replace_block(readme, table, BEGIN, END)
+
+
+def replace_block(text: str, block: str, begin: str, end: str) -> str:
+    """A text with what stands between two marks exchanged, the marks included."""
+    before, rest = text.split(begin)
+    return before + block + rest.split(end)[1]
+
+
+def render_architecture(current: str) -> str:
+    """docs/architecture.md with the diagram of the packages as they are."""
+    return replace_block(current, render_packages(package_imports()), *PACKAGES)
 
 
 def main(arguments: list[str]) -> int:
     """Write, or with --check compare."""
-    path = ROOT / "docs" / "recipe.md"
+    architecture = ROOT / "docs" / "architecture.md"
+    documents = {
+        ROOT / "docs" / "recipe.md": render_recipe(),
+        architecture: render_architecture(architecture.read_text(encoding="utf-8")),
+    }
     if "--check" in arguments:
-        return int(path.read_text(encoding="utf-8") != render_recipe())
-    path.write_text(render_recipe(), encoding="utf-8")
-    print(f"wrote {path.relative_to(ROOT)}")
+        return int(any(path.read_text(encoding="utf-8") != text for path, text in documents.items()))
+    for path, text in documents.items():
+        path.write_text(text, encoding="utf-8")
+        print(f"wrote {path.relative_to(ROOT)}")
     readme = ROOT / "README.md"
     for results in (ROOT / "runs" / "demo-full", ROOT / "runs" / "demo"):
         if (results / "report.json").exists():

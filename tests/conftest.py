@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu.interpreter import use_interpreter
+from jaxtyping import install_import_hook
 
+import tests.shapes
+
+SOURCE = Path(__file__).parents[1] / "src" / "sqft"
+# Before anything of sqft is imported. Triton reads the source of its kernels again, and finds no hook there.
+CHECKED = [f"sqft.{path.name}" for path in SOURCE.iterdir() if path.is_dir() and path.name != "kernels"]
+install_import_hook(CHECKED, f"{tests.shapes.__name__}.check_shapes")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # tiny tensors gain nothing from more than one
 if not torch.cuda.is_available():
     use_interpreter()  # before what follows imports Triton

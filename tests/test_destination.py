@@ -9,8 +9,8 @@ import pytest
 from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.export import export_adapter, export_model
-from sqft.foreign import merge_foreign
 from tests.export.test_adapter_export import write_adapter
+from tests.foreign.merges import merge
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_adapters_and_merges_keep_to_it_too(model: Path, tmp_path: Path) -> None
         with pytest.raises(ExportError, match="which is read"):
             export_adapter(adapter, model, "gguf", output)
         with pytest.raises(ExportError, match="which is read"):
-            merge_foreign(model, adapter, output)
+            merge(model, adapter, output)
     with pytest.raises(ExportError, match="which is read"):
         export_adapter(adapter, None, "peft", adapter)
     assert (adapter / "adapter_config.json").is_file()

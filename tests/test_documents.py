@@ -29,6 +29,21 @@ def test_the_recipe_reference_is_current() -> None:
     assert current == generate.render_recipe(), "run: make docs"
 
 
+def test_the_diagram_of_packages_is_current() -> None:
+    generate = load_script(ROOT / "docs" / "generate.py")
+    current = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert current == generate.render_architecture(current), "run: make docs"
+
+
+def test_the_diagram_shows_what_does_not_follow_from_the_rest() -> None:
+    generate = load_script(ROOT / "docs" / "generate.py")
+    shown = generate.render_packages({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+    assert "a --> b" in shown
+    assert "b --> c" in shown
+    assert "a --> b & c" not in shown
+    assert generate.package_imports()["ops"] >= {"errors"}
+
+
 def test_the_demo_table_is_exchanged_as_a_whole() -> None:
     from tests.report.invented import invent_report
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tests.foreign.merges import merge
 
 from sqft.adapters.lora_files import open_foreign_adapter
 from sqft.errors import AdapterError, ExportError
-from sqft.foreign.merge import merge_foreign
 from sqft.models import CheckpointWriter, load_model, open_checkpoint
 
 ModelDir = Callable[..., Path]
@@ -65,14 +65,14 @@ def test_an_adapter_that_is_not_finite_is_told(merged_dir: MergedDir, tmp_path: 
     tensors[key].view(-1)[3] = float("nan")
     save_file(tensors, path)
     with pytest.raises(AdapterError, match=f"{part} of model.layers.1.self_attn.q_proj is not finite"):
-        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+        merge(merged_dir(), adapter_dir, tmp_path / "out")
 
 
 def test_a_loss_that_is_not_finite_is_never_best(merged_dir: MergedDir, tmp_path: Path) -> None:
     adapter_dir = write_adapter(merged_dir(), tmp_path / "adapter", ["q_proj"])
     calibration = torch.randint(4, 288, (4, 16))
     losses = iter([3.0, 1.0, float("nan"), 1.5])
-    result = merge_foreign(
+    result = merge(
         merged_dir(), adapter_dir, tmp_path / "out", calibration=calibration, measure=lambda _: next(losses),
         rungs=["round", "feedback"],
     )  # fmt: skip
@@ -83,13 +83,13 @@ def test_a_loss_that_is_not_finite_is_never_best(merged_dir: MergedDir, tmp_path
     assert "Infinity" not in report
     losses = iter([3.0, 1.0, float("nan"), float("inf")])
     with pytest.raises(ExportError, match=r"no rung .*finite loss"):
-        merge_foreign(
+        merge(
             merged_dir(), adapter_dir, tmp_path / "bad", calibration=calibration,
             measure=lambda _: next(losses), rungs=["round", "feedback"],
         )  # fmt: skip
     values = iter([3.0, float("nan")])
     with pytest.raises(ExportError, match="the loss of the unmerged model is not finite"):
-        merge_foreign(
+        merge(
             merged_dir(), adapter_dir, tmp_path / "bad",
             measure=lambda _: next(values),
         )  # fmt: skip
@@ -102,9 +102,7 @@ def test_every_rung_keeps_the_update_of_a_head_without_a_grid(
 ) -> None:
     adapter_dir = write_adapter(merged_dir(), tmp_path / "adapter", ["lm_head", "q_proj"])
     calibration = torch.randint(4, 288, (4, 16))
-    merge_foreign(
-        merged_dir(), adapter_dir, tmp_path / "out", calibration=calibration, rungs=[rung], polish_steps=2
-    )
+    merge(merged_dir(), adapter_dir, tmp_path / "out", calibration=calibration, rungs=[rung], polish_steps=2)
     base = open_checkpoint(merged_dir()).tensor("lm_head.weight").float()
     wanted = open_foreign_adapter(adapter_dir).adapted("lm_head", base) - base
     found = open_checkpoint(tmp_path / "out").tensor("lm_head.weight").float() - base
@@ -124,7 +122,7 @@ def test_a_plain_linear_inside_a_block_is_no_part_of_the_feedback(
     writer.close()
     adapter_dir = write_adapter(base_dir, tmp_path / "adapter", ["q_proj"])
     calibration = torch.randint(4, 288, (4, 16))
-    merge_foreign(base_dir, adapter_dir, tmp_path / "out", calibration=calibration, rungs=["feedback"])
+    merge(base_dir, adapter_dir, tmp_path / "out", calibration=calibration, rungs=["feedback"])
     before, after = open_checkpoint(base_dir).weight(name), open_checkpoint(tmp_path / "out").weight(name)
     wanted = open_foreign_adapter(adapter_dir).adapted(name, before)
     assert torch.equal(after, torch.where(before != 0, wanted, 0).to(after.dtype))  # its zeros are a mask
@@ -136,17 +134,17 @@ def test_a_head_that_is_tied_or_brought_along_is_told(
     tied = tiny_model_dir(tie_word_embeddings=True)
     adapter_dir = write_adapter(merged_dir(), tmp_path / "adapter", ["lm_head"])
     with pytest.raises(AdapterError, match="lm_head, which the base ties to its embedding"):
-        merge_foreign(tied, adapter_dir, tmp_path / "out")
+        merge(tied, adapter_dir, tmp_path / "out")
     stored = shutil.copytree(tied, tmp_path / "stored")  # some tools write a tied head too
     weights = load_file(stored / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, stored / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdapterError, match="lm_head, which the base ties to its embedding"):
-        merge_foreign(stored, adapter_dir, tmp_path / "out")
+        merge(stored, adapter_dir, tmp_path / "out")
     path = adapter_dir / "adapter_model.safetensors"
     tensors = load_file(path)
     key = "base_model.model.lm_head.base_layer.weight"
     tensors[key] = tensors[key] + 1
     save_file(tensors, path)
     with pytest.raises(AdapterError, match=r"brings its own lm_head\.weight, another one than the base's"):
-        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+        merge(merged_dir(), adapter_dir, tmp_path / "out")

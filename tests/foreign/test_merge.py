@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
 from sqft.adapters.lora_files import open_foreign_adapter
 from sqft.errors import AdapterError, ExportError, ModelError
 from sqft.export import export_model
-from sqft.foreign.merge import merge_foreign
+from sqft.foreign import MergeObserver, merge_foreign
 from sqft.models import load_model, read_masks, read_quantized
+from tests.foreign.merges import merge
 from tests.memory import Watch, anonymous_bytes
 
 MergedDir = Callable[..., Path]
@@ -67,7 +69,7 @@ def test_the_ladder_climbs_and_keeps_grid_and_mask(
 ) -> None:
     base_dir = merged_dir(arch, **changes)
     adapter_dir = train_adapter(base_dir, tmp_path / "adapter")
-    result = merge_foreign(
+    result = merge(
         base_dir, adapter_dir, tmp_path / "out",
         calibration=TOKENS, measure=answer_loss, enough=2.0, least=0.0,
         polish_steps=20,
@@ -94,7 +96,7 @@ def test_the_ladder_climbs_and_keeps_grid_and_mask(
 
 def test_enough_ends_the_ladder(merged_dir: MergedDir, tmp_path: Path) -> None:
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter")
-    result = merge_foreign(
+    result = merge(
         merged_dir(), adapter_dir, tmp_path / "out", calibration=TOKENS, measure=answer_loss, enough=0.01
     )
     assert [rung.name for rung in result.rungs] == ["round"]
@@ -107,12 +109,12 @@ def test_an_update_smaller_than_a_step_is_erased_and_refused(merged_dir: MergedD
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
     arguments: dict[str, Any] = {"measure": answer_loss, "rungs": ["round"], "least": 0.9}
     with pytest.raises(ExportError, match=r"the best rung, round, retains .* serve it unmerged"):
-        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", **arguments)
+        merge(merged_dir(), adapter_dir, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
     with pytest.raises(ExportError, match=r"keeps \d\.\d% of the update .* the base would be written"):
-        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+        merge(merged_dir(), adapter_dir, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    result = merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", least=0.0)
+    result = merge(merged_dir(), adapter_dir, tmp_path / "out", least=0.0)
     assert result.rungs[0].loss is None
     assert all(layer.erased > 0.9 for layer in result.erasure)
     assert all(layer.update_in_steps is not None and layer.update_in_steps < 0.1 for layer in result.erasure)
@@ -121,7 +123,7 @@ def test_an_update_smaller_than_a_step_is_erased_and_refused(merged_dir: MergedD
 def test_a_sparse_base_keeps_its_zeros(merged_dir: MergedDir, tmp_path: Path) -> None:
     base_dir = merged_dir(quantized=False)
     adapter_dir = train_adapter(base_dir, tmp_path / "adapter")
-    result = merge_foreign(
+    result = merge(
         base_dir, adapter_dir, tmp_path / "out",
         calibration=TOKENS, measure=answer_loss, enough=2.0, least=0.0,
         polish_steps=15,
@@ -139,10 +141,10 @@ def test_an_adapter_is_measured_on_the_base_it_was_trained_on(
     adapter_dir = train_adapter(tiny_model_dir(), tmp_path / "adapter")
     options: dict[str, Any] = {"measure": answer_loss, "rungs": ["round"], "least": -9.0}
     base_dir = merged_dir(sparsity=0.0)
-    alone = merge_foreign(base_dir, adapter_dir, tmp_path / "alone", **options)
+    alone = merge(base_dir, adapter_dir, tmp_path / "alone", **options)
     losses = {}
     for trained_on in (tiny_model_dir(), f"nf4:{tiny_model_dir()}"):
-        result = merge_foreign(
+        result = merge(
             base_dir, adapter_dir, tmp_path / "out", trained_on=trained_on, **options
         )  # fmt: skip
         assert result.unmerged_loss == alone.unmerged_loss  # on the base that is merged into, told too
@@ -157,16 +159,16 @@ def test_an_adapter_is_measured_on_the_base_it_was_trained_on(
     assert len(set(losses.values())) == 2
     assert alone.trained_on_loss is None
     with pytest.raises(ExportError, match="is there to measure on; give data too"):
-        merge_foreign(base_dir, adapter_dir, tmp_path / "out", trained_on=tiny_model_dir())
+        merge(base_dir, adapter_dir, tmp_path / "out", trained_on=tiny_model_dir())
 
 
 def test_a_gptq_base_gives_an_integer_or_a_16_bit_model(merged_dir: MergedDir, tmp_path: Path) -> None:
     export_model(merged_dir(), "gptq", tmp_path / "gptq")
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=3)
-    merge_foreign(tmp_path / "gptq", adapter_dir, tmp_path / "kept", least=0.0)
+    merge(tmp_path / "gptq", adapter_dir, tmp_path / "kept", least=0.0)
     for name, weight in read_quantized(merged_dir()).items():
         assert torch.equal(read_quantized(tmp_path / "kept")[name].qparams.scale, weight.qparams.scale)
-    result = merge_foreign(tmp_path / "gptq", adapter_dir, tmp_path / "dense", dequantize=True)
+    result = merge(tmp_path / "gptq", adapter_dir, tmp_path / "dense", dequantize=True)
     assert result.chosen == "round"
     assert not read_quantized(tmp_path / "dense")
     unmerged = PeftModel.from_pretrained(load_model(merged_dir()), adapter_dir)
@@ -191,25 +193,33 @@ def test_what_cannot_be_merged_is_told(merged_dir: MergedDir, tmp_path: Path) ->
     ):
         path.write_text(json.dumps(config | change))
         with pytest.raises(AdapterError, match=message):
-            merge_foreign(merged_dir(), adapter_dir, tmp_path / "out")
+            merge(merged_dir(), adapter_dir, tmp_path / "out")
     path.write_text(json.dumps(config))
     with pytest.raises(AdapterError, match="which the base does not have"):
-        merge_foreign(merged_dir("phi3"), adapter_dir, tmp_path / "out")
-    with pytest.raises(ExportError, match="rung magic is unknown"):
-        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", rungs=["magic"])
+        merge(merged_dir("phi3"), adapter_dir, tmp_path / "out")
+    with pytest.raises(ValidationError, match=r"rungs\.0"):
+        merge(merged_dir(), adapter_dir, tmp_path / "out", rungs=["magic"])
     with pytest.raises(ModelError, match="not a model directory"):
-        merge_foreign(tmp_path, adapter_dir, tmp_path / "out")
+        merge(tmp_path, adapter_dir, tmp_path / "out")
     with pytest.raises(AdapterError, match="not a PEFT adapter"):
-        merge_foreign(merged_dir(), tmp_path, tmp_path / "out")
+        merge(merged_dir(), tmp_path, tmp_path / "out")
 
 
 def test_what_was_found_is_told_before_a_refusal(merged_dir: MergedDir, tmp_path: Path) -> None:
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
     told: list[Any] = []
+
+    class Listener(MergeObserver):
+        def on_erasure(self, layers: list[Any]) -> None:
+            told.append(layers)
+
+        def on_rung(self, rung: Any) -> None:
+            told.append(rung)
+
     with pytest.raises(ExportError, match="would lose the adapter"):
-        merge_foreign(
+        merge(
             merged_dir(), adapter_dir, tmp_path / "out", measure=answer_loss, rungs=["round"], least=0.9,
-            on_erasure=told.append, on_rung=told.append,
+            observer=Listener(),
         )  # fmt: skip
     layers, rung = told
     assert len(layers) == 14
@@ -220,10 +230,10 @@ def test_what_was_found_is_told_before_a_refusal(merged_dir: MergedDir, tmp_path
 def test_rungs_without_what_they_need_are_named(merged_dir: MergedDir, tmp_path: Path) -> None:
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
     with pytest.raises(ExportError, match=r"feedback, polish: calibration data is needed \(--data\)"):
-        merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", rungs=["feedback", "polish"])
-    result = merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", rungs=["round", "polish"], least=0.0)
+        merge(merged_dir(), adapter_dir, tmp_path / "out", rungs=["feedback", "polish"])
+    result = merge(merged_dir(), adapter_dir, tmp_path / "out", rungs=["round", "polish"], least=0.0)
     assert result.skipped == {"polish": "needs calibration data"}
-    dense = merge_foreign(
+    dense = merge(
         merged_dir(quantized=False),
         adapter_dir,
         tmp_path / "out",
@@ -236,7 +246,7 @@ def test_rungs_without_what_they_need_are_named(merged_dir: MergedDir, tmp_path:
 
 def test_the_record_names_base_and_adapter(merged_dir: MergedDir, tmp_path: Path) -> None:
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
-    merge_foreign(merged_dir(), adapter_dir, tmp_path / "out", least=0.0)
+    merge(merged_dir(), adapter_dir, tmp_path / "out", least=0.0)
     sources = json.loads((tmp_path / "out" / "sqft_merge.json").read_text())["sources"]
     for directory, part, name in (
         (merged_dir(), "base", "model.safetensors"),
@@ -248,7 +258,7 @@ def test_the_record_names_base_and_adapter(merged_dir: MergedDir, tmp_path: Path
 def test_retention_is_undefined_where_there_was_no_gain(merged_dir: MergedDir, tmp_path: Path) -> None:
     adapter_dir = train_adapter(merged_dir(), tmp_path / "adapter", steps=1)
     losses = iter([1.0, 1.0, 1.5])
-    result = merge_foreign(
+    result = merge(
         merged_dir(), adapter_dir, tmp_path / "out", measure=lambda _: next(losses), rungs=["round"]
     )
     assert result.rungs[0].loss == 1.5
@@ -265,12 +275,14 @@ def test_memory_does_not_grow_with_the_number_of_layers(
     del model
     options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
     get_peft_model(load_model(tiny_model_dir()), LoraConfig(**options)).save_pretrained(tmp_path / "small")
-    merge_foreign(tiny_model_dir(), tmp_path / "small", tmp_path / "warm")  # what is loaded only once
+    merge(tiny_model_dir(), tmp_path / "small", tmp_path / "warm")  # what is loaded only once
     watch, done, before = Watch(), [], anonymous_bytes()
-    merge_foreign(
-        base_dir, tmp_path / "adapter", tmp_path / "out",
-        progress=watch, on_rung=lambda rung: done.append(anonymous_bytes()),
-    )  # fmt: skip
+
+    class Scales(MergeObserver):
+        def on_rung(self, rung: Any) -> None:
+            done.append(anonymous_bytes())
+
+    merge_foreign(base_dir, tmp_path / "adapter", tmp_path / "out", observer=Scales(), progress=watch)
     assert len(watch.seen) == 12 * 7
     all_blocks = 12 * 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024)  # in float32
     assert max(*watch.seen, *done) - before < all_blocks / 2  # done: the merged model is written

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqft.sections import MergeSection
+
 if TYPE_CHECKING:
-    from sqft.foreign import MergeResult
+    from sqft.foreign import MergeObserver, MergeResult
     from sqft.foreign.climb import RungResult
     from sqft.foreign.erasure import LayerErasure
 
 __all__ = ["merge"]
 
 WORST = 8  # layers shown
-MEASURED = 100  # items of the test split, at most
+DEFAULTS = MergeSection()
+OPTIONS = {"polish_steps": "steps"}  # that are not called as their setting
 
 
 def merge(
@@ -49,14 +52,17 @@ def merge(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Take a GPTQ, AWQ or NF4 base as 16-bit weights.")
     ] = False,
-    rungs: Annotated[str, typer.Option(help="Rungs to climb, in order.")] = "round,feedback,refit,polish",
-    enough: Annotated[float, typer.Option(help="Stop at this share of the adapter's gain.")] = 0.95,
+    rungs: Annotated[str, typer.Option(help="Rungs to climb, in order.")] = ",".join(DEFAULTS.rungs),
+    enough: Annotated[
+        float, typer.Option(help="Stop at this share of the adapter's gain.")
+    ] = DEFAULTS.enough,
     least: Annotated[
         float, typer.Option(help="Refuse below this share of the gain, or without --data of the update.")
-    ] = 0.5,
+    ] = DEFAULTS.least,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
-    steps: Annotated[int, typer.Option(help="Steps of the polish.")] = 60,
+    items: Annotated[int, typer.Option(help="Items of the test split to measure the loss on, at most.")] = 100,
+    steps: Annotated[int, typer.Option(help="Steps of the polish.")] = DEFAULTS.polish_steps,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show what is erased of every layer, not only of the worst.")
     ] = False,
@@ -72,30 +78,30 @@ def merge(
     from sqft.export.table import find_format, require_runtime
     from sqft.foreign import merge_foreign
 
+    section = _merge_section(
+        rungs=[rung.strip() for rung in rungs.split(",")],
+        enough=enough,
+        least=least,
+        trained_on=trained_on,
+        dequantize=dequantize,
+        polish_steps=steps,
+    )
     exported_dir = output.with_name(f"{output.resolve().name}-{into}")
     if into is not None:
         find_format(into)
         require_runtime(into)
         check_destination(exported_dir, base, adapter, trained_on)
-    calibration, measure = _measurement(base, data, prompt, answer, samples, length)
+    calibration, measure = _measurement(base, data, prompt, answer, items, samples, length)
     stdout = sys.stdout  # the bars take it over, which is right only where both are one terminal
     with RichProgress() as progress, redirect_stdout(sys.stdout if stdout.isatty() else stdout):
         result = merge_foreign(
             base,
             adapter,
             output,
+            section,
             calibration=calibration,
             measure=measure,
-            trained_on=trained_on,
-            dequantize=dequantize,
-            rungs=[rung.strip() for rung in rungs.split(",")],
-            enough=enough,
-            least=least,
-            polish_steps=steps,
-            on_erasure=lambda found: _print_erasure(found, len(found) if layers else WORST),
-            on_losses=_print_losses,
-            on_rung=_print_rung,
-            on_skipped=lambda rung, reason: print(f"rung {rung} is skipped: {reason}", flush=True),
+            observer=_printer(layers),
             progress=progress,
         )
         _print_result(result)
@@ -112,7 +118,13 @@ def merge(
 
 
 def _measurement(
-    base: Path, data: str | None, prompt: str | None, answer: str | None, samples: int, length: int
+    base: Path,
+    data: str | None,
+    prompt: str | None,
+    answer: str | None,
+    items: int,
+    samples: int,
+    length: int,
 ) -> tuple[Any, Callable[[Any], float] | None]:
     if data is None:
         return None, None
@@ -125,7 +137,7 @@ def _measurement(
     tokenizer = load_tokenizer(base)
     section = DataSection(train=data, prompt=prompt, answer=answer)
     splits = load_splits(section, tokenizer, seed=0)
-    measured = splits.test[:MEASURED]
+    measured = splits.test[:items]
     if not measured:
         raise DataError(f"{data} has {len(splits.train)} items, too few to measure on; give more")
     texts = CalibrationSection(num_samples=samples, sequence_length=length)
@@ -156,16 +168,45 @@ def _print_erasure(layers: "list[LayerErasure]", shown: int) -> None:
     )
 
 
-def _print_losses(base: float, unmerged: float, trained_on: float | None) -> None:
-    print(f"\nloss of the base {base:.4f}, with the unmerged adapter {unmerged:.4f}", flush=True)
-    if trained_on is not None:
-        print(f"loss of the adapter on the base that it was trained on {trained_on:.4f}", flush=True)
+def _printer(all_layers: bool) -> "MergeObserver":
+    from sqft.foreign import MergeObserver
+
+    class Printer(MergeObserver):
+        """Prints what is found when it is found."""
+
+        def on_erasure(self, layers: "list[LayerErasure]") -> None:
+            _print_erasure(layers, len(layers) if all_layers else WORST)
+
+        def on_losses(self, base: float, unmerged: float, trained_on: float | None) -> None:
+            print(f"\nloss of the base {base:.4f}, with the unmerged adapter {unmerged:.4f}", flush=True)
+            if trained_on is not None:
+                print(f"loss of the adapter on the base that it was trained on {trained_on:.4f}", flush=True)
+
+        def on_rung(self, rung: "RungResult") -> None:
+            loss = "not measured" if rung.loss is None else f"{rung.loss:.4f}"
+            kept = "undefined" if rung.retention is None else f"{rung.retention:.1%}"
+            print(f"rung {rung.name}: loss {loss}, retention {kept}", flush=True)
+
+        def on_skipped(self, rung: str, reason: str) -> None:
+            print(f"rung {rung} is skipped: {reason}", flush=True)
+
+    return Printer()
 
 
-def _print_rung(rung: "RungResult") -> None:
-    loss = "not measured" if rung.loss is None else f"{rung.loss:.4f}"
-    kept = "undefined" if rung.retention is None else f"{rung.retention:.1%}"
-    print(f"rung {rung.name}: loss {loss}, retention {kept}", flush=True)
+def _merge_section(**values: Any) -> MergeSection:
+    """Raises: RecipeError that names every option that is wrong."""
+    from pydantic import ValidationError
+
+    from sqft.errors import RecipeError
+
+    try:
+        return MergeSection(**values)
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"--{OPTIONS.get(str(item['loc'][0]), item['loc'][0])}: {item['msg']} (given {item['input']!r})"
+            for item in error.errors()
+        )
+        raise RecipeError(wrong) from None
 
 
 def _print_result(result: "MergeResult") -> None:

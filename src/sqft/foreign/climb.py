@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,8 +14,9 @@ from sqft.foreign.erasure import Weight, adapted_layers, round_update
 from sqft.foreign.rungs import polish_weights, walk_rung
 from sqft.models import Checkpoint, CheckpointWriter, load_model, open_checkpoint
 from sqft.progress import Progress
+from sqft.sections import MergeSection
 
-__all__ = ["Climb", "Measure", "RungResult", "best_rung", "climb_rungs"]
+__all__ = ["Climb", "Measure", "RungResult", "best_rung"]
 
 Measure = Callable[[nn.Module], float]
 
@@ -38,9 +39,42 @@ class Climb:
     masks: Mapping[str, Tensor]
     work: Path
     calibration: Tensor | None
-    polish_steps: int
-    seed: int
+    section: MergeSection
     progress: Progress
+
+    def rungs(
+        self,
+        rungs: Sequence[str],
+        measure: Measure | None,
+        base_loss: float | None,
+        aim: float | None,
+        on_rung: Callable[[RungResult], None],
+    ) -> list[RungResult]:
+        """Climb until a rung retains enough; returns those that were climbed.
+
+        aim: the loss of the unmerged adapter; what it is below base_loss is the gain.
+        """
+        results: list[RungResult] = []
+        for rung in rungs:
+            self.write(rung, best_rung(results).name if results else self._first(rung))
+            loss = None if measure is None else measure(load_model(self.work / rung))
+            if loss is not None and not math.isfinite(loss):
+                loss = math.inf
+            retention = None
+            if loss is not None and loss < math.inf:
+                retention = _retention(loss, base_loss, aim)
+            results.append(RungResult(rung, loss, retention))
+            on_rung(results[-1])
+            if measure is None or (retention is not None and retention >= self.section.enough):
+                break
+        return results
+
+    def _first(self, rung: str) -> str | None:
+        """polish alone starts from plain rounding."""
+        if rung != "polish":
+            return None
+        self.write("round", None)
+        return "round"
 
     def write(self, rung: str, start: str | None) -> None:
         """Write the model of a rung to its directory."""
@@ -61,8 +95,8 @@ class Climb:
                 first,
                 self.masks,
                 self.calibration,
-                steps=self.polish_steps,
-                seed=self.seed,
+                steps=self.section.polish_steps,
+                seed=self.section.seed,
                 progress=self.progress,
             ).items()
         else:
@@ -85,44 +119,11 @@ class Climb:
             yield name, round_update(old, adapted, mask)
 
 
-def climb_rungs(
-    climb: Climb,
-    rungs: list[str],
-    measure: Measure | None,
-    base_loss: float | None,
-    aim: float | None,
-    enough: float,
-    on_rung: Callable[[RungResult], None],
-) -> list[RungResult]:
-    """The rungs that were climbed. aim: the unmerged loss; what it is below that of the base is the gain."""
-    results: list[RungResult] = []
-    for rung in rungs:
-        climb.write(rung, best_rung(results).name if results else _first(climb, rung))
-        loss = None if measure is None else measure(load_model(climb.work / rung))
-        if loss is not None and not math.isfinite(loss):
-            loss = math.inf
-        retention = None
-        if (
-            loss is not None
-            and loss < math.inf
-            and base_loss is not None
-            and aim is not None
-            and base_loss > aim
-        ):
-            retention = (base_loss - loss) / (base_loss - aim)
-        results.append(RungResult(rung, loss, retention))
-        on_rung(results[-1])
-        if measure is None or (retention is not None and retention >= enough):
-            break
-    return results
-
-
-def _first(climb: Climb, rung: str) -> str | None:
-    """polish alone starts from plain rounding."""
-    if rung != "polish":
+def _retention(loss: float, base_loss: float | None, aim: float | None) -> float | None:
+    """The share of the gain that a loss keeps; None where there was no gain."""
+    if base_loss is None or aim is None or base_loss <= aim:
         return None
-    climb.write("round", None)
-    return "round"
+    return (base_loss - loss) / (base_loss - aim)
 
 
 def best_rung(results: list[RungResult]) -> RungResult:

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from sqft.artifacts import digest_file, write_json
 from sqft.directories import check_destination, new_directory
 from sqft.errors import AdapterError, ExportError
 from sqft.foreign.base import convert_base, convert_training_base
-from sqft.foreign.climb import Climb, Measure, RungResult, best_rung, climb_rungs
+from sqft.foreign.climb import Climb, Measure, RungResult, best_rung
 from sqft.foreign.erasure import (
     LayerErasure,
     VisibleMasks,
@@ -28,13 +28,15 @@ from sqft.models.files import write_directory
 from sqft.models.tensorfile import TensorSpec
 from sqft.models.writer import StoredMasks
 from sqft.progress import SILENT, Progress
+from sqft.sections import MergeSection
 
-__all__ = ["RUNGS", "SAME_ITEMS", "MergeResult", "merge_foreign"]
+__all__ = ["SAME_ITEMS", "MergeObserver", "MergeResult", "merge_foreign"]
 
-RUNGS = ("round", "feedback", "refit", "polish")
+NEEDS_GRID = {"feedback", "refit"}
 MERGE = "sqft_merge.json"
 SAME_ITEMS = (
-    "the rung was chosen on the items that its retention was measured on, so it is told slightly too well"
+    "the rung was chosen on the items that its retention was measured on, so it is reported slightly "
+    "optimistically"
 )
 
 
@@ -66,112 +68,108 @@ class MergeResult:
         return values | {"note": None if self.base_loss is None else SAME_ITEMS}
 
 
+class MergeObserver:
+    """Told what a merge finds as it finds it, so that all is known where the merge is then refused."""
+
+    def on_erasure(self, layers: list[LayerErasure]) -> None:
+        """What plain rounding would erase of every layer; before the first rung."""
+
+    def on_losses(self, base: float, unmerged: float, trained_on: float | None) -> None:
+        """The losses that rungs are compared with, where they are measured; before the first rung."""
+
+    def on_rung(self, rung: RungResult) -> None:
+        """A rung that was climbed."""
+
+    def on_skipped(self, rung: str, reason: str) -> None:
+        """A rung that was asked for and left out."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A base and an adapter that fit together: as they were given, and opened."""
+
+    base_dir: Path
+    adapter_dir: Path
+    checkpoint: Checkpoint
+    adapter: ForeignAdapter
+    masks: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """What rungs are compared with; all None where nothing is measured."""
+
+    base: float | None = None
+    unmerged: float | None = None
+    trained_on: float | None = None
+
+    @property
+    def aim(self) -> float | None:
+        """Of the adapter where it was trained, or else on this base."""
+        return self.unmerged if self.trained_on is None else self.trained_on
+
+
 def merge_foreign(
     base_dir: Path,
     adapter_dir: Path,
     output_dir: Path,
+    section: MergeSection | None = None,
     *,
     calibration: Int[Tensor, "n length"] | None = None,
     measure: Measure | None = None,
-    trained_on: str | Path | None = None,
-    dequantize: bool = False,
-    rungs: Iterable[str] = RUNGS,
-    enough: float = 0.95,
-    least: float = 0.5,
-    polish_steps: int = 60,
-    seed: int = 0,
-    on_erasure: Callable[[list[LayerErasure]], None] = lambda layers: None,
-    on_losses: Callable[[float, float, float | None], None] = lambda base, unmerged, trained_on: None,
-    on_rung: Callable[[RungResult], None] = lambda rung: None,
-    on_skipped: Callable[[str, str], None] = lambda rung, reason: None,
+    observer: MergeObserver | None = None,
     progress: Progress = SILENT,
 ) -> MergeResult:
     """Merge a LoRA, rsLoRA or DoRA adapter into a GPTQ, AWQ, compressed-tensors or 16-bit (sparse) base.
 
     calibration: token ids for feedback, refit and polish. measure: the loss of a model, lower is better;
     without it only the first rung is climbed, and refused where plain rounding keeps less than `least` of
-    the update itself, as it does of an ordinary adapter on an integer grid. trained_on: the base that the
-    adapter was trained on, if it is another one, as `convert_training_base` takes it: the adapter's gain
-    is measured there. dequantize: take a GPTQ, AWQ or NF4 base as 16-bit weights. The ladder ends at the
-    first rung that retains `enough` of the adapter's gain; the best rung is written, unless it retains
-    less than `least`. on_erasure and on_losses (base, unmerged, trained_on) are called before the first
-    rung, on_rung after each and on_skipped (rung, reason) for those left out, so that all is known where
-    the merge is then refused.
+    the update itself, as it does of an ordinary adapter on an integer grid. The ladder ends at the first rung
+    that retains `enough` of the adapter's gain, which is measured on `trained_on` where that is another base;
+    the best rung is written, unless it retains less than `least`.
     Converting, round and writing hold one linear in memory, feedback and refit one block; polish and
     measuring hold whole models.
 
     Raises: AdapterError if the adapter does not fit; ModelError if a base is not understood or its grid
-    cannot be kept; ExportError if a rung is unknown or lacks what it needs, or too little would survive.
+    cannot be kept; ExportError if a rung lacks what it needs, or too little would survive.
     """
-    rungs = list(rungs)
-    unknown = [rung for rung in rungs if rung not in RUNGS]
-    if unknown or not rungs:
-        raise ExportError(f"rung {', '.join(unknown) or '(none)'} is unknown; choose from {', '.join(RUNGS)}")
-    if trained_on is not None and measure is None:
-        raise ExportError("the base that the adapter was trained on is there to measure on; give data too")
-    skipped = {rung: "needs calibration data" for rung in rungs if calibration is None and rung != "round"}
-    rungs = [rung for rung in rungs if rung not in skipped]
-    if not rungs:
-        raise ExportError(f"{', '.join(skipped)}: calibration data is needed (--data); without it only round")
-    check_destination(output_dir, base_dir, adapter_dir, trained_on)
+    section, observer = section or MergeSection(), observer or MergeObserver()
+    skipped = _without_data(section, calibration, measure)
+    check_destination(output_dir, base_dir, adapter_dir, section.trained_on)
     with new_directory(output_dir) as partial:
         work = partial / "work"
         work.mkdir()
-        adapter = open_foreign_adapter(adapter_dir)
-        source = convert_base(base_dir, work / "base", dequantize=dequantize, progress=progress)
-        checkpoint = open_checkpoint(source)
-        _check_fit(checkpoint, adapter)
-        if checkpoint.grid is None:
-            skipped |= {rung: "the base has no grid" for rung in rungs if rung in {"feedback", "refit"}}
-            rungs = [rung for rung in rungs if rung not in skipped]
-            if not rungs:
-                raise ExportError("no rung fits a base without a grid; ask for round or polish")
-        masks: Mapping[str, Tensor] = StoredMasks(source)
-        if source == base_dir and not masks:  # the zeros of a converted base may come from rounding
-            masks = VisibleMasks(checkpoint, adapter.names)
-        erasure = []
-        with progress.task("update", len(adapter.names)) as advance:
-            for layer in adapted_layers(checkpoint, adapter, masks):
-                erasure.append(layer_erasure(*layer))
-                advance(1)
-        on_erasure(erasure)
+        pair = _open_pair(base_dir, adapter_dir, work, dequantize=section.dequantize, progress=progress)
+        if pair.checkpoint.grid is None:
+            skipped |= {rung: "the base has no grid" for rung in section.rungs if rung in NEEDS_GRID}
+        rungs = [rung for rung in section.rungs if rung not in skipped]
+        if not rungs:
+            raise ExportError("no rung fits a base without a grid; ask for round or polish")
+        erasure = _survey(pair, observer, progress)
         if measure is None:
-            _check_kept(erasure, least)
-        _write_adapted(checkpoint, adapter, work / "adapted")
-        climb = Climb(checkpoint, adapter, masks, work, calibration, polish_steps, seed, progress)
-        base_loss = _finite_loss(measure, source, "the base")
-        unmerged_loss = _finite_loss(measure, work / "adapted", "the unmerged model")
-        trained_on_loss = None
-        if trained_on is not None and measure is not None:
-            home = _write_trained_on(trained_on, adapter, work, progress)
-            trained_on_loss = _finite_loss(measure, home, "the base that the adapter was trained on")
-        if base_loss is not None and unmerged_loss is not None:
-            on_losses(base_loss, unmerged_loss, trained_on_loss)
+            _check_kept(erasure, section.least)
+        _write_adapted(pair.checkpoint, pair.adapter, work / "adapted")
+        losses = _measure_around(pair, section.trained_on, work, measure, progress)
+        if losses.base is not None and losses.unmerged is not None:
+            observer.on_losses(losses.base, losses.unmerged, losses.trained_on)
         for rung, reason in skipped.items():
-            on_skipped(rung, reason)
-        aim = unmerged_loss if trained_on is None else trained_on_loss
-        results = climb_rungs(climb, rungs, measure, base_loss, aim, enough, on_rung)
+            observer.on_skipped(rung, reason)
+        climb = Climb(pair.checkpoint, pair.adapter, pair.masks, work, calibration, section, progress)
+        results = climb.rungs(rungs, measure, losses.base, losses.aim, observer.on_rung)
         why = "nothing to measure on" if measure is None else f"{results[-1].name} retains enough"
         for rung in rungs[len(results) :]:
             skipped[rung] = why
-            on_skipped(rung, why)
+            observer.on_skipped(rung, why)
         best = best_rung(results)
-        if best.loss is not None and not math.isfinite(best.loss):
-            raise ExportError("no rung gives a finite loss; serve the adapter unmerged")
-        if best.retention is not None and best.retention < least:
-            raise ExportError(
-                f"merging would lose the adapter: the best rung, {best.name}, retains "
-                f"{best.retention:.0%} of its gain (at least {least:.0%} is asked); "
-                "serve it unmerged, or train it on this grid"
-            )
+        _check_best(best, section.least)
         _move(work / best.name, partial)
         shutil.rmtree(work)
         result = MergeResult(
             output_dir,
             erasure,
-            base_loss,
-            unmerged_loss,
-            trained_on_loss,
+            losses.base,
+            losses.unmerged,
+            losses.trained_on,
             results,
             best.name,
             skipped,
@@ -179,6 +177,80 @@ def merge_foreign(
         )
         write_json(partial / MERGE, result.as_dict())
     return result
+
+
+def _without_data(
+    section: MergeSection, calibration: Tensor | None, measure: Measure | None
+) -> dict[str, str]:
+    """The rungs that cannot be climbed without calibration data, and why.
+
+    Raises: ExportError if none is left, or a base to measure on is there and no data.
+    """
+    if section.trained_on is not None and measure is None:
+        raise ExportError("the base that the adapter was trained on is there to measure on; give data too")
+    if calibration is not None:
+        return {}
+    skipped: dict[str, str] = {rung: "needs calibration data" for rung in section.rungs if rung != "round"}
+    if "round" not in section.rungs:
+        raise ExportError(f"{', '.join(skipped)}: calibration data is needed (--data); without it only round")
+    return skipped
+
+
+def _open_pair(
+    base_dir: Path, adapter_dir: Path, work: Path, *, dequantize: bool, progress: Progress
+) -> _Pair:
+    """Open both, the base converted where another tool quantized it.
+
+    Raises: AdapterError, ModelError.
+    """
+    adapter = open_foreign_adapter(adapter_dir)
+    source = convert_base(base_dir, work / "base", dequantize=dequantize, progress=progress)
+    checkpoint = open_checkpoint(source)
+    _check_fit(checkpoint, adapter)
+    masks: Mapping[str, Tensor] = StoredMasks(source)
+    if source == base_dir and not masks:  # the zeros of a converted base may come from rounding
+        masks = VisibleMasks(checkpoint, adapter.names)
+    return _Pair(base_dir, adapter_dir, checkpoint, adapter, masks)
+
+
+def _survey(pair: _Pair, observer: MergeObserver, progress: Progress) -> list[LayerErasure]:
+    """What plain rounding would erase, layer by layer."""
+    erasure = []
+    with progress.task("update", len(pair.adapter.names)) as advance:
+        for layer in adapted_layers(pair.checkpoint, pair.adapter, pair.masks):
+            erasure.append(layer_erasure(*layer))
+            advance(1)
+    observer.on_erasure(erasure)
+    return erasure
+
+
+def _measure_around(
+    pair: _Pair, trained_on: str | None, work: Path, measure: Measure | None, progress: Progress
+) -> _Losses:
+    """The losses of the base, of the unmerged model, and of the adapter where it was trained.
+
+    Raises: ExportError if one of them is not finite.
+    """
+    if measure is None:
+        return _Losses()
+    base = _finite_loss(measure, pair.checkpoint.directory, "the base")
+    unmerged = _finite_loss(measure, work / "adapted", "the unmerged model")
+    if trained_on is None:
+        return _Losses(base, unmerged)
+    home = _write_trained_on(trained_on, pair.adapter, work, progress)
+    return _Losses(base, unmerged, _finite_loss(measure, home, "the base that the adapter was trained on"))
+
+
+def _check_best(best: RungResult, least: float) -> None:
+    """Raises: ExportError if the best rung has no loss that is finite, or keeps too little of the gain."""
+    if best.loss is not None and not math.isfinite(best.loss):
+        raise ExportError("no rung gives a finite loss; serve the adapter unmerged")
+    if best.retention is not None and best.retention < least:
+        raise ExportError(
+            f"merging would lose the adapter: the best rung, {best.name}, retains "
+            f"{best.retention:.0%} of its gain (at least {least:.0%} is asked); "
+            "serve it unmerged, or train it on this grid"
+        )
 
 
 def _check_kept(layers: list[LayerErasure], least: float) -> None:
@@ -203,10 +275,8 @@ def _digests(directory: Path) -> dict[str, str]:
     return {path.name: digest_file(path) for path in files}
 
 
-def _finite_loss(measure: Measure | None, directory: Path, what: str) -> float | None:
+def _finite_loss(measure: Measure, directory: Path, what: str) -> float:
     """Raises: ExportError if the loss of a model that is compared with is not finite."""
-    if measure is None:
-        return None
     loss = measure(load_model(directory))
     if not math.isfinite(loss):
         raise ExportError(f"the loss of {what} is not finite; look at the model and the data")
@@ -263,9 +333,9 @@ def _write_adapted(checkpoint: Checkpoint, adapter: ForeignAdapter, directory: P
     write_directory(directory, checkpoint.directory, config | {"dtype": "float32"}, specs, tensors())
 
 
-def _write_trained_on(base: str | Path, adapter: ForeignAdapter, work: Path, progress: Progress) -> Path:
+def _write_trained_on(base: str, adapter: ForeignAdapter, work: Path, progress: Progress) -> Path:
     """The adapter on the base that it was trained on, unmerged."""
-    source = convert_training_base(str(base), work / "trained_on_base", progress=progress)
+    source = convert_training_base(base, work / "trained_on_base", progress=progress)
     checkpoint = open_checkpoint(source)
     _check_fit(checkpoint, adapter)
     _write_adapted(checkpoint, adapter, work / "trained_on")

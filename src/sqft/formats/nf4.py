@@ -51,7 +51,7 @@ def unpack_nf4(packed: UInt8[Tensor, "..."]) -> UInt8[Tensor, "codes"]:
 def expand_nf4(
     codes: Tensor,
     absmax: Float[Tensor, "blocks"],
-    table: Float[Tensor, "16"] | None = None,
+    table: Float[Tensor, "entries"] | None = None,
     block: int = BLOCK,
 ) -> Float[Tensor, "codes"]:
     """table[code] times the largest value of the code's block, float32."""

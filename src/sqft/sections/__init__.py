@@ -8,6 +8,7 @@ Rules that concern two sections stand in `pipeline/recipe.py`.
 from sqft.sections.adapters import AdapterMethod, AdapterSection, SearchSection, TrainSection
 from sqft.sections.base import Section
 from sqft.sections.compression import QuantizeSection, SparsifySection
+from sqft.sections.foreign import MergeRung, MergeSection
 from sqft.sections.inputs import (
     CalibrationSection,
     DataForm,
@@ -30,6 +31,8 @@ __all__ = [
     "ExportFormat",
     "ExportSection",
     "HubSource",
+    "MergeRung",
+    "MergeSection",
     "ModelSection",
     "QuantizeSection",
     "ReportedModel",
