@@ -61,7 +61,9 @@ def merge(
     ] = DEFAULTS.least,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 128,
-    items: Annotated[int, typer.Option(help="Items of the test split to measure the loss on, at most.")] = 100,
+    items: Annotated[
+        int, typer.Option(help="Items of the test split to measure the loss on, at most.")
+    ] = 100,
     steps: Annotated[int, typer.Option(help="Steps of the polish.")] = DEFAULTS.polish_steps,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show what is erased of every layer, not only of the worst.")
