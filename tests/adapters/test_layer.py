@@ -342,7 +342,7 @@ def test_merged_weight_of_a_quantized_base_can_be_trained_on(
     assert torch.equal(logits(again, tokens), tuned)
     merged: dict[str, MergedWeight] = merge_adapters(again)
     found = {name: weight.mask for name, weight in merged.items()}
-    assert all(torch.equal(found[name], mask) for name, mask in masks.items())  # type: ignore[arg-type]
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
 
 
 def test_16_bit_base_under_float32_activations(tiny_model_dir: Any, randomize: Any, tokens: Tensor) -> None:

@@ -57,7 +57,7 @@ def base_of(sparse_model: Any, quantized_model: Any) -> Callable[..., nn.Module]
     def make(kind: str, arch: str = "llama", **changes: Any) -> nn.Module:
         model = (sparse_model if kind == "sparse" else quantized_model)(arch, **changes)
         for norm in find_norms(model).values():
-            norm.stored_dtype = torch.bfloat16  # type: ignore[assignment]  # as `load_trainable` leaves it, and exact
+            setattr(norm, "stored_dtype", torch.bfloat16)  # noqa: B010  as `load_trainable` leaves it
         return pack(model) if kind.startswith("scales") and "latents" not in kind else model
 
     return make
@@ -134,9 +134,9 @@ def test_what_is_saved_is_what_is_served(
         name, _, part = key.removeprefix("base_model.model.").rpartition(".")
         if part == "sqft_scale":
             assert tensor.dtype == torch.bfloat16
-            qparams = merged[name].qparams
-            assert qparams is not None
-            assert torch.equal(tensor.float(), qparams.scale)
+            grid = merged[name].qparams
+            assert grid is not None
+            assert torch.equal(tensor.float(), grid.scale)
         elif part == "sqft_norm":
             assert torch.equal(tensor, norms[name])
     if kind == "scales":

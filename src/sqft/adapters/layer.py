@@ -49,14 +49,14 @@ class MergedWeight:
     """A merged weight in the form of its base.
 
     weight (out, in) in the storage dtype, or codes (out, in) uint8 on the grid `qparams`, whose scale may be
-    a trained one; mask (out, in) bool, True = kept, None of a base that holds codes alone. Exactly one of
-    weight and codes is there.
+    a trained one; exactly one of weight and codes is there. mask (out, in) bool, True = kept; of a base that
+    holds codes alone, and so no mask, the weights that are not 0.
     """
 
     weight: Tensor | None
     codes: Tensor | None
     qparams: QParams | None
-    mask: Tensor | None
+    mask: Tensor
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The float32 weight."""
@@ -199,9 +199,7 @@ class AdapterLinear(TunerLayer):
             self.check_scales(name)
             merged = self._trained_grid(name)
             if name not in self.sqft_A:
-                held = hasattr(self.base_layer, "latent")
-                mask = base_weight(self) != 0 if held else None
-                return MergedWeight(None, base_codes(self), merged, mask)
+                return MergedWeight(None, base_codes(self), merged, base_weight(self) != 0)
             base = base_weight(self)
             lora_A, lora_B = self.active_slice(name)
             self._check_finite(low_rank_delta(lora_A, lora_B, config.scaling), qparams.scale)

@@ -6,6 +6,8 @@ An independent reading of the formula, in NumPy float64, that shares no code wit
     code    = clip(rint(adapted / scale) + zero_point, 0, 2^bits - 1)        on an integer grid
     weight  = adapted rounded to the nearest 16-bit number, ties to even     without one
 
+on the base's grid, also where the scale that codes are multiplied with was trained (`in_place`).
+
 The trained model computed this in float32. Float64 and float32 may round to different neighbours where the
 exact value is closer to a boundary than float32's own rounding error, at most
 
@@ -21,8 +23,7 @@ two neighbouring codes; without a grid, whose boundaries lie denser, the error a
 hundredth of the root mean square of the adapted weights in its row.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from numpy.typing import NDArray
 from sqft.certificate.adapter import ADAPTER_CONFIG, Adapter, read_adapter
 from sqft.certificate.answers import check_files, check_settings
 from sqft.certificate.checks import Check
+from sqft.certificate.in_place import check_in_place, digest_arrays, merged_digest
 from sqft.certificate.integrity import CERTIFICATE, file_digests, run_check
 from sqft.certificate.stored import StoredModel, read_json
 from sqft.errors import CertificateError
 from sqft.progress import SILENT, Progress
 
-__all__ = ["check_provenance", "merged_digest"]
+__all__ = ["check_provenance"]
 
 ROW_BLOCK = 512  # rows checked at a time: float64 copies of a whole projection would not be small
 UNIT_ROUNDOFF = 2.0**-24
@@ -49,10 +51,7 @@ UNDECIDED_SHARE = 1e-3  # of a linear's codes of 4 bits up to rank 64, whose upd
 FEW_UNDECIDED = 2  # which a small linear may have by chance
 LARGEST_ERROR = 1e-2  # of the root mean square of a row's adapted weights
 STRAY_ZEROS = 0.01  # share of zeros up to which a weight without a stored mask counts as dense
-IDENTITY = ("base", "mask", "grid")
 DOCUMENTS = ("readme", "license", "notice")  # no part of what was merged
-
-DIGEST_TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Lineage = dict[str, dict[str, str]]
 Array = NDArray[Any]
@@ -89,33 +88,13 @@ def check_provenance(
         run_check("identity", lambda: _check_identity(base, adapter)),
         run_check("settings", lambda: check_settings(directory, base_dir)),
         run_check("strangers", lambda: check_files(directory)),
-        run_check("grid", lambda: _check_grid(merged, base)),
+        run_check("grid", lambda: _check_grid(merged, base, adapter)),
         run_check("mask", lambda: _check_masks(merged, base, adapter)),
         run_check("other tensors", lambda: _check_others(merged, base, adapter)),
         run_check("recomputed", lambda: _check_recomputed(merged, base, adapter, progress)),
+        run_check("scales and norms", lambda: check_in_place(merged, base, adapter)),
         run_check("trained", lambda: _check_trained(merged, adapter, trained_digest)),
     ]
-
-
-def merged_digest(model: StoredModel, names: list[str]) -> str:
-    """The digest of merged weights: codes, one byte each, or weights as stored, by sorted name."""
-    quantized = set(model.quantized)
-    named = (
-        (name, model.codes(name), "uint8")
-        if name in quantized
-        else (name, model.tensors.raw(f"{name}.weight"), model.tensors.dtype(f"{name}.weight"))
-        for name in sorted(names)
-    )
-    return _digest(named)
-
-
-def _digest(named: Iterable[tuple[str, Array, str]]) -> str:
-    """sha256 over `name\\0type\\0shape\\0` and the little endian bytes, row by row, of every array."""
-    digest = hashlib.sha256()
-    for name, values, dtype in named:
-        digest.update(f"{name}\0{DIGEST_TYPES.get(dtype, dtype)}\0{values.shape}\0".encode())
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
 
 
 def _check_lineage(directory: Path, base_dir: Path, adapter_dir: Path, lineage: Lineage | None) -> str:
@@ -147,11 +126,20 @@ def _check_identity(base: StoredModel, adapter: Adapter) -> str:
     stated = adapter.config.get("identity") or {}
     if not adapter.masked and not stated:
         return "a stock LoRA states no identity of its base"
-    missing = [part for part in IDENTITY if not isinstance(stated, dict) or part not in stated]
+    found = _identity(base, adapter)
+    missing = [part for part in found if not isinstance(stated, dict) or part not in stated]
     if missing:
         raise CertificateError(
             f"{ADAPTER_CONFIG} does not say on which {' and '.join(missing)} the adapter was trained"
         )
+    different = [part for part in found if stated[part] != found[part]]
+    if different:
+        raise CertificateError(f"the adapter was trained on another {' and '.join(different)}")
+    return f"{', '.join(found)} have the digests that the adapter states"
+
+
+def _identity(base: StoredModel, adapter: Adapter) -> dict[str, str]:
+    """The digests of what of the base an adapter depends on."""
     quantized = set(base.quantized)
     names = sorted(adapter.factors)
     weights = [
@@ -160,27 +148,32 @@ def _check_identity(base: StoredModel, adapter: Adapter) -> str:
     ]
     grid = [
         entry
-        for name in names
+        for name in sorted({*names, *adapter.scales})
         if name in quantized
         for entry in (
             (f"{name}.scale", base.scale(name).astype(np.float32), "float32"),
             (f"{name}.zero_point", base.zero_point(name).astype(np.uint8), "uint8"),
         )
     ]
-    found = {
-        "base": _digest((name, weight, "float32") for name, weight in weights),
-        "mask": _digest(
+    found = {}
+    if weights:
+        found["base"] = digest_arrays((name, weight, "float32") for name, weight in weights)
+        found["mask"] = digest_arrays(
             (name, np.packbits(weight != 0, axis=1, bitorder="little"), "uint8") for name, weight in weights
-        ),
-        "grid": _digest(grid) if grid else "none",
-    }
-    different = [part for part in IDENTITY if stated[part] != found[part]]
-    if different:
-        raise CertificateError(f"the adapter was trained on another {' and '.join(different)}")
-    return "base, mask and grid have the digests that the adapter states"
+        )
+    found["grid"] = digest_arrays(grid) if grid else "none"
+    frozen = sorted(set(adapter.scales) - set(names))
+    if frozen:
+        found["codes"] = digest_arrays((name, base.codes(name), "uint8") for name in frozen)
+    if adapter.norms:
+        found["norms"] = digest_arrays(
+            (name, base.tensors.values(f"{name}.weight").astype(np.float32), "float32")
+            for name in sorted(adapter.norms)
+        )
+    return found
 
 
-def _check_grid(merged: StoredModel, base: StoredModel) -> str:
+def _check_grid(merged: StoredModel, base: StoredModel, adapter: Adapter) -> str:
     if merged.quantized != base.quantized:
         raise CertificateError("the merged model and the base quantize different linears")
     if not merged.quantized:
@@ -188,13 +181,11 @@ def _check_grid(merged: StoredModel, base: StoredModel) -> str:
     if merged.bits != base.bits:
         raise CertificateError(f"the merged model has {merged.bits} bits, the base {base.bits}")
     for name in merged.quantized:
-        for part, other in (
-            (merged.scale(name), base.scale(name)),
-            (merged.zero_point(name), base.zero_point(name)),
-        ):
-            if not np.array_equal(part, other):
-                raise CertificateError(f"the grid of {name} is not the base's")
-    return f"scales and zero points of {len(merged.quantized)} linears equal the base's"
+        kept = name in adapter.scales or np.array_equal(merged.scale(name), base.scale(name))
+        if not kept or not np.array_equal(merged.zero_point(name), base.zero_point(name)):
+            raise CertificateError(f"the grid of {name} is not the base's")
+    scales = len(set(merged.quantized) - set(adapter.scales))
+    return f"scales of {scales} and zero points of {len(merged.quantized)} linears equal the base's"
 
 
 def _check_masks(merged: StoredModel, base: StoredModel, adapter: Adapter) -> str:
@@ -221,6 +212,8 @@ def _mask(base: StoredModel, name: str) -> NDArray[np.bool_] | None:
 
 def _check_others(merged: StoredModel, base: StoredModel, adapter: Adapter) -> str:
     adapted = {f"{name}.{part}" for name in adapter.factors for part in ("weight", "weight_packed")}
+    adapted |= {f"{name}.weight_scale" for name in adapter.scales}
+    adapted |= {f"{name}.weight" for name in adapter.norms}
     if set(merged.tensors) != set(base.tensors):
         different = sorted(set(merged.tensors) ^ set(base.tensors))
         raise CertificateError(f"{different[0]} stands in only one of the merged model and the base")
@@ -235,6 +228,8 @@ def _check_others(merged: StoredModel, base: StoredModel, adapter: Adapter) -> s
 def _check_recomputed(merged: StoredModel, base: StoredModel, adapter: Adapter, progress: Progress) -> str:
     quantized = set(base.quantized)
     total = undecided = 0
+    if not adapter.factors:
+        return "no low-rank update"
     with progress.task("recompute", len(adapter.factors)) as advance:
         for name, (factor_a, factor_b) in adapter.factors.items():
             if (factor_b.shape[0], factor_a.shape[1]) != base.shape(name):
@@ -355,7 +350,7 @@ def _check_trained(merged: StoredModel, adapter: Adapter, trained_digest: str | 
         trained_digest = read_json(recorded).get("trained_digest") if recorded.exists() else None
     if trained_digest is None:
         raise CertificateError("the digest of the trained model's weights is not recorded")
-    found = merged_digest(merged, list(adapter.factors))
+    found = merged_digest(merged, adapter)
     if found != trained_digest:
         raise CertificateError(
             f"the merged weights' digest is {found[:12]}, the trained {trained_digest[:12]}"

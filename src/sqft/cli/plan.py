@@ -40,9 +40,10 @@ def plan(
             "yes" if module.sparsified else "-",
             "yes" if module.quantized else "-",
             str(module.rank) if module.rank else "-",
+            str(module.num_scales) if module.num_scales else "-",
         ]
         for module in planned.modules
     ]
     print()
-    print_table(["linear", "shape", "count", "mask", "quantized", "adapter rank"], modules)
+    print_table(["linear", "shape", "count", "mask", "quantized", "adapter rank", "trained scales"], modules)
     print("\nMemory and disk are estimates from shapes; Python and its libraries take about 0.5 GB more.")

@@ -133,6 +133,13 @@ class CheckpointWriter:
         if latent is not None and self._latents is not None:
             self._latents.write(name, latent)
 
+    def write_tensor(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that is no linear's, cast to the dtype it has in the source."""
+        if self._weights is None:
+            self.prepare()
+        assert self._weights is not None
+        self._weights.write(name, tensor.to(self._weights.specs[name][0]))
+
     def write_mask(self, name: str, mask: Bool[Tensor, "out in"]) -> None:
         """Write a mask (True = kept), if this linear was declared as masked."""
         if self._masks is not None:
@@ -200,11 +207,13 @@ def write_model(
     source: Checkpoint,
     linears: Mapping[str, Tensor | QuantizedWeight],
     *,
+    others: Mapping[str, Tensor] | None = None,
     masks: Mapping[str, Tensor] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model directory like `source` with these linears replaced, for instance by merged ones.
 
+    others: tensors that replace those of the source too, by their full name, for instance trained norms.
     Quantized linears of the source that are not among `linears` are kept as they are.
 
     Raises: ModelError if the quantized weights do not share bits, group size and symmetry.
@@ -227,6 +236,8 @@ def write_model(
         writer.write_linear(name, source.quantized(name), mask=(masks or {}).get(name))
     for name in set(masks or ()) - set(linears) - set(kept):
         writer.write_mask(name, (masks or {})[name])
+    for name, tensor in (others or {}).items():
+        writer.write_tensor(name, tensor)
     writer.close(facts)
 
 

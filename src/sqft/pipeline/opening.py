@@ -36,10 +36,12 @@ def open_adapted(
     import sqft.adapters  # noqa: F401  enters the method into PEFT's tables
     from sqft.models import load_model, load_trainable
 
-    if PeftConfig.from_pretrained(adapter).peft_type == "LORA":  # stock PEFT wants the base in one dtype
+    config = PeftConfig.from_pretrained(adapter)
+    if config.peft_type == "LORA":  # stock PEFT wants the base in one dtype
         base = load_model(directory, **loading)
     else:
-        base = load_trainable(directory, base_precision=base_precision, **loading)
+        form = "packed" if getattr(config, "method", "") == "scales" else base_precision
+        base = load_trainable(directory, base_precision=form, **loading)
     return PeftModel.from_pretrained(base, adapter)
 
 

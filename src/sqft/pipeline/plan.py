@@ -5,7 +5,7 @@ without the 0.5 GiB that Python and its libraries take.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,10 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """Linears of one kind, and what happens to them. rank is the largest of an adapter, 0 without one."""
+    """Linears of one kind, and what happens to them.
+
+    rank: the largest of an adapter, 0 without one. num_scales: the trained scales of each linear, 0 without.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -56,6 +59,7 @@ class ModulePlan:
     sparsified: bool
     quantized: bool
     rank: int
+    num_scales: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,28 +117,44 @@ def _stage(stage: Stage, directory: Path, estimate: "_Estimate") -> StagePlan:
 
 def _modules(recipe: Recipe, outline: "ModelOutline") -> list[ModulePlan]:
     sparsified, quantized = _chosen(outline, recipe.sparsify), _chosen(outline, recipe.quantize)
-    adapted: set[str] = set()
-    if recipe.adapters:
-        from sqft.adapters.targets import find_targets
-
-        adapted = set(find_targets(outline.skeleton, recipe.adapters.target_modules))
-        off_grid = sorted(adapted - quantized)
-        if recipe.adapters.method == "qa_sparse_peft" and off_grid:
-            raise AdapterError(
-                f"qa_sparse_peft needs a quantized base, and {off_grid[0]} is not; quantize it, or leave "
-                "it out of adapters.target_modules"
-            )
+    adapted, scaled = _trained(recipe, outline, quantized)
     if recipe.train:
         from sqft.training import check_arguments
 
         check_arguments(recipe.train)
     rank = max(recipe.adapters.ranks) if recipe.adapters else 0
-    rows: dict[tuple[str, tuple[int, int], bool, bool, int], int] = {}
+    size = recipe.quantize.group_size if recipe.quantize else -1
+    rows: dict[ModulePlan, int] = {}
     for name, shape in outline.linears.items():
         end = ".".join(name.split(".")[-2:])
-        row = (end, shape, name in sparsified, name in quantized, rank if name in adapted else 0)
+        scales = shape[0] * (1 if size == -1 else shape[1] // size) if name in scaled else 0
+        ranks = rank if name in adapted else 0
+        row = ModulePlan(end, shape, 0, name in sparsified, name in quantized, ranks, scales)
         rows[row] = rows.get(row, 0) + 1
-    return [ModulePlan(end, shape, count, s, q, r) for (end, shape, s, q, r), count in rows.items()]
+    return [replace(row, count=count) for row, count in rows.items()]
+
+
+def _trained(recipe: Recipe, outline: "ModelOutline", quantized: set[str]) -> tuple[set[str], set[str]]:
+    """The linears with a low-rank update, and those whose scales are trained.
+
+    Raises: AdapterError if a target is missing, or one that needs a grid has none.
+    """
+    section = recipe.adapters
+    if section is None:
+        return set(), set()
+    from sqft.adapters.targets import find_targets
+
+    everywhere = not section.low_rank and section.target_modules is None
+    targets = quantized if everywhere else set(find_targets(outline.skeleton, section.target_modules))
+    off_grid = sorted(targets - quantized)
+    if section.method in ("qa_sparse_peft", "scales") and off_grid:
+        raise AdapterError(
+            f"{section.method} needs a quantized base, and {off_grid[0]} is not; quantize it, or leave "
+            "it out of adapters.target_modules"
+        )
+    if not section.low_rank:
+        return set(), targets
+    return targets, quantized if section.trains_scales else set()
 
 
 def _chosen(outline: "ModelOutline", section: SparsifySection | QuantizeSection | None) -> set[str]:
@@ -155,7 +175,7 @@ class _Estimate:
         self.block_weights = sum(m.count * math.prod(m.shape) for m in modules)
         self.other_weights = outline.num_parameters - self.block_weights
         self.quantized_weights = sum(m.count * math.prod(m.shape) for m in modules if m.quantized)
-        self.adapter_weights = sum(m.count * m.rank * sum(m.shape) for m in modules)
+        self.adapter_weights = sum(m.count * (m.rank * sum(m.shape) + m.num_scales) for m in modules)
         self.widest = max((m.shape[1] for m in modules), default=0)
 
     def of(self, stage: Stage) -> tuple[float, float]:
@@ -212,7 +232,9 @@ class _Estimate:
         tokens = train.batch_size // train.gradient_accumulation * length
         base = 2 * (self.block_weights + self.other_weights)
         if self.recipe.quantize and not dense:
-            base -= self.quantized_weights
+            packed = self.recipe.adapters is not None and self.recipe.adapters.loaded_as == "packed"
+            half = packed and self.recipe.quantize.bits <= 4
+            base -= self.quantized_weights + (self.quantized_weights // 2 if half else 0)
         blocks = 1 if train.gradient_checkpointing else self.outline.num_blocks
         kept = ACTIVATIONS_PER_HIDDEN * tokens * self.outline.hidden_size * blocks
         logits = 3 * FLOAT32 * tokens * self.outline.vocab_size

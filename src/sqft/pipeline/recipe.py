@@ -37,6 +37,9 @@ __all__ = [
     "stage_name",
 ]
 
+# What of the adapters' settings is about their low-rank update.
+LOW_RANK = ("ranks", "alpha", "dropout", "dropout_kind")
+
 
 class Recipe(Section):
     """sparsify → quantize → train → search → merge → evaluate → export; only `model` is required."""
@@ -81,6 +84,7 @@ class Recipe(Section):
         evaluate = self.evaluate or EvaluateSection()
         calibration = self.calibration or CalibrationSection()
         models = self.existing_models()
+        ignored = self._ignored_low_rank()
         unknown = [name for name in evaluate.models or [] if name not in [*models, "dense_tuned"]]
         return [
             (
@@ -97,6 +101,19 @@ class Recipe(Section):
             (
                 method == "qa_sparse_peft" and not self.quantize,
                 "adapters.method: qa_sparse_peft trains on a grid; add a quantize section or use sparse_peft",
+            ),
+            (
+                method == "scales" and not self.quantize,
+                "adapters.method: scales trains the scales of a grid; add a quantize section",
+            ),
+            (
+                method == "scales" and bool(self.search),
+                "search: method scales has no ranks to choose from; remove the search section",
+            ),
+            (
+                bool(ignored),
+                f"{' and '.join(ignored)} would be ignored: method scales has no low-rank update, and "
+                "dense_tuned, the reference that has one, is not among evaluate.models; remove it",
             ),
             (
                 method == "sparse_peft" and bool(self.quantize),
@@ -125,6 +142,15 @@ class Recipe(Section):
             ),
         ]
 
+    def _ignored_low_rank(self) -> list[str]:
+        """Settings of a low-rank update that nothing has: of method scales without the dense reference."""
+        reference = "dense_tuned" in ((self.evaluate and self.evaluate.models) or [])
+        if self.adapters is None or self.adapters.low_rank or reference:
+            return []
+        given = [f"adapters.{n}" for n in LOW_RANK if n in self.adapters.model_fields_set]
+        rate = self.train is not None and "learning_rate" in self.train.model_fields_set
+        return given + ["train.learning_rate"] * rate
+
     @property
     def path(self) -> Path | None:
         """The file that the recipe came from, if it came from one."""
@@ -151,6 +177,11 @@ class Recipe(Section):
     def merges(self) -> bool:
         """Whether the tuned model becomes one file; plain LoRA stays beside its base."""
         return self.adapters is not None and self.adapters.method != "lora"
+
+    @property
+    def adapter_stage(self) -> str:
+        """The stage whose adapter is merged, or stands beside its base; without ranks nothing is searched."""
+        return "search" if self.adapters is None or self.adapters.low_rank else "train"
 
     @property
     def final_stage(self) -> str:
@@ -188,14 +219,16 @@ def model_stage(recipe: Recipe, model: ReportedModel) -> str:
     return stages.get(model) or {"adapted": recipe.base_stage, "merged": "merge"}[model]
 
 
-def adapter_stage(model: ReportedModel) -> str | None:
+def adapter_stage(recipe: Recipe, model: ReportedModel) -> str | None:
     """The stage that holds the adapter of a reported model, if it has one."""
-    return {"dense_tuned": "train_dense", "adapted": "search"}.get(model)
+    return {"dense_tuned": "train_dense", "adapted": recipe.adapter_stage}.get(model)
 
 
 def dense_adapters(section: AdapterSection) -> AdapterSection:
     """The adapters of the dense reference: plain LoRA of the maximal rank on the same modules."""
-    return section.model_copy(update={"method": "lora", "ranks": [max(section.ranks)], "gradient": "exact"})
+    plain = {"method": "lora", "gradient": "exact", "train_scales": None, "train_norms": None}
+    targets = {} if section.low_rank else {"target_modules": None}  # linears whose scales are trained
+    return section.model_copy(update=plain | targets | {"ranks": [max(section.ranks)]})
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:

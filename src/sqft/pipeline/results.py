@@ -66,7 +66,7 @@ def write_results(
     if final is not None:
         model_dir = _publish(final, Path(), directory / ("merged" if recipe.merges else "model"))
     if recipe.adapters:
-        adapter_dir = _publish(by_name["search"], Path(ADAPTER), directory / "adapter")
+        adapter_dir = _publish(by_name[recipe.adapter_stage], Path(ADAPTER), directory / "adapter")
     data = report_data(recipe, stages, seconds, model_dir)
     report_json, report_html = write_report(data, directory, _items(stages))
     base_dir = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqft.pipeline.context import StageContext
-from sqft.pipeline.recipe import Recipe, adapter_stage, dense_adapters, model_stage, stage_name
+from sqft.pipeline.recipe import LOW_RANK, Recipe, adapter_stage, dense_adapters, model_stage, stage_name
 from sqft.pipeline.step_evaluation import evaluate
 from sqft.pipeline.step_export import export
 from sqft.pipeline.step_items import prepare_items
@@ -88,12 +88,11 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
             "base_precision": recipe.adapters.base_precision,
             "seed": recipe.seed,
         }
-        stages += [
-            Stage("train", (base, "items"), settings, train, resumes=True),
-            Stage("search", (base, "train", "items"), searching, search, resumes=True),
-        ]
+        stages.append(Stage("train", (base, "items"), settings, train, resumes=True))
+        if recipe.adapters.low_rank:
+            stages.append(Stage("search", (base, "train", "items"), searching, search, resumes=True))
     if recipe.merges:
-        stages.append(Stage("merge", (base, "search", "items"), {}, merge))
+        stages.append(Stage("merge", (base, recipe.adapter_stage, "items"), {}, merge))
     if "dense_tuned" in recipe.reported_models() and recipe.adapters:
         settings = _training_settings(recipe, dense_adapters(recipe.adapters))
         stages.append(Stage("train_dense", ("model", "items"), settings, train_dense, resumes=True))
@@ -110,7 +109,7 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
 
 def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:
     section = recipe.evaluate or EvaluateSection()
-    adapter = adapter_stage(model)
+    adapter = adapter_stage(recipe, model)
     inputs = [model_stage(recipe, model)]
     if adapter:
         inputs.append(adapter)
@@ -139,7 +138,17 @@ def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, An
     settings = train.model_dump(mode="json", exclude={"checkpoint_steps"})
     settings["arguments"] = {k: v for k, v in train.arguments.items() if k not in REPORTING}
     loss_on = recipe.data.loss_on if recipe.data else None
-    return {"adapters": _settings(adapters), "train": settings, "loss_on": loss_on, "seed": recipe.seed}
+    trained = _settings(adapters)
+    for name, there in (
+        ("learning_rate", adapters.low_rank),
+        ("scale_learning_rate", adapters.trains_scales),
+        ("norm_learning_rate", adapters.trains_norms),
+    ):
+        if not there:
+            del settings[name]
+    if not adapters.low_rank:
+        trained = {name: value for name, value in trained.items() if name not in LOW_RANK}
+    return {"adapters": trained, "train": settings, "loss_on": loss_on, "seed": recipe.seed}
 
 
 def _settings(section: Section) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def evaluate(context: StageContext) -> dict[str, Any]:
 
     name = cast(ReportedModel, context.argument)
     directory = context.inputs[model_stage(context.recipe, name)]
-    stage = adapter_stage(name)
+    stage = adapter_stage(context.recipe, name)
     adapter = context.inputs[stage] / ADAPTER if stage else None
     test = read_items(context.inputs["items"], "test") if context.recipe.data else []
     row, items = measure_model(

@@ -23,24 +23,27 @@ DETERMINING = {"model", "seed", "calibration", "sparsify", "quantize", "adapters
 
 def merge(context: StageContext) -> dict[str, Any]:
     """The base and the sub-adapter → one model, re-opened and certified before it is called done."""
-    from sqft.adapters import merge_adapters
+    from sqft.adapters import merge_adapters, merge_norms
     from sqft.certificate import certify_model
     from sqft.data import read_items
     from sqft.models import load_model, open_checkpoint, read_masks, write_model
 
-    adapter = context.inputs["search"] / ADAPTER
+    adapter_dir = context.inputs[context.recipe.adapter_stage]
+    adapter = adapter_dir / ADAPTER
     adapted = open_adapted(context.base, adapter, **context.opening).eval()
     merged = merge_adapters(adapted)
     linears = {name: _stored_weight(weight) for name, weight in merged.items()}
     masks = read_masks(context.base)
-    existing = {name: weight.mask for name, weight in merged.items() if name not in masks}
-    masks |= {name: mask for name, mask in existing.items() if mask is not None and not bool(mask.all())}
+    if context.adapters.low_rank:  # codes alone, which trained scales stand on, tell no mask
+        existing = {name: weight.mask for name, weight in merged.items() if name not in masks}
+        masks |= {name: mask for name, mask in existing.items() if not bool(mask.all())}
     # Of data too small to be split, what was trained on serves as well: logits are compared, not answers.
     items = read_items(context.inputs["items"], "test") or read_items(context.inputs["items"], "train")
     write_model(
         context.directory,
         open_checkpoint(context.base, trust_remote_code=context.trusts_code),
         linears,
+        others={f"{name}.weight": weight for name, weight in merge_norms(adapted).items()},
         masks=masks,
         facts=_facts(context),
     )
@@ -51,7 +54,7 @@ def merge(context: StageContext) -> dict[str, Any]:
         adapted=adapted,
         merged=load_model(context.directory, **context.loading),
         token_ids=[item.token_ids if item.is_text else item.prompt_ids for item in items[:REFERENCE_ITEMS]],
-        trained_digest=Manifest.read(context.inputs["search"]).metrics["codes_digest"],
+        trained_digest=Manifest.read(adapter_dir).metrics["codes_digest"],
         trust_remote_code=context.trusts_code,
         progress=context.progress,
     )
@@ -79,8 +82,11 @@ def _facts(context: StageContext) -> dict[str, Any]:
         "method": context.adapters.method,
         "pattern": recipe.pattern,
         "quantization": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
-        "ranks": Manifest.read(context.inputs["search"]).metrics["ranks"],
-        "lineage": {name: Manifest.read(context.inputs[name]).key for name in ("train", "search")},
+        "ranks": Manifest.read(context.inputs[recipe.adapter_stage]).metrics["ranks"],
+        "lineage": {
+            name: Manifest.read(context.inputs[name]).key
+            for name in dict.fromkeys(("train", recipe.adapter_stage))
+        },
         "recipe": recipe.model_dump(mode="json", include=DETERMINING, exclude_none=True),
         "prompt": context.data.rendering(),
     }

@@ -40,7 +40,7 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
     stored = open_checkpoint(base, trust_remote_code=context.trusts_code)
     model = load_trainable(
         base,
-        base_precision=section.base_precision,
+        base_precision=section.loaded_as,
         dtype=training_dtype(stored, context.device),
         device=context.device,
         trust_remote_code=context.trusts_code,
@@ -75,9 +75,11 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
     write_json(context.directory / "training.json", record.as_dict())
     shutil.rmtree(context.directory / CHECKPOINTS)
     curve = [(step.step, step.loss) for step in record.steps]
+    chosen = {} if section.low_rank else {"ranks": {}, "codes_digest": digests[digest_json({})]}
     return {
         "codes_digests": digests,
         "differing_codes": differing,  # of the training kernel from a merge's, and of how many
         "curve": curve,
+        **chosen,
         **record.summary(),
     }

@@ -71,6 +71,11 @@ class AdapterSection(Section):
         return self.method != "scales"
 
     @property
+    def loaded_as(self) -> Literal["latent", "float32", "packed"]:
+        """The form in which a quantized base is held: codes alone, where nothing else is looked at."""
+        return self.base_precision if self.low_rank else "packed"
+
+    @property
     def trains_scales(self) -> bool:
         """Whether group scales are trained."""
         return self.method == "scales" if self.train_scales is None else self.train_scales

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 from sqft.adapters import SearchSpace, set_ranks
+from sqft.adapters.unrounded import load_unrounded
 from sqft.artifacts import digest_json
 from sqft.data import Example
 from sqft.errors import TrainingError
@@ -68,13 +69,14 @@ def train_adapters(
     reset_peak(device)
     with _quiet(), progress.task("train", total) as advance:
         callback = StepCallback(model, space, seed, journal, facts, advance)
-        callback.steps = record.steps
+        callback.steps, callback.checkpoint = record.steps, checkpoint
         advance(len(record.steps))
         if checkpoint is not None and _is_final(checkpoint):  # Trainer itself would add a step
             model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
+            load_unrounded(model, checkpoint)
         else:
             with refusals():
-                trainer = ElasticTrainer(model, arguments, examples, loss_on, callback)
+                trainer = ElasticTrainer(model, arguments, examples, loss_on, callback, section)
             with _repeatable(device):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from sqft.adapters import SearchSpace
+from sqft.adapters.unrounded import check_trained, load_unrounded, save_unrounded
 from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
-from sqft.errors import TrainingError
+from sqft.errors import AdapterError, TrainingError
 from sqft.ops.cross_entropy import chunk_elements, chunked_cross_entropy
+from sqft.sections import TrainSection
 from sqft.training.arguments import refusals
 from sqft.training.head import separable_head, without_head
 from sqft.training.ranks import begin_step
+from sqft.training.rates import rate_names, split_by_rate
 from sqft.training.record import Journal, StepRecord
 
 __all__ = ["ElasticTrainer", "EpochSampler", "Items", "StepCallback"]
@@ -92,7 +96,9 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         examples: Sequence[Example],
         loss_on: Literal["answer", "text"],
         callback: "StepCallback",
+        section: TrainSection,
     ) -> None:
+        self.section = section
         super().__init__(
             model=model,
             args=args,
@@ -108,7 +114,11 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own. Raises: MissingExtraError or TrainingError for an optimizer that cannot be made."""
         with refusals():
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = list(
+            split_by_rate(optimizer.param_groups, self.journal.model, self.section)
+        )
+        return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's own. Raises: TrainingError for settings that the schedule does not take."""
@@ -169,6 +179,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.model, self.space, self.seed, self.journal = model, space, seed, journal
         self.facts, self.advance = facts, advance
+        self.checkpoint: Path | None = None
         self.steps: list[StepRecord] = []
         self.ranks: list[int] = []
         self.loss, self.tokens, self.started, self.step = 0.0, 0, 0.0, 0
@@ -180,10 +191,17 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         """
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise TrainingError(
-                f"the loss of step {self.step} is {loss}; lower train.learning_rate, or check the data"
+                f"the loss of step {self.step} is {loss}; lower {rate_names(self.model)}, or check the data"
             )
         self.loss += loss
         self.tokens += tokens
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on with the scales and norms of the checkpoint as they were, not as they are served."""
+        if self.checkpoint is not None:
+            load_unrounded(self.model, self.checkpoint)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -200,12 +218,19 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm) and not args.fp16:  # the fp16 scaler skips such a step itself
-            raise TrainingError(f"the gradient of step {self.step} is not finite; lower train.learning_rate")
+            raise TrainingError(
+                f"the gradient of step {self.step} is not finite; lower {rate_names(self.model)}"
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Journal the step."""
+        """Refuse scales that no grid can have, and journal the step."""
+        try:
+            check_trained(self.model)
+        except AdapterError as error:
+            message = f"after step {state.global_step} {error}; lower {rate_names(self.model)}"
+            raise TrainingError(message) from None
         seconds = time.perf_counter() - self.started
         step = StepRecord(state.global_step, self.loss, self.ranks, seconds, self.tokens)
         self.steps.append(step)
@@ -217,6 +242,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Mark the checkpoint as whole, once every process has written its part of it."""
+        if state.is_world_process_zero:
+            save_unrounded(self.model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
