@@ -17,6 +17,9 @@ def bench(
         Path | None,
         typer.Option(help="Also run the first one with this plain LoRA, unmerged (for GGUF one in GGUF)."),
     ] = None,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="Run GGUF files also with our kernels for sparse Q4_0 weights.")
+    ] = False,
     prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
@@ -30,6 +33,9 @@ def bench(
     from sqft.runtimes.speed import measure_speed, open_artefact
 
     artefacts = [open_artefact(path) for path in directories]
+    if sparse:
+        files = [artefact for artefact in artefacts if artefact.runtime == "llama.cpp"]
+        artefacts += [open_artefact(file.path, file.name, packed_products=True) for file in files]
     if adapter is not None:
         first = directories[0]
         both = f"{first.resolve().name} + {adapter.resolve().name} (unmerged)"

@@ -18,13 +18,16 @@ __all__ = ["compile_library", "find_compiler", "library_path", "native_sources"]
 HERE = Path(__file__).parent
 SOURCES = HERE / "native"
 # Sums are added in the order that is written: -ffp-contract=off keeps all instruction sets alike.
-FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
+FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 COMPILERS = ("gcc", "clang", "cc")
+# What is compiled beside the C files, by the library's name: nothing, or what hooks them into llama.cpp.
+LIBRARIES: dict[str, tuple[str, ...]] = {"cpu": (), "llama": ("llama_plugin.cpp",)}
 
 
-def native_sources() -> list[Path]:
-    """The C files, and the headers that they include."""
-    return sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h")])
+def native_sources(library: str = "cpu") -> list[Path]:
+    """The C files of a library, and the headers that they include."""
+    own = [SOURCES / name for name in LIBRARIES[library]]
+    return sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h"), *own])
 
 
 def find_compiler() -> str | None:
@@ -34,32 +37,33 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
-def library_path() -> Path | None:
+def library_path(library: str = "cpu") -> Path | None:
     """The compiled library, made now if there is none yet; None where it cannot be made.
 
     Raises: OSError if there is a compiler and it fails.
     """
-    name = _library_name()
+    name = _library_name(library)
     for folder in (HERE, _cache_dir()):
         if (folder / name).is_file():
             return folder / name
     compiler = find_compiler()
     if compiler is None or platform.system() == "Windows":
         return None
-    return compile_library(_cache_dir(), compiler)
+    return compile_library(_cache_dir(), compiler, library)
 
 
-def compile_library(folder: Path, compiler: str) -> Path:
-    """Compile the library into a folder; whole or not at all.
+def compile_library(folder: Path, compiler: str, library: str = "cpu") -> Path:
+    """Compile a library into a folder; whole or not at all.
 
     Raises: OSError with what the compiler said.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    final = folder / _library_name()
+    final = folder / _library_name(library)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         made = Path(work) / final.name
-        files = [str(path) for path in native_sources() if path.suffix == ".c"]
-        command = [compiler, *FLAGS, *files, "-o", str(made), "-lm"]
+        files = [str(path) for path in native_sources(library) if path.suffix != ".h"]
+        ends = ["-lm", *(["-lstdc++"] if LIBRARIES[library] else [])]
+        command = [compiler, *FLAGS, *files, "-o", str(made), *ends]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
@@ -68,11 +72,11 @@ def compile_library(folder: Path, compiler: str) -> Path:
     return final
 
 
-def _library_name() -> str:
+def _library_name(library: str) -> str:
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in native_sources():
+    for path in native_sources(library):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return f"sqft_cpu_{platform.machine().lower()}_{digest.hexdigest()[:16]}.so"
+    return f"sqft_{library}_{platform.machine().lower()}_{digest.hexdigest()[:16]}.so"
 
 
 def _cache_dir() -> Path:

@@ -9,8 +9,10 @@ __all__ = ["RUNTIME_ZEROS", "opening_code", "serving_commands"]
 
 RUNTIME_ZEROS = {
     "llama.cpp": "stores and multiplies zeros like any other weight",
+    "llama.cpp + sqft": "stored like any other weight; packed when the model is opened, and not multiplied",
     "openvino": "stores and multiplies zeros like any other weight",
     "transformers": "stores and multiplies zeros like any other weight; INT4 is dequantized when opened",
+    "transformers + sqft": "neither stored nor multiplied",
     "vllm": "stores and multiplies zeros like any other weight (not run here)",
 }
 

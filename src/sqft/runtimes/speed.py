@@ -20,6 +20,7 @@ from sqft.errors import ExportError
 from sqft.formats.openvino import XML
 from sqft.progress import SILENT, Progress
 from sqft.runtimes.llama_cpp import LlamaCpp
+from sqft.runtimes.llama_plugin import use_packed_products
 from sqft.runtimes.openvino import OpenVinoModel
 
 __all__ = ["Artefact", "SpeedRow", "llama_cpp_speed", "measure_speed", "open_artefact"]
@@ -61,19 +62,28 @@ class _Runner(Protocol):
         """Seconds to the first token, and tokens a second after it."""
 
 
-def open_artefact(path: Path, name: str | None = None, adapter: Path | None = None) -> Artefact:
+def open_artefact(
+    path: Path, name: str | None = None, adapter: Path | None = None, *, packed_products: bool = False
+) -> Artefact:
     """Say what a path is. adapter: in PEFT's files for transformers, in GGUF (or its directory) for GGUF.
+
+    packed_products: run GGUF files with the plug-in that packs sparse weights (`runtimes.llama_plugin`).
 
     Raises: ExportError if no runtime here opens it, or the adapter is of another runtime.
     """
     name = name or path.resolve().name
     if path.suffix == ".gguf" or list(path.glob("*.gguf")):
         file = path if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))[0]
-        return Artefact(name, file, "llama.cpp", None if adapter is None else _gguf_adapter(adapter))
+        runtime = "llama.cpp + sqft" if packed_products else "llama.cpp"
+        return Artefact(name, file, runtime, None if adapter is None else _gguf_adapter(adapter))
     if (path / XML).is_file():
         if adapter is not None:
             raise ExportError("an adapter beside an OpenVINO model is not measured; use its merged form")
         return Artefact(name, path, "openvino")
+    if (path / "sqft_packed.json").is_file():
+        if adapter is not None:
+            raise ExportError("an adapter beside a packed model is not measured; use its merged form")
+        return Artefact(name, path, "transformers + sqft")
     if (path / "config.json").is_file():
         if adapter is not None and not (adapter / "adapter_config.json").is_file():
             raise ExportError(f"{adapter} is no PEFT adapter, as {path} needs; give the one that was trained")
@@ -209,6 +219,12 @@ def llama_cpp_speed(timings: dict[str, float]) -> tuple[float, float]:
     return timings["prompt_ms"] / 1e3, (timings["predicted_n"] - 1) / timings["predicted_ms"] * 1e3
 
 
+class _PackedLlamaCppRunner(_LlamaCppRunner):
+    def __init__(self, artefact: Artefact, threads: int) -> None:
+        use_packed_products()
+        super().__init__(artefact, threads)
+
+
 class _OpenVinoRunner:
     def __init__(self, artefact: Artefact, threads: int) -> None:
         self._model = OpenVinoModel(artefact.path / XML, exact=False, threads=threads)
@@ -226,13 +242,16 @@ class _OpenVinoRunner:
 
 class _TransformersRunner:
     def __init__(self, artefact: Artefact, threads: int) -> None:
-        from sqft.models import load_model
-
-        self._model: Any = load_model(artefact.path, dtype=torch.float32)
+        self._model: Any = self._open(artefact.path)
         if artefact.adapter is not None:
             from peft import PeftModel
 
             self._model = PeftModel.from_pretrained(self._model, artefact.adapter).eval()
+
+    def _open(self, path: Path) -> Any:
+        from sqft.models import load_model
+
+        return load_model(path, dtype=torch.float32)
 
     def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
         with torch.no_grad():
@@ -247,10 +266,21 @@ class _TransformersRunner:
         return first, (num_tokens - 1) / (time.perf_counter() - start)
 
 
+class _PackedTransformersRunner(_TransformersRunner):
+    def _open(self, path: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        import sqft.runtimes.packed  # noqa: F401  enters the form into transformers' tables
+
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
 RUNNERS: dict[str, Any] = {
     "llama.cpp": _LlamaCppRunner,
+    "llama.cpp + sqft": _PackedLlamaCppRunner,
     "openvino": _OpenVinoRunner,
     "transformers": _TransformersRunner,
+    "transformers + sqft": _PackedTransformersRunner,
 }
 
 

@@ -107,6 +107,14 @@ extern const struct sqft_kernels sqft_plain;
 extern const struct sqft_kernels sqft_avx2, sqft_avx512;
 #endif
 
+/* The two halves of a product, for hosts with threads of their own. sqft_activation_bytes: memory of one vector on its
+ * grid, for padded columns; aligned to 64. sqft_multiply_rows: rows first..last, first a multiple of 8, for `batch`
+ * vectors that stand one after another in memory. */
+int64_t sqft_activation_bytes(int64_t padded);
+void sqft_quantize_vector(const float *x, int64_t columns, int64_t padded, uint8_t *memory);
+void sqft_multiply_rows(const struct sqft_weight *w, uint8_t *memory, int64_t batch, int64_t first, int64_t last,
+                        float *y);
+
 /* Calls task(context, part) for part 0..parts-1 on at most `threads` threads; returns when all are done. */
 void sqft_parallel(void (*task)(void *context, int64_t part), void *context, int64_t parts, int threads);
 

@@ -62,8 +62,7 @@ static void multiply_part(void *context, int64_t part) {
     p->kernels->rows(p->weight, p->x, p->batch, first, last, p->y);
 }
 
-/* Bytes of one vector on its grid. */
-static int64_t activation_bytes(int64_t padded) {
+int64_t sqft_activation_bytes(int64_t padded) {
     return 2 * sqft_round_up(padded + PAD, 64) + 2 * sqft_round_up(padded / SQFT_BLOCK, 16) * 4;
 }
 
@@ -73,9 +72,9 @@ static struct sqft_activation activation_at(uint8_t *memory, int64_t padded) {
     return (struct sqft_activation){(int8_t *)memory, (int8_t *)memory + values, scale, (int32_t *)(scale + blocks)};
 }
 
-/* One vector onto its grid; columns from `columns` on are 0. */
-static void quantize_vector(const struct sqft_kernels *kernels, const float *x, int64_t columns, int64_t padded,
-                            const struct sqft_activation *a) {
+void sqft_quantize_vector(const float *x, int64_t columns, int64_t padded, uint8_t *memory) {
+    const struct sqft_kernels *kernels = kernels_of(sqft_isa());
+    struct sqft_activation activation = activation_at(memory, padded), *a = &activation;
     int64_t whole = columns / SQFT_BLOCK, blocks = padded / SQFT_BLOCK;
     memset(a->scale, 0, (size_t)(8 * sqft_round_up(blocks, 16)));
     kernels->quantize(x, whole, a);
@@ -88,7 +87,7 @@ static void quantize_vector(const struct sqft_kernels *kernels, const float *x, 
 }
 
 int sqft_multiply(const struct sqft_weight *w, const float *x, int64_t columns, int64_t batch, float *y, int threads) {
-    int64_t each = activation_bytes(w->columns), together = batch < BATCH ? batch : BATCH;
+    int64_t each = sqft_activation_bytes(w->columns), together = batch < BATCH ? batch : BATCH;
     uint8_t *memory = aligned_alloc(64, (size_t)(together * each));
     if (!memory) return -1;
     struct sqft_activation a[BATCH];
@@ -103,12 +102,24 @@ int sqft_multiply(const struct sqft_weight *w, const float *x, int64_t columns, 
     for (int64_t done = 0; done < batch; done += product.batch) {
         product.batch = (int)(batch - done < BATCH ? batch - done : BATCH);
         for (int v = 0; v < product.batch; v++) {
+            sqft_quantize_vector(x + (done + v) * columns, columns, w->columns, memory + v * each);
             a[v] = activation_at(memory + v * each, w->columns);
-            quantize_vector(product.kernels, x + (done + v) * columns, columns, w->columns, &a[v]);
         }
         product.y = y + done * w->rows;
         sqft_parallel(multiply_part, &product, (stripes + in_part - 1) / in_part, threads);
     }
     free(memory);
     return 0;
+}
+
+void sqft_multiply_rows(const struct sqft_weight *w, uint8_t *memory, int64_t batch, int64_t first, int64_t last,
+                        float *y) {
+    const struct sqft_kernels *kernels = kernels_of(sqft_isa());
+    int64_t each = sqft_activation_bytes(w->columns);
+    struct sqft_activation a[BATCH];
+    for (int64_t done = 0; done < batch; done += BATCH) {
+        int count = (int)(batch - done < BATCH ? batch - done : BATCH);
+        for (int v = 0; v < count; v++) a[v] = activation_at(memory + (done + v) * each, w->columns);
+        kernels->rows(w, a, count, first, last, y + done * w->rows);
+    }
 }
