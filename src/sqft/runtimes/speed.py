@@ -275,12 +275,22 @@ class _PackedTransformersRunner(_TransformersRunner):
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
+class _PackedHeadTransformersRunner(_PackedTransformersRunner):
+    def _open(self, path: Path) -> Any:
+        from sqft.runtimes.packed import pack_head
+
+        model = super()._open(path)
+        pack_head(model)
+        return model
+
+
 RUNNERS: dict[str, Any] = {
     "llama.cpp": _LlamaCppRunner,
     "llama.cpp + sqft": _PackedLlamaCppRunner,
     "openvino": _OpenVinoRunner,
     "transformers": _TransformersRunner,
     "transformers + sqft": _PackedTransformersRunner,
+    "transformers + sqft, 8-bit head": _PackedHeadTransformersRunner,
 }
 
 
