@@ -10,7 +10,7 @@ ALL  := $(VENV)/.installed-all
 # Tests run one process a core, each with one thread: tiny tensors gain nothing from more.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup demo demo-small demo-full test test-slow check fix docs bench gpu clean
+.PHONY: help setup demo demo-small demo-full test test-slow check fix docs site dist bench gpu clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) with everything that any target needs"
@@ -20,6 +20,8 @@ help:
 	@echo "make test        the tests    (make test-slow: the long ones)"
 	@echo "make check       ruff, mypy   (make fix: let ruff repair what it can)"
 	@echo "make docs        rewrite the generated parts of README.md and docs/"
+	@echo "make site        the documentation as a web site in site/; a broken link is an error"
+	@echo "make dist        sdist and wheel in dist/, installed into a fresh environment and tried"
 	@echo "make bench       quick benchmarks; results in runs/bench/"
 	@echo "make gpu         everything on an NVIDIA GPU in 9 minutes, with $(PYTHON) as it stands (docs/gpu.md)"
 	@echo "make clean       remove caches and the environment; runs/ stays"
@@ -66,6 +68,14 @@ fix: $(ALL)
 docs: $(ALL)
 	$(BIN)/python docs/generate.py
 
+site: $(ALL)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+dist: $(ALL)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python -m pytest tests/test_distribution.py
+
 bench: $(ALL)
 	@mkdir -p runs/bench
 	$(BIN)/python -m benchmarks.adapters --quick --json runs/bench/adapters.json
@@ -78,4 +88,4 @@ gpu:
 	PYTHONPATH="src$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m benchmarks.gpu --minutes 9 --json runs/bench/gpu.json
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist site

@@ -96,6 +96,8 @@ def test_make_knows_its_targets() -> None:
         "check",
         "fix",
         "docs",
+        "site",
+        "dist",
         "bench",
         "gpu",
     ]

@@ -3,19 +3,15 @@
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sqft.cli import run_command_line
+from tests.documents import run_document
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(
-    r"<!-- (?P<mark>run|file: (?P<name>\S+)) -->\n```(?P<language>\w*)\n(?P<text>.*?)```", re.DOTALL
-)
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 
@@ -30,24 +26,11 @@ def test_the_marked_blocks_run(
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     more = [json.dumps({"question": f"What is {a} plus 50?", "answer": str(a + 50)}) for a in range(4)]
     (tmp_path / "more.jsonl").write_text("\n".join(more))
-    program = ""
-    commands = []
-    for block in BLOCK.finditer(README):
-        if block["name"]:
-            (tmp_path / block["name"]).write_text(block["text"])
-        elif block["language"] == "python":
-            program += block["text"]
-        else:
-            commands += [line.split("#")[0].split() for line in block["text"].splitlines() if line.strip()]
-    assert len(commands) >= 5
-    assert program.count("import") >= 3
     monkeypatch.chdir(tmp_path)
-    for command in commands:
-        assert command[0] == "sqft"
-        assert run_command_line(command[1:]) == 0, command
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as a user's Python shows no one else's deprecations
-        exec(compile(program, "README.md", "exec"), {})
+    names: dict[str, object] = {}
+    commands = run_document(README, names)
+    assert len(commands) >= 5
+    assert {"sqft", "AutoTokenizer", "SqftConfig"} <= names.keys()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -45,7 +45,7 @@ def demo(
     values = demo_values(name)
     values["data"] = write_demo_data(workspace / f"{name}-data", **SIZES[name][1])
     values["runtime"] = {"workspace": str(workspace)}
-    # As if it lay there: the demo of another version replaces the results of this one.
+    # The recipe counts as a file in the workspace, so that the demo may replace results of its earlier runs.
     print_result(run_with_progress(parse_recipe(values, origin=name, path=workspace / f"{name}.yaml")))
 
 

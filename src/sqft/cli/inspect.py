@@ -16,7 +16,7 @@ __all__ = ["LayerFacts", "inspect", "inspect_layers"]
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a model directory holds of one linear.
+    """What a model directory says about one linear layer.
 
     mask_sparsity, error: None where nothing is recorded. pattern: of the mask, None where it has none.
     """
@@ -110,7 +110,7 @@ def _tensor_bytes(checkpoint: "Checkpoint", name: str) -> int:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    """A JSON file of ours beside the weights; empty if there is none."""
+    """Read one of sqft's JSON files beside the weights; empty if there is none."""
     from sqft.errors import ModelError
 
     if not path.exists():

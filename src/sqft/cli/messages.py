@@ -1,4 +1,4 @@
-"""What the terminal shows beside a command's result: progress, warnings, and the end of a killed run."""
+"""What the terminal shows beside a command's result: progress bars, warnings, and how a killed run ends."""
 
 import logging
 import signal

@@ -8,7 +8,7 @@ __all__ = ["print_table"]
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """Print a table: the first `left` columns to the left, the others, numbers, to the right.
 
-    In a pipe it is as wide as it needs to be, so that nothing is cut.
+    When the output is a pipe the table is as wide as its contents, so that nothing is cut off.
     """
     from rich import box
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""How the overall sparsity is shared out among the blocks."""
+"""Distributes the overall sparsity over the blocks."""
 
 from collections.abc import Mapping, Sequence
 

@@ -57,7 +57,7 @@ def obs_pass(
     """Walk the columns once.
 
     factor: U, in `order`. mask: True = kept, where it is given; else `choose` picks it from the compensated
-    weights of `choose_every` columns at a time (a divisor or a multiple of nothing in particular). grid: take
+    weights of `choose_every` columns at a time (any number of columns). grid: take
     it when a group's first column is reached, unless it is static; an `order` needs a static one. carry: C,
     in `order`, zero up to its diagonal: each column j, as it is before it is rounded or pruned, also adds
     w_j · C[j, j+1:] to the columns to come.

@@ -1,4 +1,4 @@
-"""Making the most of a chosen number of weights: better masks by swaps, better values by least squares.
+"""Improves a pruned layer at the same sparsity: better masks by swaps, better values by least squares.
 
 Both look at the layer's squared output error, tr((W' - W) H (W' - W)ᵀ), one output row at a time.
 """

@@ -1,4 +1,4 @@
-"""What is told of every compressed layer, and the checks that all methods share."""
+"""The per-layer report, and the checks that all methods share."""
 
 import logging
 from dataclasses import asdict, dataclass

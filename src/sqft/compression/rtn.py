@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline that looks at nothing but the weights."""
+"""Round to nearest: the baseline that uses nothing but the weights."""
 
 import torch
 from jaxtyping import Bool, Float

@@ -53,7 +53,8 @@ def prune_and_round(
     Differs from the paper: groups of columns share a grid, taken from what the group keeps where that is
     known when its first column is reached.
 
-    Raises: CompressionError if group size or pattern do not divide the width, or the Hessian is no use.
+    Raises: CompressionError if group size or pattern do not divide the width, or the Hessian cannot be
+    factorised.
     """
     size = group_width(weight.shape[1], options)
     factor, damping = hessian.inverse_factor(damping)

@@ -1,4 +1,4 @@
-"""What a compression method wants to know of a linear's calibration inputs.
+"""Running statistics of a linear layer's calibration inputs.
 
 Linears that read the very same tensor (q/k/v, gate/up) share one statistic. X has a row for each token.
 """

@@ -29,7 +29,7 @@ __all__ = ["BlockWalk", "InputGroup", "Statistic", "digest_tensor", "read_facts"
 logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 2048
-HELD_OUT_FROM = 8  # sequences: with so many, the last one is kept out of the statistics, to measure errors on
+HELD_OUT_FROM = 8  # from this many sequences on, the last is kept out of the statistics, to measure errors on
 SAMPLE_TOKENS = 128
 PROBE_TOKENS = 32
 TENSORS = "tensors"  # in the metadata of a state: the digests of its tensors

@@ -1,4 +1,4 @@
-"""Examples to padded batches."""
+"""Turns examples into padded batches."""
 
 from collections.abc import Sequence
 

@@ -29,10 +29,11 @@ def calibration_tokens(
     *,
     seed: int,
 ) -> Int64[Tensor, "num_samples sequence_length"]:
-    """Texts in an order drawn by the seed, each with the end-of-text token, if any; cut into rows.
+    """Token ids (num_samples, sequence_length): the texts in an order drawn by the seed, each followed by the
+    end-of-text token if there is one, joined and cut into rows.
 
-    train: the training items (prompt and answer), which source 'train' stands for; neither search nor test
-    items are looked at.
+    train: the training items, whose prompts and answers are the texts if the source is 'train'. Search and
+    test items are never read.
 
     Raises: DataError if the source is missing, malformed, or has too few tokens.
     """

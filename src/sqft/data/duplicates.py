@@ -1,4 +1,4 @@
-"""Items that stand in two splits: exact ones by text, near ones by shape."""
+"""Finds items that occur in two splits: exact repeats, and near-duplicates."""
 
 import re
 from collections import Counter
@@ -10,7 +10,7 @@ __all__ = ["count_near_duplicates", "drop_repeats", "text_key"]
 
 NEAR = 0.5  # Jaccard similarity of word 5-grams from which two prompts count as near-duplicates
 SHINGLE = 5
-TEMPLATE_SHARE = 0.05  # a 5-gram in more of the items than this belongs to the template
+TEMPLATE_SHARE = 0.05  # 5-grams that a larger share of the items has belong to the template
 
 
 def text_key(example: Example) -> str:
@@ -19,7 +19,7 @@ def text_key(example: Example) -> str:
 
 
 def drop_repeats(examples: Iterable[Example], *others: Iterable[Example]) -> list[Example]:
-    """The examples that stand in none of the other splits."""
+    """The examples that occur in none of the other splits."""
     taken = {text_key(example) for other in others for example in other}
     return [example for example in examples if text_key(example) not in taken]
 

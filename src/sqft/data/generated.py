@@ -22,7 +22,7 @@ ENDS = ("begins", 0), ("ends", -1)
 def write_demo_data(
     directory: Path, *, seed: int = 0, train_items: int = 1600, search_items: int = 64, test_items: int = 300
 ) -> dict[str, Any]:
-    """Write train.jsonl, search.jsonl and test.jsonl; no word stands in two of them, or twice in one.
+    """Write train.jsonl, search.jsonl and test.jsonl; no word occurs in two of them, or twice in one.
 
     A record is {"question", "choices", "label", "word"}; half of the questions ask for the first letter, half
     for the last. The files are a function of the seed and the counts.

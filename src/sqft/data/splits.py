@@ -27,9 +27,9 @@ def load_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, *, see
     """Read, format and tokenize the items, and make the splits disjoint.
 
     A split whose source is not given is drawn from train by the seed: as many items as the section says, or
-    the usual number, or of small data a share, which may be none. An item of train that also stands (same
-    prompt and answer but for case and spacing) in search or test is dropped from train, one of search that
-    stands in test from search; near-duplicates are counted and kept.
+    the usual number, or of small data a share, which may be none. An item of train that also occurs (the
+    same prompt and answer but for case and spacing) in search or test is dropped from train, and one of
+    search that occurs in test is dropped from search; near-duplicates are counted and kept.
 
     Raises: DataError for missing, empty or malformed files (with the line), items longer than
     sequence_length where the section refuses them, and splits that would be empty though they were named.

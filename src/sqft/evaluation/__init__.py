@@ -1,7 +1,7 @@
 """Measuring a model: loss and accuracy on held-out items, perplexity, and lm-evaluation-harness."""
 
 from sqft.evaluation.accuracy import AccuracyResult, evaluate_accuracy
-from sqft.evaluation.harness import evaluate_tasks, task_files
+from sqft.evaluation.harness import evaluate_tasks, find_task_data
 from sqft.evaluation.items import evaluate_items
 from sqft.evaluation.loss import LossResult, PerplexityResult, evaluate_loss, evaluate_perplexity
 from sqft.evaluation.paired import Difference, compare_correct, paired_difference
@@ -17,6 +17,6 @@ __all__ = [
     "evaluate_loss",
     "evaluate_perplexity",
     "evaluate_tasks",
+    "find_task_data",
     "paired_difference",
-    "task_files",
 ]

@@ -88,7 +88,7 @@ def _result(
 
 
 def choice_rows(example: Example) -> list[Row]:
-    """What scoring each choice of an item needs; choices of one token share their input, and so one pass."""
+    """The rows to score for an item's choices; choices of one token share their input, and so one pass."""
     first = len(example.prompt_ids) - 1
     return [
         Row((*example.prompt_ids, *choice[:-1]), [(first + i, token) for i, token in enumerate(choice)])

@@ -18,10 +18,10 @@ from sqft.evaluation.task_data import local_files, with_local_data
 from sqft.evaluation.task_files import read_task, sandboxed_templates
 from sqft.progress import SILENT, Progress
 
-__all__ = ["evaluate_tasks", "main_figure", "task_files"]
+__all__ = ["evaluate_tasks", "find_task_data", "main_figure"]
 
 YAML = (".yaml", ".yml")
-BOOTSTRAP = 1000  # rounds for the standard errors of metrics that are no mean
+BOOTSTRAP = 1000  # bootstrap rounds for the standard errors of metrics that are not means
 
 
 def evaluate_tasks(
@@ -85,7 +85,7 @@ def evaluate_tasks(
                 apply_chat_template=chat,
                 limit=max_items,
                 bootstrap_iters=BOOTSTRAP,
-                random_seed=None,  # nothing global is touched
+                random_seed=None,  # do not let it configure global logging and seeds
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
@@ -98,7 +98,7 @@ def evaluate_tasks(
     }
 
 
-def task_files(tasks: Sequence[str], data_dir: Path) -> dict[str, Path]:
+def find_task_data(tasks: Sequence[str], data_dir: Path) -> dict[str, Path]:
     """The files below `data_dir` that tasks read, by "TASK/SPLIT".
 
     Raises: MissingExtraError without lm-eval; DataError for an unknown task, or one without its files.

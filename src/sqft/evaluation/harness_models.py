@@ -1,4 +1,4 @@
-"""Models as lm-evaluation-harness wants them, reporting where they are."""
+"""Wraps models in the interface of lm-evaluation-harness, with progress reports."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,7 +139,7 @@ def _row(context: Sequence[int], answer: Sequence[int]) -> Row:
 
 
 def _is_greedy(runtime: Runtime, row: Row) -> bool:
-    """Whether the model itself would have answered so."""
+    """Whether this answer is the model's greedy one."""
     start = row.wanted[0][0] + 1
     answer = [token for _, token in row.wanted]
     return all(

@@ -126,7 +126,7 @@ def size_on_disk(directory: Path) -> int:
 
 
 def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:
-    """What compression cost and what stays to the dense reference, paired by item, in one line each.
+    """What compression cost, and the gap that remains to the dense reference, paired by item, one line each.
 
     items: the per-item figures that `measure_model` gave for each model.
     """

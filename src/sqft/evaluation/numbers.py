@@ -1,4 +1,4 @@
-"""Answers that are numbers: the last one in a text counts, and nearly equal is equal.
+"""Marks numeric answers: the last number in a text counts, and may differ by 0.001.
 
 The task files of this package name these functions; they read `question` and `answer` of a record, where the
 answer is a number, or a worked solution that ends in one.

@@ -96,7 +96,7 @@ def compare_correct(
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The two-sided p-value of McNemar's exact test: that of `gained` heads in gained + lost fair throws.
+    """The two-sided p-value of McNemar's exact test: that of `gained` heads in gained + lost coin throws.
 
     gained, lost: items that only one of the two models answers right.
     Source: McNemar 1947; the exact form in Fagerland, Lydersen, Laake 2013.

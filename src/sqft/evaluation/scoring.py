@@ -54,7 +54,7 @@ def score_rows(
 ) -> list[list[float]]:
     """Natural-log probabilities for every wanted pair of every row, in the order given.
 
-    A row that another row begins with is read off that row's forward pass.
+    A row that is the beginning of another row is scored from that row's forward pass.
 
     Raises: ModelError if the model's logits are not numbers.
     """
@@ -133,7 +133,7 @@ def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:
 
 @contextmanager
 def evaluating(model: Scorable) -> Iterator[None]:
-    """Without gradients and dropout; the model's mode is put back."""
+    """Switch gradients and dropout off, and restore the model's mode afterwards."""
     if not isinstance(model, nn.Module):
         yield
         return

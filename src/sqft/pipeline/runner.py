@@ -255,10 +255,10 @@ def _texts_key(recipe: Recipe) -> str:
         "tasks": tasks,
     }
     if section.tasks_data is not None:
-        from sqft.evaluation import task_files
+        from sqft.evaluation import find_task_data
 
         named = [task for task in section.tasks if Path(task).suffix not in YAML]
-        files = task_files(named, Path(section.tasks_data))
+        files = find_task_data(named, Path(section.tasks_data))
         texts["data"] = {name: digest_file(path) for name, path in files.items()}
     return digest_json(texts)
 

@@ -24,8 +24,8 @@ class ModelRow:
     """One measured model; None where something was not measured.
 
     loss: nats (`report.summary.loss_unit`). accuracy: share of the items, 0-1. Both with 95 % intervals.
-    sparsity: share of zeros among the weights that the recipe may prune. bits: of the integers it is stored
-    in, None for 16-bit weights.
+    sparsity: the share of zeros among the weights that the recipe may prune. bits: of the integers that the
+    weights are stored as; None for 16-bit weights.
     """
 
     name: str

@@ -18,7 +18,9 @@ __all__ = ["render_page", "write_report"]
 def write_report(
     data: ReportData, directory: Path, items: dict[str, dict[str, Any]] | None = None
 ) -> tuple[Path, Path]:
-    """Write report.json and report.html, and return their paths: others where a user's are in the way.
+    """Write report.json and report.html and return their paths.
+
+    A user's file of that name is left alone, and the report gets another.
 
     items: what every item gave, by model; becomes items.json, which comparisons are made from.
     """

@@ -18,7 +18,7 @@ INK, RULE, FAINT = "#010203", "#040506", "#070809"
 CSS = {INK: "var(--ink)", RULE: "var(--rule)", FAINT: "var(--faint)"}
 PALETTE = ("#3f7fbf", "#d9822b", "#2f9e76", "#c2543c", "#8d6cb0", "#8a8d3b", "#b0678f", "#5b9fb5")
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-WIDTH = 4.8  # inches: the page shows it at its own size, a phone shrinks it by a fifth
+WIDTH = 4.8  # inches: the page shows plots at this size, and a phone shrinks them by a fifth
 
 
 class Plot:
@@ -123,7 +123,7 @@ def _render(draw: Callable[[Any], None], height: float, description: str) -> str
 
 
 def _adapt(svg: str, description: str) -> str:
-    """Keep the <svg> element alone, give it a label, and hand its colours and font to the page."""
+    """Keep only the <svg> element, give it a label, and let the page choose its colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'font: (\d+px) [^;"]*', rf"font: \1 {FONT}", svg)
@@ -192,7 +192,7 @@ def _draw_training(figure: Any, data: ReportData) -> None:
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """The mean of the values around every place, `width` to either side."""
+    """The mean of each value and its neighbours, `width` to either side."""
     windows = (values[max(0, i - width) : i + width + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
@@ -229,7 +229,7 @@ def _draw_layers(figure: Any, layers: list[LayerRow], quantity: str) -> None:
 
 
 def _draw_ranks(figure: Any, ranks: dict[str, int]) -> None:
-    """A map: one column a block, one row a kind of rank group."""
+    """A heat map with a column for each block and a row for each kind of rank group."""
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
     cells = {_split_name(group): rank for group, rank in ranks.items()}

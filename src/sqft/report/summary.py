@@ -7,7 +7,8 @@ from sqft.report.content import ModelRow, ReportData
 
 __all__ = ["format_bytes", "format_seconds", "label_model", "loss_unit", "markdown_table", "summary_table"]
 
-# Shares of zeros up to which weights count as dense: by chance, and of integers by rounding (INT4: 22 %).
+# Below these shares of zeros a model counts as dense: 16-bit weights are zero by chance only, and integers
+# also by rounding (a dense INT4 model has 22 % zeros).
 STRAY_ZEROS, ROUNDED_ZEROS = 0.01, 0.4
 
 

@@ -13,7 +13,7 @@ from sqft.adapters import SearchSpace, SubAdapter
 
 __all__ = ["HillClimb"]
 
-TRIES = 64  # draws around the best sub-adapter before the neighbourhood is widened
+TRIES = 64  # random draws around the best sub-adapter before more groups are moved
 
 
 class HillClimb(BaseSampler):  # type: ignore[misc]
@@ -33,7 +33,7 @@ class HillClimb(BaseSampler):  # type: ignore[misc]
         }
 
     def propose(self, trials: list[tuple[SubAdapter, float]]) -> SubAdapter:
-        """The sub-adapter to look at after these (sub-adapter, loss) pairs, in the order they finished."""
+        """What to evaluate next, given the (sub-adapter, loss) pairs in the order they finished."""
         if not trials:
             return self.space.median()
         best = min(trials, key=lambda trial: trial[1])[0]  # the first of equals
@@ -59,7 +59,7 @@ class HillClimb(BaseSampler):  # type: ignore[misc]
         return [ranks[i] for i in (index - 1, index + 1) if 0 <= i < len(ranks)] or [rank]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All groups, always (Optuna's own inference reads every trial again)."""
+        """All groups, always: Optuna's own inference would read every trial again."""
         return self.distributions
 
     def sample_relative(

@@ -105,7 +105,7 @@ METHODS: dict[str, Callable[..., SearchResult]] = {
 
 
 def _open_study(storage: Path, sampler: HillClimb, space: SearchSpace, seed: int) -> optuna.Study:
-    """The study in the journal, as far as it got: what a kill left behind is cleared away first."""
+    """Open the study in the journal, after clearing away what a killed process left behind."""
     storage.parent.mkdir(parents=True, exist_ok=True)
     sealed = _seals(storage).exists()
     for lock in storage.parent.glob(f"{storage.name}.lock*"):
@@ -123,7 +123,9 @@ def _open_study(storage: Path, sampler: HillClimb, space: SearchSpace, seed: int
         if len(study.get_trials(deepcopy=False)) == 0 and len(optuna.get_all_study_names(study._storage)) > 1:
             raise WorkspaceError(f"{storage} holds another search; remove it, or choose another place")
         if _finished(study, space) and not sealed:
-            raise WorkspaceError(f"{storage} holds trials that nothing proves; remove it to search anew")
+            raise WorkspaceError(
+                f"{storage} has no record of which of its trials are whole; remove it to search anew"
+            )
         if not sealed:
             _seal(storage)
     except (ValueError, KeyError) as error:
@@ -134,7 +136,7 @@ def _open_study(storage: Path, sampler: HillClimb, space: SearchSpace, seed: int
 
 
 def _seal(storage: Path) -> None:
-    """Note that the journal is whole as it is now: its length and digest, on the disk after it."""
+    """Record that the journal is whole as it is now, by its length and digest, once it is on the disk."""
     sync_path(storage)
     with _seals(storage).open("ab") as file:
         file.write(_sealed(storage.read_bytes()) + b"\n")
@@ -143,7 +145,7 @@ def _seal(storage: Path) -> None:
 
 
 def _cut_to_seal(storage: Path) -> None:
-    """Cut the journal back to its longest beginning that is as it was written."""
+    """Cut the journal back to the longest beginning that is known to be undamaged."""
     content = storage.read_bytes() if storage.exists() else b""
     seals = _seals(storage).read_bytes().splitlines() if _seals(storage).exists() else []
     kept = content.rfind(b"\n") + 1

@@ -52,7 +52,9 @@ class SparsifySection(Section):
     budget_spread: float = Field(
         0.08, ge=0, le=0.5, description="How far a block may be off, where the budget is not uniform."
     )
-    swaps: int = Field(0, ge=0, description="Swaps a row, at most, that refine the mask on the Gram matrix.")
+    swaps: int = Field(
+        0, ge=0, description="Maximum mask swaps per row, chosen on the Gram matrix of the inputs."
+    )
     refit: int = Field(0, ge=0, description="Steps of least squares for the kept weights; 0 leaves them.")
     dense_targets: bool = Field(
         False,

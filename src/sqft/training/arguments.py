@@ -1,4 +1,4 @@
-"""A train section as transformers.TrainingArguments."""
+"""Translates a train section into transformers.TrainingArguments."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ UPLOADS = ("push_to_hub", "hub_")
 
 
 def check_arguments(section: TrainSection) -> None:
-    """Check `section.arguments` and the cutting of batches without building anything.
+    """Check `section.arguments`, and that batches divide into micro-batches, without building anything.
 
     Raises: TrainingError for a field that TrainingArguments does not have (naming the nearest), for one that
     the recipe sets elsewhere or that uploads, and for a batch that does not divide into its micro-batches.
@@ -114,7 +114,7 @@ def training_arguments(
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turn what transformers says of `train.arguments` into one line.
+    """Turn an exception of transformers about `train.arguments` into an error of one line.
 
     Raises: MissingExtraError for a package that is not installed; TrainingError for everything else.
     """

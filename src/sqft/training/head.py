@@ -1,4 +1,4 @@
-"""The output layer left out of a model's forward, so that its loss can be taken in chunks."""
+"""Leaves the output layer out of a model's forward pass, so that the loss can be computed in chunks."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def separable_head(model: nn.Module) -> nn.Linear | None:
-    """The output layer if logits are its output and nothing else, and it is whole and frozen; else None."""
+    """The output layer if the logits are exactly its output and it is unsharded and frozen; else None."""
     unwrap: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
     base = model if unwrap is None else unwrap()
     find_head: Callable[[], nn.Module] | None = getattr(base, "get_output_embeddings", None)
@@ -26,7 +26,7 @@ def separable_head(model: nn.Module) -> nn.Linear | None:
 
 @contextmanager
 def without_head(head: nn.Linear) -> Iterator[None]:
-    """While it lasts the output layer hands its input on, so that a model's logits are its hidden states."""
+    """In this context the output layer returns its input: a model's logits are then its hidden states."""
 
     def pass_on(hidden: Tensor) -> Tensor:
         return hidden

@@ -62,7 +62,7 @@ class TrainingRecord:
         return asdict(self)
 
     def summary(self) -> dict[str, Any]:
-        """The figures worth a line."""
+        """The main figures, for the report."""
         tokens = sum(step.tokens for step in self.steps)
         last = self.losses[-max(1, len(self.steps) // 10) :]
         return {
@@ -94,7 +94,7 @@ class Journal:
             file.write(json.dumps(asdict(step)) + "\n")
 
     def keep(self, last: int) -> list[StepRecord]:
-        """The steps up to and with `last`; later ones, and a torn last line, leave the file."""
+        """Return the steps up to and including `last`; the file loses later ones and a torn last line."""
         steps = [StepRecord(**json.loads(line)) for line in self._lines(last)]
         if not self.writes:
             return steps
@@ -104,9 +104,9 @@ class Journal:
         return steps
 
     def mark(self, step: int, facts: dict[str, Any]) -> None:
-        """Say that the checkpoint of a step is whole, with digests of its files and of the steps up to it.
+        """Mark the checkpoint of a step as whole, with digests of its files and of the steps up to it.
 
-        All of it is on the disk before the marker is.
+        Everything is synced to the disk before the marker is written.
         """
         checkpoint = self._checkpoint(step)
         sync_tree(checkpoint)
@@ -123,7 +123,7 @@ class Journal:
         return {step: (self._checkpoint(step), self._facts(step)) for step in found}
 
     def _facts(self, step: int) -> dict[str, Any] | None:
-        """What the marker of a checkpoint says; None if checkpoint or steps are not those that it proves."""
+        """The facts in a checkpoint's marker; None if checkpoint or steps do not match its digests."""
         marker = self._checkpoint(step) / MARKER
         if not marker.exists():
             return None
@@ -139,7 +139,7 @@ class Journal:
         return None
 
     def _changed_since(self, step: int, proof: dict[str, Any]) -> Path | None:
-        """The first file that is not what the proof of a step says; None if all are."""
+        """The first file whose digest differs from the one in a step's marker; None if all agree."""
         checkpoint = self._checkpoint(step)
         found = digest_files(checkpoint)
         for name, digest in proof.get("files", {}).items():
@@ -158,7 +158,7 @@ class Journal:
 
 
 def environment(model: torch.nn.Module, device: torch.device) -> dict[str, str]:
-    """What bit-equality after a resume rests on: device kind, threads, dtype and versions."""
+    """What must be equal for a resume to be bit-identical: device kind, threads, dtype and versions."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
@@ -177,7 +177,7 @@ def reset_peak(device: torch.device) -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # the peak then covers the process's whole life
+        return  # without it, the peak covers the process's whole life
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -162,7 +162,7 @@ def _repeatable(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' own messages out of the way; errors still come through."""
+    """Silence transformers' messages, but not its errors."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""transformers.Trainer with one rank configuration a step, a loss on counted tokens, and a strict journal."""
+"""transformers.Trainer with one sub-adapter a step, a loss over counted tokens, and a journal of steps."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -112,7 +112,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         self.journal = callback
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own. Raises: MissingExtraError or TrainingError for an optimizer that cannot be made."""
+        """As Trainer. Raises: MissingExtraError or TrainingError for an optimizer that cannot be made."""
         with refusals():
             optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.param_groups[:] = list(
@@ -121,7 +121,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's own. Raises: TrainingError for settings that the schedule does not take."""
+        """As Trainer. Raises: TrainingError for settings that the schedule does not take."""
         with refusals():
             return super().create_scheduler(*args, **kwargs)
 
