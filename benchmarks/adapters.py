@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 
 from sqft.ops import QParams, compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
 from sqft.ops.adapted_linear import adapted_linear
+from sqft.ops.packed import pack_codes
+from sqft.ops.scaled_linear import scaled_linear
 
 TOKENS, RANK, ALPHA, GROUP = 1024, 32, 64.0, 64
 SMOLLM2 = {"q": (576, 576), "k, v": (192, 576), "up": (1536, 576), "down": (576, 1536)}
@@ -48,6 +51,7 @@ LAYER_VARIANTS = (
     "published qa",
     "qa exact",
     "qa lowrank",
+    "scales",
     "three products",
 )
 
@@ -82,6 +86,7 @@ def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Ca
     published = PublishedLinear(base.to(dtype), RANK, ALPHA)
     published_qa = PublishedLinear(base, RANK, ALPHA, grid, latent)
     stored, scaling = base.to(dtype), ALPHA / RANK
+    packed, scale = pack_codes(quantize(base, grid), grid.bits), grid.scale.clone().requires_grad_()
 
     def fused(tensor: Tensor, gradient: Any, **settings: Any) -> Callable[[], Tensor]:
         return lambda: adapted_linear(
@@ -97,6 +102,7 @@ def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Ca
         "published qa": lambda: published_qa(x),
         "qa exact": fused(latent, "exact", qparams=grid),
         "qa lowrank": fused(latent, "lowrank", qparams=grid),
+        "scales": lambda: scaled_linear(x, packed, replace(grid, scale=scale)),
     }
     if device == "cuda":
         forwards["exact triton"] = fused(stored, "exact", kernels="triton")
@@ -109,7 +115,7 @@ def layer_jobs(out_features: int, in_features: int, device: str) -> dict[str, Ca
 
     def job(forward: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
-            x.grad = lora_A.grad = lora_B.grad = None
+            x.grad = lora_A.grad = lora_B.grad = scale.grad = None
             forward().backward(dy)
 
         return run
@@ -152,6 +158,7 @@ RATIOS = (
     ("qa exact", "published qa"),
     ("three products", "published qa"),
     ("qa lowrank", "peft lora"),
+    ("scales", "exact"),
 )
 
 
@@ -203,6 +210,7 @@ def collect_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
             for name, key, at_most, aim, floor_ in (
                 ("sparse_peft exact / published", "exact / published", 0.70, 0.64, 0.61),
                 ("qa_sparse_peft exact / published QA", "qa exact / published qa", 0.88, 0.80, 1.01),
+                ("scales / sparse_peft exact", "scales / exact", 1.0, 0.95, 0.96),
             )
             for model in ("SmolLM2-135M", "Llama-3-8B")
         ),

@@ -82,6 +82,7 @@ FLOPS = {
     "exact": lambda n, r, o, i: 6 * n * o * i + 8 * r * o * i,
     "lowrank": lambda n, r, o, i: 4 * n * o * i + 4 * r * o * i + 4 * n * r * (o + i),
     "published qa": lambda n, r, o, i: 6 * n * o * i + 6 * r * o * i,
+    "scales": lambda n, r, o, i: 6 * n * o * i,
     "three products": lambda n, r, o, i: 6 * n * o * i,
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sqft.adapters import SearchSpace, SqftConfig, attach_adapters, set_ranks, set_step
 from sqft.adapters.targets import find_targets
-from sqft.models import QuantizedLinear, load_model, resolve_model
+from sqft.models import PackedLinear, QuantizedLinear, load_model, resolve_model
 from sqft.ops import compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
 from sqft.sections import AdapterSection, ModelSection
 from sqft.training.record import peak_bytes, reset_peak
@@ -34,12 +34,16 @@ STEP_VARIANTS = (
     "published qa",
     "qa exact",
     "qa lowrank",
+    "scales",
 )
 QUICK_VARIANTS = tuple(variant for variant in STEP_VARIANTS if variant != "hybrid 4")
 
 
-def pruned_model(directory: Path, device: str, quantized: bool) -> nn.Module:
-    """SmolLM2-135M with half of the adapted weights pruned by magnitude, and rounded to 4 bits if wanted."""
+def pruned_model(directory: Path, device: str, quantized: bool, packed: bool = False) -> nn.Module:
+    """SmolLM2-135M with half of the adapted weights pruned by magnitude, and rounded to 4 bits if wanted.
+
+    packed: hold the codes alone.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_model(directory, dtype=dtype, device=device)
     for name, linear in find_targets(model, TARGETS).items():
@@ -52,13 +56,19 @@ def pruned_model(directory: Path, device: str, quantized: bool) -> nn.Module:
         grid = compute_qparams(base.float(), bits=4, group_size=64, symmetric=True)
         latent = encode_latent(base, quantize(base, grid), mask, grid)
         parent, _, end = name.rpartition(".")
-        setattr(model.get_submodule(parent), end, QuantizedLinear(latent, grid, dtype=dtype))
+        coded: nn.Module = QuantizedLinear(latent, grid, dtype=dtype)
+        if packed:
+            coded = PackedLinear.pack(quantize(base, grid), grid, dtype=dtype)
+        setattr(model.get_submodule(parent), end, coded)
     return model.requires_grad_(False)
 
 
 def build(variant: str, directory: Path, device: str) -> nn.Module:
     """The model of a variant, ready to train."""
-    model = pruned_model(directory, device, quantized="qa" in variant)
+    scales = variant == "scales"
+    model = pruned_model(directory, device, quantized="qa" in variant or scales, packed=scales)
+    if scales:  # of the same linears, and the norms
+        return attach_adapters(model, AdapterSection(method="scales"))
     if variant == "peft lora":
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
         return get_peft_model(model, config)
@@ -156,7 +166,16 @@ def step_flops(model: nn.Module, variant: str) -> float:
 def saved_bytes_per_weight(device: str) -> dict[str, float]:
     """Bytes that autograd keeps of one layer beyond x, A, B and what is resident anyway, per weight."""
     out_features, in_features, found = 256, 512, {}
-    for variant in ("peft lora", "published", "exact", "lowrank", "published qa", "qa exact", "qa lowrank"):
+    for variant in (
+        "peft lora",
+        "published",
+        "exact",
+        "lowrank",
+        "published qa",
+        "qa exact",
+        "qa lowrank",
+        "scales",
+    ):
         holder = nn.Module()
         holder.layers = nn.ModuleList([nn.Module()])
         linear = nn.Linear(in_features, out_features, bias=False, device=device)
@@ -168,7 +187,8 @@ def saved_bytes_per_weight(device: str) -> dict[str, float]:
         if variant.startswith("published"):
             layer: nn.Module = PublishedLinear(base, RANK, ALPHA, grid if "qa" in variant else None)
         else:
-            holder.layers[0].up_proj = QuantizedLinear(latent, grid) if "qa" in variant else linear
+            coded = PackedLinear.pack(quantize(base, grid), grid) if variant == "scales" else linear
+            holder.layers[0].up_proj = QuantizedLinear(latent, grid) if "qa" in variant else coded
             if variant == "peft lora":
                 config: Any = LoraConfig(r=RANK, target_modules=["up_proj"])
                 layer = get_peft_model(holder, config).base_model.model.layers[0].up_proj
@@ -176,6 +196,8 @@ def saved_bytes_per_weight(device: str) -> dict[str, float]:
                 method = "qa_sparse_peft" if "qa" in variant else "sparse_peft"
                 gradient: Any = "lowrank" if "lowrank" in variant else "exact"
                 settings = SqftConfig(method=method, gradient=gradient, target_modules=["up_proj"])
+                if variant == "scales":
+                    settings = SqftConfig(method="scales", train_norms=False)
                 layer = get_peft_model(holder, settings).base_model.model.layers[0].up_proj
         x = torch.randn(8, in_features, device=device, requires_grad=True)
         resident = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
