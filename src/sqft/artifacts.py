@@ -6,6 +6,7 @@ A manifest is written last: a directory that has one is finished, whatever kille
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -143,9 +144,16 @@ def digest_files(directory: Path, *, cache: Path | None = None) -> dict[str, str
         identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
         digests[name] = known[identity] = known.get(identity) or digest_file(path)
     if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, known)
+        _write_cache(cache, known)
     return digests
+
+
+def _write_cache(cache: Path, known: dict[str, str]) -> None:
+    """Several processes may write at a time: the last one counts, and an entry that is lost is made anew."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    os.replace(temporary, cache)
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:

@@ -295,12 +295,3 @@ def test_an_interrupted_run(
     monkeypatch.undo()
     assert run(values, tmp_path) == 0
     assert list(tmp_path.rglob("merged"))
-
-
-def test_two_runs_in_one_workspace(
-    values: Values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from sqft.pipeline.runner import open_workspace
-
-    with open_workspace(tmp_path / "runs"):
-        refused(capsys, run(values, tmp_path), tmp_path, "another run", "runtime.workspace")

@@ -156,7 +156,7 @@ def test_the_command(
     assert values["rows"][1]["gaps"]["loss"]["difference"] > 0
     assert run_command_line(["compare", *runs, "--markdown"]) == 0
     assert capsys.readouterr().out.startswith("| model |")
-    (tmp_path / "mine.html").write_text("my own")
-    assert run_command_line(["compare", *runs, "--html", "mine.html"]) == 2
-    assert "no page of sqft compare" in capsys.readouterr().err
-    assert (tmp_path / "mine.html").read_text() == "my own"
+    (tmp_path / "comparison.html").write_text("my own")
+    assert run_command_line(["compare", *runs]) == 0
+    assert "comparison-2.html" in capsys.readouterr().out
+    assert (tmp_path / "comparison.html").read_text() == "my own"

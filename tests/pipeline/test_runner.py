@@ -9,8 +9,9 @@ import pytest
 
 from sqft.errors import AdapterError, DataError, TrainingError, WorkspaceError
 from sqft.marks import Mark, write_mark
-from sqft.pipeline import parse_recipe, run_recipe, workspace_status
-from sqft.pipeline.runner import open_workspace, stage_keys
+from sqft.pipeline import parse_recipe, plan_recipe, run_recipe, workspace_status
+from sqft.pipeline.locks import StageBusyError, hold
+from sqft.pipeline.runner import Workspace, stage_keys
 
 
 @pytest.fixture
@@ -77,12 +78,15 @@ def test_a_kill_before_the_manifest_has_its_name_does_not_stick(values: dict[str
     assert all(finished.reused for finished in stages)
 
 
-def test_one_run_at_a_time(values: dict[str, Any]) -> None:
-    with (
-        open_workspace(Path(values["runtime"]["workspace"])),
-        pytest.raises(WorkspaceError, match="another run"),
-    ):
-        run_recipe(parse_recipe(values))
+def test_a_stage_is_made_by_one_process_at_a_time(values: dict[str, Any]) -> None:
+    recipe = parse_recipe(values)
+    stage = next(s for s in plan_recipe(recipe).stages if s.name == "sparsify")
+    lock = Workspace(Path(values["runtime"]["workspace"])).lock(Path(stage.directory).name)
+    with hold(lock, "a stage"), pytest.raises(StageBusyError, match="is being made by process"):
+        run_recipe(recipe, wait=False)
+    assert not Path(stage.directory).exists()
+    assert not lock.exists()
+    run_recipe(recipe, wait=False)
 
 
 def test_workspace_that_cannot_be_written(values: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from sqft.artifacts import LAYERS, digest_file
 from sqft.certificate.stored import StoredModel, read_json
 from sqft.errors import CertificateError
-from sqft.marks import MARK, list_names
+from sqft.marks import EVALUATIONS, MARK, list_names
 
 __all__ = ["SIGNATURE", "check_files", "check_settings", "hidden_names"]
 
@@ -73,7 +73,7 @@ def check_files(directory: Path) -> str:
     """
     weights = {path.name for path in StoredModel(directory).weight_files}
     code = {path.name for path in directory.glob("*.py")}  # compared with the base's by `check_settings`
-    found = list_names(directory)
+    found = {name for name in list_names(directory) if not _is_evaluation(name)}
     strange = sorted(found - OURS - set(TEXTS) - weights - code)
     if strange:
         raise CertificateError(f"no part of a merged model: {', '.join(strange[:SHOWN])}")
@@ -83,7 +83,18 @@ def check_files(directory: Path) -> str:
 def hidden_names(directory: Path) -> list[str]:
     """Hidden files of a directory, and those in hidden folders, other than the mark of our own."""
     names = list_names(directory) - {MARK, ".environment.json"}
-    return sorted(name for name in names if any(part.startswith(".") for part in Path(name).parts))
+    return sorted(
+        name
+        for name in names
+        if any(part.startswith(".") for part in Path(name).parts) and not _is_evaluation(name)
+    )
+
+
+def _is_evaluation(name: str) -> bool:
+    """Whether it is a figure measured of a model, as the hub keeps them; nothing reads them when it runs."""
+    path = Path(name)
+    plain = path.suffix in (".json", ".jsonl", ".yaml") and not path.name.startswith(".")
+    return path.parent.as_posix() == EVALUATIONS and (plain or path.name == MARK)
 
 
 def _other_facts(directory: Path, base_dir: Path) -> list[str]:

@@ -20,6 +20,7 @@ from sqft.cli.run import run
 from sqft.cli.schema import schema
 from sqft.cli.sign import sign
 from sqft.cli.status import status
+from sqft.cli.sweep import sweep
 from sqft.cli.verify import verify
 
 __all__ = ["app"]
@@ -30,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    run, plan, status, evaluate, compare, verify, sign, compress, export, merge, pack, unpack, bench,
-    inspect, demo, schema, doctor,
+    run, sweep, plan, status, evaluate, compare, verify, sign, compress, export, merge, pack, unpack,
+    bench, inspect, demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

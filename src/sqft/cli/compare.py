@@ -25,9 +25,7 @@ def compare(
     common: Annotated[
         bool, typer.Option("--common", help="Compare on the items that all have, where some measured more.")
     ] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Where to write the page; default comparison.html.")
-    ] = None,
+    html: Annotated[Path, typer.Option(metavar="DIR", help="Folder for comparison.html.")] = Path(),
     json: Annotated[bool, typer.Option("--json", help="Print JSON, and write no page.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, and write no page.")] = False,
 ) -> None:
@@ -40,7 +38,7 @@ def compare(
     from sqft.cli.tables import print_table
     from sqft.pipeline.comparison import compare_runs
     from sqft.report import comparison as shown
-    from sqft.report.frontier import render_comparison
+    from sqft.report.page import write_comparison
 
     data = compare_runs(runs, reference=reference, every_model=every_model, common=common)
     if json:
@@ -57,18 +55,4 @@ def compare(
         print("\nwhat differs:")
         header, *rows = shown.differing_table(data)
         print_table(header, rows, left=len(header))
-    print(f"\npage: {_write_page(html, render_comparison(data))}")
-
-
-def _write_page(path: Path | None, page: str) -> Path:
-    """Write the page, never over a file that is something else."""
-    from sqft.artifacts import replace_file
-    from sqft.errors import WorkspaceError
-
-    path = path or Path("comparison.html")
-    if path.exists() and b"- sqft</title>" not in path.read_bytes()[:4096]:
-        raise WorkspaceError(f"{path} is no page of sqft compare; choose another name with --html")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    replace_file(temporary, path)
-    return path
+    print(f"\npage: {write_comparison(data, html)}")

@@ -34,7 +34,7 @@ def status(
     ]
     if rows:
         print_table(["stage", "state", "disk", "time", "directory"], rows, left=2)
-    reports = sorted(workspace.glob("*/report.json"))
+    reports = sorted([*workspace.glob("*/report.json"), *workspace.glob("*/*/report.json")])
     for path in reports:
         data = read_report(path.parent)
         certificate = {None: "no certificate", True: "certificate passed", False: "certificate FAILED"}

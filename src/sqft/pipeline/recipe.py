@@ -157,6 +157,11 @@ class Recipe(Section):
         return self._path
 
     @property
+    def training_seed(self) -> int:
+        """The seed of the training alone."""
+        return self.seed if self.train is None or self.train.seed is None else self.train.seed
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any method of the recipe looks at activations."""
         return any(section is not None and section.calibrates for section in (self.sparsify, self.quantize))

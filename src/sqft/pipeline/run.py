@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sqft.artifacts import MANIFEST, Manifest
 from sqft.errors import RecipeError
+from sqft.pipeline.locks import hold
 from sqft.pipeline.plan import check_recipe
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.results import RunResult, write_results
@@ -27,10 +28,18 @@ class StageStatus:
     elapsed_seconds: float
 
 
-def run_recipe(recipe: Recipe, *, progress: Progress = SILENT) -> RunResult:
+def run_recipe(
+    recipe: Recipe,
+    *,
+    wait: bool = True,
+    failures: dict[str, str] | None = None,
+    progress: Progress = SILENT,
+) -> RunResult:
     """Run every stage that is not there yet, and write the report.
 
     Killed at any point, the next call goes on from the last finished stage, or block, or training checkpoint.
+    Several processes may use a workspace: a stage that another one is making is waited for, unless `wait` is
+    False. failures: as `run_stages` takes it.
 
     Raises: SqftError.
     """
@@ -44,10 +53,14 @@ def run_recipe(recipe: Recipe, *, progress: Progress = SILENT) -> RunResult:
         torch.set_num_threads(recipe.runtime.threads)
     device = resolve_device(recipe.runtime.device)
     check_recipe(recipe)
-    with open_workspace(Path(recipe.runtime.workspace)) as workspace:
+    workspace = open_workspace(Path(recipe.runtime.workspace))
+    with hold(workspace.lock("models"), "the model"):  # may be converted, once
         model_directory = resolve_model(recipe.model, workspace.models, progress)
-        stages = run_stages(recipe, workspace, model_directory, device=device, progress=progress)
-        seconds = time.perf_counter() - started
+    stages = run_stages(
+        recipe, workspace, model_directory, device=device, wait=wait, failures=failures, progress=progress
+    )
+    seconds = time.perf_counter() - started
+    with hold(workspace.lock(recipe.name.replace("/", "--")), f"the results of {recipe.name}"):
         return write_results(recipe, stages, workspace.root, seconds, model_directory=model_directory)
 
 

@@ -1,13 +1,10 @@
 """Running a recipe: identities, atomic stage directories, reuse, resume."""
 
-import fcntl
 import importlib.metadata
 import json
 import logging
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from sqft.directories import new_directory
 from sqft.errors import DataError, WorkspaceError
 from sqft.marks import damaged_since
 from sqft.pipeline.context import StageContext
+from sqft.pipeline.locks import hold
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.sources import source_digest
 from sqft.pipeline.stages import Stage, recipe_stages
@@ -76,38 +74,47 @@ class Workspace:
         """The cache of file digests."""
         return self.root / ".digests.json"
 
+    def lock(self, name: str) -> Path:
+        """The file by which processes agree who makes a stage, a model or results."""
+        return self.root / ".locks" / f"{name}.lock"
+
     def stage_directory(self, name: str, key: str) -> Path:
         """The directory of a stage with this identity."""
         return self.stages / f"{name}-{key[:12]}"
 
 
-@contextmanager
-def open_workspace(root: Path) -> Iterator[Workspace]:
-    """Open a workspace for one run at a time.
+def open_workspace(root: Path) -> Workspace:
+    """Open a workspace, which several processes may use at a time: each stage has a lock of its own.
 
-    Raises: WorkspaceError if another run holds it or it cannot be written.
+    Raises: WorkspaceError if it cannot be written.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
+        with (root / ".lock").open("w"):
+            pass
     except OSError as error:
         raise WorkspaceError(f"cannot write to the workspace {root}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WorkspaceError(
-                f"another run is using the workspace {root}; wait for it, or set runtime.workspace"
-            ) from None
-        yield Workspace(root)
+    return Workspace(root)
 
 
 def run_stages(
-    recipe: Recipe, workspace: Workspace, model_directory: Path, *, device: str, progress: Progress = SILENT
+    recipe: Recipe,
+    workspace: Workspace,
+    model_directory: Path,
+    *,
+    device: str,
+    wait: bool = True,
+    failures: dict[str, str] | None = None,
+    progress: Progress = SILENT,
 ) -> list[FinishedStage]:
-    """Run what is not there yet, in order, and return every stage of the recipe."""
+    """Run what is not there yet, in order, and return every stage of the recipe.
+
+    wait: for stages that another process makes now; else StageBusyError. failures: directories of stages that
+    failed before, and why; they are not tried again, and a new failure is entered.
+    """
     from sqft.models import model_identity
 
+    failures = {} if failures is None else failures
     keys = stage_keys(recipe, model_identity(recipe.model, workspace.digests))
     directories = {"model": model_directory}
     for stage in recipe_stages(recipe):
@@ -115,10 +122,15 @@ def run_stages(
         final = workspace.stage_directory(stage.name, key)
         context = StageContext(recipe, stage.argument, final, directories, device, progress)
         finished = _reuse(stage, final, key, workspace)
+        if finished is None and final.name in failures:
+            raise WorkspaceError(f"its stage {final.name} failed before: {failures[final.name]}")
         if finished is None:
-            _prove_inputs(stage, directories, workspace)
-            finished = _run(stage, key, keys, context)
-            workspace.proven.add(final)
+            with hold(workspace.lock(final.name), final.name, wait=wait):
+                finished = _reuse(stage, final, key, workspace)  # another process may have made it
+                if finished is None:
+                    _prove_inputs(stage, directories, workspace)
+                    finished = _run_noting(stage, key, keys, context, failures)
+                    workspace.proven.add(final)
         directories[stage.name] = final
         workspace.finished[stage.name] = finished
     return list(workspace.finished.values())
@@ -207,6 +219,16 @@ def _run(stage: Stage, key: str, keys: dict[str, str], context: StageContext) ->
         )
         manifest.write(directory)
     return FinishedStage(stage, context.final, manifest, reused=False)
+
+
+def _run_noting(
+    stage: Stage, key: str, keys: dict[str, str], context: StageContext, failures: dict[str, str]
+) -> FinishedStage:
+    try:
+        return _run(stage, key, keys, context)
+    except Exception as error:
+        failures[context.final.name] = str(error).strip() or type(error).__name__
+        raise
 
 
 def _tell_if_environment_changed(stage: Stage, directory: Path, now: dict[str, str]) -> None:

@@ -135,7 +135,7 @@ def _compression_inputs(recipe: Recipe, calibrates: bool) -> tuple[dict[str, Any
 
 def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, Any]:
     train = recipe.train or TrainSection()
-    settings = train.model_dump(mode="json", exclude={"checkpoint_steps"})
+    settings = train.model_dump(mode="json", exclude={"checkpoint_steps", "seed"})
     settings["arguments"] = {k: v for k, v in train.arguments.items() if k not in REPORTING}
     loss_on = recipe.data.loss_on if recipe.data else None
     trained = _settings(adapters)
@@ -148,7 +148,8 @@ def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, An
             del settings[name]
     if not adapters.low_rank:
         trained = {name: value for name, value in trained.items() if name not in LOW_RANK}
-    return {"adapters": trained, "train": settings, "loss_on": loss_on, "seed": recipe.seed}
+    settled = {"adapters": trained, "train": settings}
+    return settled | {"loss_on": loss_on, "seed": recipe.training_seed}
 
 
 def _settings(section: Section) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
         model,
         section,
         storage_dtype=None if stored.grid else stored.storage_dtype,
-        seed=context.recipe.seed,
+        seed=context.recipe.training_seed,
     )
     if context.recipe.base_stage == "model" and section.method != "lora":
         tell_kept_zeros(len(ExistingMasks(stored)))
@@ -59,7 +59,7 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
         read_items(context.inputs["items"], "train"),
         context.recipe.train or TrainSection(),
         loss_on=context.data.loss_on,
-        seed=context.recipe.seed,
+        seed=context.recipe.training_seed,
         output_dir=context.directory / CHECKPOINTS,
         space=space,
         progress=context.progress,

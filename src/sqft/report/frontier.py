@@ -1,4 +1,4 @@
-"""A comparison as a page, with quality against size and against sparsity, one point a model."""
+"""Quality against size and against sparsity, one point a model with its interval."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,11 @@ from typing import Any
 from sqft.report.comparison import (
     ComparedRow,
     ComparisonData,
-    compare_table,
-    differing_table,
     is_share,
 )
 from sqft.report.plots import INK, PALETTE, Plot, render_plot
-from sqft.report.templates import render_template
 
-__all__ = ["draw_frontier", "render_comparison"]
+__all__ = ["draw_frontier"]
 
 SAME = 0.01  # sizes and sparsities this near to each other are one
 MOST_NAMES = 12  # points that carry their name; more would cover each other
@@ -71,16 +68,3 @@ def _draw(
     axes.set_xlabel(unit)
     axes.set_ylabel("% right" if is_share(measure) else data.loss_unit if measure == "loss" else "nats")
     axes.margins(x=0.18, y=0.12)
-
-
-def render_comparison(data: ComparisonData) -> str:
-    """The comparison as one HTML page."""
-    header, *rows = compare_table(data)
-    return render_template(
-        "comparison",
-        data=data,
-        header=header,
-        rows=rows,
-        plots=draw_frontier(data),
-        differing=differing_table(data),
-    )

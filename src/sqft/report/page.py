@@ -7,12 +7,14 @@ from typing import Any
 import yaml
 
 from sqft.directories import write_files
+from sqft.report.comparison import ComparisonData, compare_table, differing_table
 from sqft.report.content import ModelRow, ReportData, finite_values
+from sqft.report.frontier import draw_frontier
 from sqft.report.plots import draw_plots
 from sqft.report.summary import format_bytes, format_seconds, label_model, loss_unit, summary_table
 from sqft.report.templates import render_template
 
-__all__ = ["render_page", "write_report"]
+__all__ = ["render_comparison", "render_page", "write_comparison", "write_report"]
 
 
 def write_report(
@@ -29,6 +31,25 @@ def write_report(
         contents["items.json"] = _json(finite_values(items))
     json_path, html_path, *_ = write_files(directory, contents)
     return json_path, html_path
+
+
+def write_comparison(data: ComparisonData, directory: Path) -> Path:
+    """Write comparison.html, and return its path: another one where a user's is in the way."""
+    (path,) = write_files(directory, {"comparison.html": render_comparison(data).encode()})
+    return path
+
+
+def render_comparison(data: ComparisonData) -> str:
+    """A comparison as one HTML page."""
+    header, *rows = compare_table(data)
+    return render_template(
+        "comparison",
+        data=data,
+        header=header,
+        rows=rows,
+        plots=draw_frontier(data),
+        differing=differing_table(data),
+    )
 
 
 def _json(value: Any) -> bytes:

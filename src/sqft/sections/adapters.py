@@ -140,6 +140,13 @@ class TrainSection(Section):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     gradient_checkpointing: bool = False
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=2**32 - 1,
+        description="Of the adapters' start, the order of items and the drawn ranks, where it is not the "
+        "recipe's: runs that differ in it share splits and compression.",
+    )
     checkpoint_steps: Positive = Field(50, description="Optimizer steps between checkpoints to resume from.")
     arguments: dict[str, Any] = Field({}, description="Any further field of transformers.TrainingArguments.")
 
