@@ -16,6 +16,7 @@ from sqft.cli.inspect import inspect
 from sqft.cli.merge import merge
 from sqft.cli.pack import pack, unpack
 from sqft.cli.plan import plan
+from sqft.cli.reproduce import reproduce
 from sqft.cli.run import run
 from sqft.cli.schema import schema
 from sqft.cli.sign import sign
@@ -32,7 +33,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     run, sweep, plan, status, evaluate, compare, verify, sign, compress, export, merge, pack, unpack,
-    bench, inspect, demo, schema, doctor,
+    bench, inspect, reproduce, demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

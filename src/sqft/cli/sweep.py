@@ -19,6 +19,9 @@ def sweep(
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change; a list makes an axis."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Also more than 100 runs.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Runs by name, * for anything; several times.")
+    ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Say what it would do, and stop.")] = False,
 ) -> None:
     """Run a recipe with lists, one run for each combination; what they share is done once.
@@ -27,10 +30,10 @@ def sweep(
     Started again it goes on; started several times at once, the processes share the work. Exits with 1 if a
     run failed.
     """
-    from sqft.pipeline.sweep import load_sweep
+    from sqft.pipeline.sweep import choose_cells, load_sweep
     from sqft.pipeline.sweep_run import plan_sweep
 
-    found = load_sweep(recipe, overrides, many=yes)
+    found = choose_cells(load_sweep(recipe, overrides, many=yes), only)
     print_plan(plan_sweep(found))
     if only_plan:
         for cell in found.cells:
@@ -52,9 +55,8 @@ def print_plan(plan: "SweepPlan") -> None:
         f"there, {plan.to_run} to run"
     )
     if plan.to_run:
-        rest = f", and {', '.join(plan.unknown)}: of these none is finished yet" if plan.unknown else ""
-        known = f"about {format_seconds(plan.seconds)} by earlier ones" if plan.seconds else "time unknown"
-        print(f"time: {known}{rest}")
+        rest = f"; not known of {', '.join(plan.unknown)}, none of which is finished" if plan.unknown else ""
+        print(f"time: {format_seconds(plan.seconds)} by finished stages of the same kinds{rest}")
 
 
 def sweep_with_progress(found: "Sweep") -> "SweepResult":

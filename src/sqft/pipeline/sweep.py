@@ -21,9 +21,10 @@ A product crosses what it names with each other, and with the lists of the recip
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,7 @@ from sqft.artifacts import digest_json
 from sqft.errors import RecipeError
 from sqft.pipeline.recipe import Recipe, parse_recipe, read_recipe_values, set_value
 
-__all__ = ["Cell", "Sweep", "expand_sweep", "load_sweep"]
+__all__ = ["Cell", "Sweep", "choose_cells", "expand_sweep", "load_sweep"]
 
 MANY_CELLS = 100  # from here on, a sweep is run only when asked for twice
 
@@ -113,6 +114,21 @@ def expand_sweep(values: Values, *, path: Path | None = None, many: bool = False
         recipe = parse_recipe(chosen, origin=f"{origin}, cell {label}", path=path)
         cells[label] = Cell(label, varied, recipe)
     return Sweep(name, list(cells.values()))
+
+
+def choose_cells(sweep: Sweep, patterns: Sequence[str] | None) -> Sweep:
+    """The runs whose names fit one of the patterns (`*` is anything); all without patterns.
+
+    Raises: RecipeError for a pattern that fits none.
+    """
+    if not patterns:
+        return sweep
+    for pattern in patterns:
+        if not any(fnmatchcase(cell.name, pattern) for cell in sweep.cells):
+            names = ", ".join(cell.name for cell in sweep.cells[:12])
+            raise RecipeError(f"{sweep.name} has no run {pattern}; it has {names}")
+    kept = [cell for cell in sweep.cells if any(fnmatchcase(cell.name, p) for p in patterns)]
+    return replace(sweep, cells=kept)
 
 
 def _combinations(axes: _Axes) -> Iterator[dict[str, _Choice]]:

@@ -1,0 +1,79 @@
+"""`sqft reproduce`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from sqft.pipeline.reproduction import Row
+
+__all__ = ["reproduce"]
+
+
+def reproduce(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="gsm8k, math, commonsense, ...; small: mawps, science, math."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change.")
+    ] = None,
+    scale: Annotated[str, typer.Option(help="full, or small: SmolLM2-135M on two cores.")] = "full",
+    data: Annotated[Path, typer.Option(help="The folder of the data sets.")] = Path("data"),
+    only: Annotated[
+        list[str] | None, typer.Option(help="Runs by name, * for anything; several times.")
+    ] = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Say what it would do, and stop.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Run nothing; the table of what is there.")] = False,
+) -> None:
+    """Run one of the paper's experiments, and show what was published beside it.
+
+    Started again it goes on. What was not run, or not published, is shown as such.
+    """
+    from sqft.cli.sweep import print_plan, sweep_with_progress
+    from sqft.directories import write_files
+    from sqft.errors import RecipeError
+    from sqft.pipeline.reproduction import load_experiment, reproduction_rows
+    from sqft.pipeline.sweep import choose_cells
+    from sqft.pipeline.sweep_run import plan_sweep
+    from sqft.report.comparison import markdown_table
+
+    if scale not in ("full", "small"):
+        raise RecipeError(f"--scale is full or small, not {scale}")
+    found = load_experiment(name, cast(Literal["full", "small"], scale), data, overrides)
+    chosen = choose_cells(found, only)
+    directory = Path(found.cells[0].recipe.runtime.workspace) / found.name
+    failed = False
+    if only_plan or not table:
+        print_plan(plan_sweep(chosen))
+        if only_plan:
+            for cell in chosen.cells:
+                print(f"  {cell.name}")
+            return
+        result = sweep_with_progress(chosen)
+        failed = bool(result.failed)
+    text = markdown_table(_table(reproduction_rows(name, found, directory), scale))
+    print(text)
+    if directory.is_dir():
+        (path,) = write_files(directory, {"table.md": (text + "\n").encode()})
+        print(f"written: {path}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _table(rows: "list[Row]", scale: str) -> list[list[str]]:
+    """Header and one row a model: what was measured, and what was published."""
+    from sqft.report.summary import models_table
+
+    measured = [row for row in rows if row.ours is not None]
+    figures = models_table([row.ours.row for row in measured if row.ours], "nats per answer token")
+    header, *lines = figures
+    found = dict(zip([(row.cell, row.model) for row in measured], lines, strict=True))
+    told = ["published (accuracy, %)", "source"] if scale == "full" else []
+    table = [["cell", *header, *told]]
+    for row in rows:
+        cells = found.get((row.cell, row.model)) or [row.model, *["not run"] * (len(header) - 1)]
+        shown = ["not found" if row.published is None else f"{row.published:g}", row.source or "-"]
+        table.append([row.cell, *cells, *(shown if told else [])])
+    return table
