@@ -84,7 +84,7 @@ def test_settings_that_change_together(values: dict[str, Any]) -> None:
             "pipeline": {
                 "shears": {"adapters.method": "lora"},
                 "qa": {"adapters": {"method": "qa_sparse_peft"}, "quantize.bits": 4},
-                "dense": {"sparsify": None, "adapters.method": "lora"},
+                "dense": {"sparsify": None, "adapters.method": "lora", "adapters.ranks": None},
             }
         }
     }
@@ -94,6 +94,8 @@ def test_settings_that_change_together(values: dict[str, Any]) -> None:
     assert cells["qa"].adapters is not None
     assert cells["qa"].adapters.ranks == [16]  # merged into the section, not put in its place
     assert cells["dense"].sparsify is None
+    assert cells["dense"].adapters is not None
+    assert "ranks" not in cells["dense"].adapters.model_fields_set
     assert cells["shears"].sparsify is not None
 
 

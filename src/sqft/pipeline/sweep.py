@@ -257,7 +257,7 @@ def _label(key: str, value: Any, place: int) -> str:
 
 
 def _apply(values: Values, path: str, value: Any) -> None:
-    """Set section.key; a mapping is merged into a section that is there, null takes a section away."""
+    """Set section.key; a mapping is merged into a section that is there, null takes a section or key away."""
     there: Any = values
     for key in path.split("."):
         there = there.get(key) if isinstance(there, dict) else None
@@ -266,3 +266,9 @@ def _apply(values: Values, path: str, value: Any) -> None:
             _apply(there, str(key), inner)
     else:
         set_value(values, path, deepcopy(value))
+        if value is None:
+            *sections, last = path.split(".")
+            node = values
+            for key in sections:
+                node = node[key]
+            del node[last]
