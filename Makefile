@@ -14,7 +14,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 help:
 	@echo "make setup       virtual environment in $(VENV) with everything that any target needs"
-	@echo "make demo        the whole pipeline on SmolLM2-135M; report in runs/demo/ (about 6 minutes on 2 cores)"
+	@echo "make demo        the whole pipeline on SmolLM2-135M; report in runs/demo/ (5 to 9 minutes on 2 cores)"
 	@echo "make demo-small  the same, cut down to what CI runs"
 	@echo "make demo-full   the demo beside plain LoRA on the dense model, the reference"
 	@echo "make test        the tests    (make test-slow: the long ones)"
