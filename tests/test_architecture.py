@@ -96,6 +96,22 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
     return []
 
 
+@pytest.mark.parametrize("reader", ["stored", "adapter", "provenance"])
+def test_what_recomputes_a_merge_shares_no_code_with_what_made_it(reader: str) -> None:
+    """Nor with what opens models: only errors, progress, and how files are listed and digested."""
+    waiting = [f"sqft.certificate.{reader}"]
+    reached: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            parts = name.split(".")[1:]
+            path = SOURCE.joinpath(*parts).with_suffix(".py")
+            waiting += imported_modules(path if path.is_file() else SOURCE.joinpath(*parts, "__init__.py"))
+    elsewhere = {name for name in reached if not name.startswith("sqft.certificate.")}
+    assert elsewhere <= {f"sqft.{name}" for name in ("errors", "progress", "artifacts", "marks")}
+
+
 def test_circles_are_found() -> None:
     assert circle({"a": {"b"}, "b": {"c", "elsewhere"}, "c": set()}) == []
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]

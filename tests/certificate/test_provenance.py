@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from sqft.certificate import check_provenance, write_certificate
 from sqft.certificate.adapter import Adapter
-from sqft.certificate.checks import Check
+from sqft.certificate.checks import Check, file_digests
 from sqft.certificate.in_place import merged_digest
-from sqft.certificate.integrity import file_digests
 from sqft.certificate.provenance import _base_weight, _round_storage
 from sqft.certificate.stored import StoredModel
 from tests.merged_models import MergedDirectories

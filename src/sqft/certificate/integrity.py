@@ -15,26 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sqft.artifacts import digest_files, unseal
-from sqft.certificate.answers import SIGNATURE, hidden_names
-from sqft.certificate.checks import Check
+from sqft.artifacts import unseal
+from sqft.certificate.answers import hidden_names
+from sqft.certificate.checks import CERTIFICATE, Check, file_digests, run_check
 from sqft.certificate.reference import compute_logits, largest_difference, read_reference
 from sqft.certificate.stored import StoredModel, read_json
-from sqft.errors import CertificateError, SqftError
+from sqft.errors import CertificateError
 from sqft.models import load_model
 from sqft.progress import SILENT, Progress
 
-__all__ = ["CERTIFICATE", "LOGIT_TOLERANCE", "check_integrity", "file_digests", "run_check"]
+__all__ = ["LOGIT_TOLERANCE", "check_integrity", "run_check"]
 
-CERTIFICATE = "sqft_certificate.json"
 FACTS = "sqft.json"
 LOGIT_TOLERANCE = 1e-5  # of the largest absolute logit
-UNCERTIFIED = {
-    CERTIFICATE,
-    SIGNATURE,
-    "manifest.json",
-    "README.md",
-}  # written after the certificate, and no part of a model
 
 
 def check_integrity(
@@ -59,22 +52,6 @@ def check_integrity(
             checks.append(run_check(name, step))
             advance(1)
     return checks
-
-
-def run_check(name: str, step: Callable[[], str]) -> Check:
-    """The outcome of a step that returns what it found, or raises CertificateError for what is wrong."""
-    try:
-        return Check(name, True, step())
-    except SqftError as error:
-        return Check(name, False, str(error))
-    except Exception as error:  # a damaged file makes libraries raise anything, and is no pass whatever it is
-        message = next(iter(str(error).splitlines()), "")
-        return Check(name, False, f"{type(error).__name__}: {message}")
-
-
-def file_digests(directory: Path) -> dict[str, str]:
-    """The sha256 of every file that a certificate covers."""
-    return {name: digest for name, digest in digest_files(directory).items() if name not in UNCERTIFIED}
 
 
 def _check_record(directory: Path) -> str:

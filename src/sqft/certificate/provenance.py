@@ -32,9 +32,8 @@ from numpy.typing import NDArray
 
 from sqft.certificate.adapter import ADAPTER_CONFIG, Adapter, read_adapter
 from sqft.certificate.answers import check_files, check_settings
-from sqft.certificate.checks import Check
+from sqft.certificate.checks import CERTIFICATE, Check, file_digests, run_check
 from sqft.certificate.in_place import check_in_place, digest_arrays, merged_digest
-from sqft.certificate.integrity import CERTIFICATE, file_digests, run_check
 from sqft.certificate.stored import StoredModel, read_json
 from sqft.errors import CertificateError
 from sqft.progress import SILENT, Progress

@@ -36,7 +36,7 @@ def verify(
     Exits with 1 if a check fails.
     """
     from sqft.certificate import check_integrity, check_provenance
-    from sqft.certificate.integrity import run_check
+    from sqft.certificate.checks import run_check
     from sqft.certificate.signature import check_signature
     from sqft.cli.messages import RichProgress
     from sqft.errors import CertificateError
@@ -83,7 +83,7 @@ def _export_checks(directory: Path, merged: Path | None) -> list["Check"]:
 def _pack_checks(directory: Path) -> list["Check"]:
     """Of a packed directory: its files are unchanged, and give back what was certified."""
     from sqft.certificate import Check
-    from sqft.certificate.integrity import CERTIFICATE, run_check
+    from sqft.certificate.checks import CERTIFICATE, run_check
     from sqft.certificate.stored import read_json
     from sqft.errors import CertificateError
     from sqft.formats.packed import check_packed, check_restored
