@@ -86,7 +86,7 @@ def adapted_codes(
         return quantize(_before_rounding(base, lora_A, lora_B, scaling, mask), qparams)
 
 
-def round_storage(weight: Float[Tensor, "out in"], dtype: torch.dtype) -> Float[Tensor, "out in"]:
+def round_storage(weight: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
     """Round to a storage dtype and return float32; the gradient passes straight through."""
     out: Tensor = _RoundStorage.apply(weight, dtype)
     return out
