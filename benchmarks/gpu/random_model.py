@@ -46,10 +46,11 @@ DRY = LLAMA3_8B | {
 class RandomCheckpoint(Checkpoint):
     """A checkpoint whose tensors are drawn when they are asked for; equal at every asking.
 
-    device: where they are drawn. Half of each linear inside the blocks is 0. shapes: of the weights, by name.
+    device: where they are drawn. sparse: half of each linear inside the blocks is 0. shapes: of the weights.
     """
 
     device: str = "cpu"
+    sparse: bool = True
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def tensor(self, name: str) -> Tensor:
@@ -59,7 +60,7 @@ class RandomCheckpoint(Checkpoint):
             return torch.ones(shape, dtype=torch.bfloat16, device=self.device)
         value = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         value.normal_(0, 0.02, generator=self._generator(name))
-        if self._in_block(name):
+        if self.sparse and self._in_block(name):
             value = keep_nonzero(value, self.mask(name.removesuffix(".weight")))
         return value
 
@@ -113,9 +114,9 @@ class RandomMasks(Mapping[str, Tensor]):
 
 
 def random_checkpoint(
-    device: str, *, quantized: bool, dry: bool, blocks: int | None = None
+    device: str, *, quantized: bool, dry: bool, sparse: bool = True, blocks: int | None = None
 ) -> tuple[RandomCheckpoint, RandomMasks]:
-    """A sparse Llama-3-8B, in bfloat16 or with all linears of its blocks on a 4-bit grid, and its masks."""
+    """A Llama-3-8B in bfloat16, or with all linears of its blocks on a 4-bit grid, its masks if sparse."""
     sizes = DRY if dry else LLAMA3_8B
     config = LlamaConfig(**(sizes | ({"num_hidden_layers": blocks} if blocks else {})))
     config.dtype = torch.bfloat16
@@ -135,6 +136,6 @@ def random_checkpoint(
     grid = GridSpec(4, GROUP, True) if quantized else None
     checkpoint = RandomCheckpoint(
         Path("random-llama-3-8b"), config, tuple(names), tuple(found), torch.bfloat16, grid,
-        device=device, shapes=shapes,
+        device=device, sparse=sparse, shapes=shapes,
     )  # fmt: skip
     return checkpoint, RandomMasks(checkpoint, linears)

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,25 @@ def test_exit_codes_reach_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
+
+
+def test_it_works_uninstalled(tmp_path: Path) -> None:
+    """From the source alone, where no installed package says its version."""
+    script = """
+import importlib.metadata, sys
+found = importlib.metadata.version
+def version(name):
+    if name == "sqft":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+importlib.metadata.version = version
+from sqft.cli import run_command_line
+import sqft.pipeline.runner as runner
+assert runner.environment("cpu")["sqft"]
+sys.exit(run_command_line(["--version"]))
+"""
+    source = str(Path(__file__).parents[2] / "src")
+    environment = {**os.environ, "PYTHONPATH": source}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("sqft ")
