@@ -25,7 +25,7 @@ def test_every_cut_compiles(capability: int) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) > 10
     for kernel in found:
-        assert kernel["stack_bytes"] <= 64, kernel  # a word or two beside the registers does no harm
+        assert kernel["stack_bytes"] <= 128, kernel  # a few words beside 255 registers do no harm
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
         exact = "ieee" in kernel["tiling"] and kernel["kernel"] == "_weight_kernel"
         assert kernel["tensor_cores"] != exact, kernel

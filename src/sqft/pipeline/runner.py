@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqft import __version__
 from sqft.artifacts import ENVIRONMENT, MANIFEST, Manifest, digest_file, digest_files, digest_json, write_json
 from sqft.directories import new_directory
 from sqft.errors import DataError, WorkspaceError
@@ -160,7 +161,7 @@ def environment(device: str) -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
     kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or "cpu"
     return {
-        "sqft": importlib.metadata.version("sqft"),
+        "sqft": __version__,
         "python": platform.python_version(),
         **versions,
         "device": f"{device.split(':')[0]} ({kind})",

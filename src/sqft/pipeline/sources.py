@@ -5,11 +5,11 @@ name` leads to the module that defines the name, not to all of the package.
 """
 
 import ast
-import importlib.metadata
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sqft import __version__
 from sqft.artifacts import digest_file
 
 __all__ = ["source_digest", "source_files"]
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def source_digest(module: str) -> dict[str, Any]:
     """The sha256 of every file that a module runs; of an installed package, its version."""
     if "site-packages" in ROOT.parts:
-        return {"sqft": importlib.metadata.version("sqft")}
+        return {"sqft": __version__}
     return {path.relative_to(ROOT).as_posix(): _digest(path) for path in source_files(module)}
 
 
