@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sqft.errors import AdapterError, DataError, TrainingError, WorkspaceError
+from sqft.errors import AdapterError, DataError, RecipeError, TrainingError, WorkspaceError
 from sqft.marks import Mark, write_mark
 from sqft.pipeline import parse_recipe, plan_recipe, run_recipe, workspace_status
 from sqft.pipeline.locks import StageBusyError, hold
@@ -87,6 +87,14 @@ def test_a_stage_is_made_by_one_process_at_a_time(values: dict[str, Any]) -> Non
     assert not Path(stage.directory).exists()
     assert not lock.exists()
     run_recipe(recipe, wait=False)
+
+
+def test_launchers_of_several_processes_are_refused(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="started 2 processes, but a recipe runs in one"):
+        run_recipe(parse_recipe(values))
 
 
 def test_workspace_that_cannot_be_written(values: dict[str, Any], tmp_path: Path) -> None:

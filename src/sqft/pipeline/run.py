@@ -1,6 +1,7 @@
 """A recipe from beginning to end, and what a workspace holds."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ def run_recipe(
 
     from sqft.models import resolve_model
 
+    _refuse_launchers()
     started = time.perf_counter()
     logging.getLogger("sqft").setLevel(recipe.runtime.log_level.upper())
     if recipe.runtime.threads:
@@ -62,6 +64,16 @@ def run_recipe(
     seconds = time.perf_counter() - started
     with hold(workspace.lock(recipe.name.replace("/", "--")), f"the results of {recipe.name}"):
         return write_results(recipe, stages, workspace.root, seconds, model_directory=model_directory)
+
+
+def _refuse_launchers() -> None:
+    """Processes of torchrun would train together, but wait for one another's stages: for ever."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise RecipeError(
+            f"a launcher started {count} processes, but a recipe runs in one; start it without torchrun or "
+            "accelerate, or start sqft sweep several times to share its runs"
+        )
 
 
 def resolve_device(name: str) -> str:
