@@ -2,6 +2,7 @@ import logging
 import os
 import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +76,28 @@ def test_a_defect_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sqft.pipeline.parse_recipe", fail)
     with pytest.raises(RuntimeError, match="shapes differ"):
         run_command_line(["compress", "some/model"])
+
+
+def test_quiet_and_verbose_stand_anywhere(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    logger = logging.getLogger("sqft.test")
+
+    def warn(workspace: Path) -> list[object]:
+        logger.warning("a warning")
+        with RichProgress() as progress, progress.task("work", 1) as advance:
+            advance(1)
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqft.cli.messages.NOTABLE_SECONDS", 0.0)
+        patch.setattr("sqft.pipeline.workspace_status", warn)
+        told = {}
+        for words in (["status"], ["-q", "status"], ["status", "--quiet"], ["-v", "status"]):
+            (tmp_path / "runs").mkdir(exist_ok=True)
+            run_command_line([*words, str(tmp_path / "runs")])
+            told[tuple(words)] = capsys.readouterr().err
+    assert "a warning" in told["status",]
+    assert "work  0 s" in told["status",]
+    assert told["-q", "status"] == told["status", "--quiet"]
+    assert "warning" not in told["-q", "status"]
+    assert "work" not in told["-q", "status"]
+    assert "a warning" in told["-v", "status"]

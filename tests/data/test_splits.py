@@ -182,8 +182,8 @@ def test_small_data_gives_a_share_and_says_so(
     report = load(tiny_tokenizer, train=files["train"]).report
     assert report["items"] == {"train": 14, "search": 2, "test": 4}
     assert report["notes"] == [
-        "4 test items are split off (one in 5 of 20; 300 are usual)",
-        "2 search items are split off (one in 10 of 20; 64 are usual)",
+        "4 test items are split off 20 (300 are usual)",
+        "2 search items are split off 20 (64 are usual)",
     ]
     few = write(tmp_path / "few.jsonl", items(1, 2, 3))
     assert load(tiny_tokenizer, train=few).report["items"] == {"train": 3, "search": 0, "test": 0}

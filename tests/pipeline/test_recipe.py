@@ -177,3 +177,65 @@ def test_refinements_and_budgets_ask_for_calibration_too(
 ) -> None:
     recipe = parse_recipe({"model": "m", "data": DATA, "sparsify": sparsify, "quantize": {"method": "rtn"}})
     assert recipe.needs_calibration is calibrates
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.answer={expression}", "{expression}"),
+        ("data.prompt=Question: {question} Answer: ", "Question: {question} Answer: "),
+        ("data.prompt='{a}: [b'", "{a}: [b"),
+        ("data.answer=[x", "[x"),
+        ("data.prompt=12", "12"),
+        ("data.answer=null", None),
+    ],
+)
+def test_an_override_of_a_text_is_the_text(tmp_path: Path, override: str, expected: str | None) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: m\ndata: {train: items.jsonl}\n")
+    data = load_recipe(path, [override]).data
+    assert data is not None
+    assert getattr(data, override.split("=")[0].removeprefix("data.")) == expected
+
+
+def test_other_overrides_are_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: m\ndata: {train: items.jsonl}\n")
+    overrides = ["data.train=[a.jsonl, b.jsonl]", "adapters.ranks=[8, 4]", "quantize.symmetric=off",
+                 "model.source=7b", "data.test={hub: a/b}"]  # fmt: skip
+    recipe = load_recipe(path, overrides)
+    assert recipe.data is not None
+    assert recipe.data.train == ["a.jsonl", "b.jsonl"]
+    assert recipe.adapters is not None
+    assert recipe.adapters.ranks == [8, 4]
+    assert recipe.quantize is not None
+    assert recipe.quantize.symmetric is False
+    assert recipe.model.source == "7b"
+    with pytest.raises(RecipeError, match="is not valid YAML"):
+        load_recipe(path, ["adapters.ranks=[8, 4"])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("sparsity.sparsity", "sparsity: unknown key (did you mean sparsify?)"),
+        ("train.lr", "(did you mean learning_rate?)"),
+        ("adapters.r", "(did you mean ranks?)"),
+        ("adapters.lora_alpha", "(did you mean alpha?)"),
+        ("sparsify.bits", "(did you mean quantize.bits?)"),
+        ("quantize.groupsize", "(did you mean group_size?)"),
+        ("train.zzz", "train.zzz: unknown key"),
+    ],
+)
+def test_an_unknown_key_comes_with_the_nearest(tmp_path: Path, key: str, meant: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: m\ndata: {train: items.jsonl}\n")
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, [f"{key}=1"])
+    assert meant in str(error.value)
+
+
+def test_a_search_needs_something_to_choose_from() -> None:
+    values = {"model": "m", "data": DATA, "adapters": {"method": "lora"}, "search": {"method": "hill_climb"}}
+    with pytest.raises(RecipeError, match="one rank to choose from"):
+        parse_recipe(values)

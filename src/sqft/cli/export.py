@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sqft.cli.options import AsJson, print_json
+
 __all__ = ["export"]
 
 
@@ -28,6 +30,7 @@ def export(
     allow_requantize: Annotated[
         bool, typer.Option("--allow-requantize", help="Change the grid where the format needs it.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a model in the format of a runtime, open it there, and compare codes and logits."""
     from sqft.cli.messages import RichProgress
@@ -47,6 +50,9 @@ def export(
         result = export_model(
             directory, format, output, allow_requantize=allow_requantize, head_type=head, progress=progress
         )
+    if as_json:
+        print_json(result.as_dict())
+        return
     codes, logits, damage = result.code_comparison, result.logit_comparison, result.damage
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(result.tensor_types.items()))
     rows = [

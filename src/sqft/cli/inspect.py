@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqft.cli.options import AsJson, print_json
+
 if TYPE_CHECKING:
     from sqft.models import Checkpoint
 
@@ -36,6 +38,7 @@ def inspect(
     layers: Annotated[
         bool, typer.Option("--layers", help="One row for each layer, not for each kind.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show zeros, mask, pattern, grid, error and size of the linear layers of a model."""
     from sqft.cli.messages import RichProgress
@@ -48,6 +51,9 @@ def inspect(
     with RichProgress() as progress:
         names = [name for name in checkpoint.linears if name.startswith(checkpoint.block_names)]
         facts = list(inspect_layers(checkpoint, track(names, "reading layers", progress)))
+    if as_json:
+        print_json({"facts": _read_facts(directory / "sqft.json"), "layers": facts})
+        return
     total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     kind, blocks = checkpoint.config.model_type, len(checkpoint.block_names)
     print(f"{directory}: {kind}, {blocks} blocks, {format_bytes(total)}")

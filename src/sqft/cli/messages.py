@@ -8,16 +8,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import sqft
 
-__all__ = ["RichProgress", "catch_termination", "quiet_warnings"]
+__all__ = ["RichProgress", "catch_termination", "quiet_warnings", "verbosity"]
 
 PACKAGE = Path(sqft.__file__).parent
 NOTABLE_SECONDS = 2.0
+# -1: errors alone; 0: warnings and progress; 1: what each stage does as well.
+verbosity: ContextVar[int] = ContextVar("verbosity", default=0)
 
 
 class RichProgress:
@@ -25,6 +28,8 @@ class RichProgress:
 
     def __init__(self) -> None:
         from rich.console import Console
+
+        self._told = verbosity.get() >= 0
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -44,7 +49,7 @@ class RichProgress:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=not (self._console.is_terminal and self._told),
         )
 
     def __enter__(self) -> Self:
@@ -62,7 +67,7 @@ class RichProgress:
         try:
             yield lambda done: self._bars.advance(bar, done)
             seconds = time.monotonic() - started
-            if seconds >= NOTABLE_SECONDS:
+            if seconds >= NOTABLE_SECONDS and self._told:
                 self._console.print(f"{description}  {seconds:.0f} s", style="dim", markup=False)
         finally:
             self._bars.remove_task(bar)
@@ -73,11 +78,12 @@ def quiet_warnings() -> Iterator[None]:
     """Show sqft's own warnings and log lines as single lines; leave out those of the libraries underneath."""
 
     def show(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
-        if Path(filename).is_relative_to(PACKAGE):
+        if Path(filename).is_relative_to(PACKAGE) and verbosity.get() >= 0:
             print("sqft: warning: " + " ".join(str(message).split()), file=sys.stderr)
 
     logger = logging.getLogger("sqft")
     handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR if verbosity.get() < 0 else logging.NOTSET)
     handler.setFormatter(logging.Formatter("sqft: %(levelname)s: %(message)s"))
     logger.addHandler(handler)
     with warnings.catch_warnings():

@@ -1,25 +1,23 @@
 """`sqft plan`."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from sqft.cli.options import AsJson, Overrides, RecipePath, print_json
 
 __all__ = ["plan"]
 
 
-def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change.")
-    ] = None,
-) -> None:
-    """Show what a recipe would do, before any weight is loaded."""
+def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a recipe would do, before any weight is loaded; refuse what a run would refuse."""
+    from sqft.cli.preview import print_data
     from sqft.cli.tables import print_table
     from sqft.pipeline import load_recipe, plan_recipe
     from sqft.report.summary import format_bytes
 
     planned = plan_recipe(load_recipe(recipe, overrides))
+    if as_json:
+        print_json(planned)
+        return
     print(f"{planned.name}: {planned.model}, {planned.num_parameters / 1e6:.1f} M parameters\n")
     stages = [
         [
@@ -46,4 +44,7 @@ def plan(
     ]
     print()
     print_table(["linear", "shape", "count", "mask", "quantized", "adapter rank", "trained scales"], modules)
+    if planned.data is not None:
+        print()
+        print_data(planned.data)
     print("\nMemory and disk are estimates from shapes; Python and its libraries take about 0.5 GB more.")

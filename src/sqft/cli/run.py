@@ -1,10 +1,9 @@
 """`sqft run`."""
 
 import shlex
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+from sqft.cli.options import AsJson, Overrides, RecipePath, print_json
 
 if TYPE_CHECKING:
     from sqft.pipeline import Recipe, RunResult
@@ -12,23 +11,25 @@ if TYPE_CHECKING:
 __all__ = ["print_result", "print_usage", "run", "run_with_progress"]
 
 
-def run(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings to change.")
-    ] = None,
-) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Run a recipe: every stage that is not there yet, then the report."""
     from sqft.pipeline import load_recipe
 
-    print_result(run_with_progress(load_recipe(recipe, overrides)))
+    result = run_with_progress(load_recipe(recipe, overrides))
+    if as_json:
+        print_json(result)
+    else:
+        print_result(result)
 
 
 def run_with_progress(recipe: "Recipe") -> "RunResult":
     """Run a recipe with bars on the terminal."""
-    from sqft.cli.messages import RichProgress
+    from sqft.cli.messages import RichProgress, verbosity
     from sqft.pipeline import run_recipe
 
+    if verbosity.get() > 0:
+        runtime = recipe.runtime.model_copy(update={"log_level": "info"})
+        recipe = recipe.model_copy(update={"runtime": runtime})
     with RichProgress() as progress:
         return run_recipe(recipe, progress=progress)
 

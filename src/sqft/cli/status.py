@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sqft.cli.options import AsJson, print_json
+
 __all__ = ["status"]
 
 
@@ -12,6 +14,7 @@ def status(
     workspace: Annotated[
         Path, typer.Argument(help="A workspace, as in the recipe's runtime section.")
     ] = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
     """List what a workspace holds: stages, and results."""
     from sqft.cli.tables import print_table
@@ -22,6 +25,11 @@ def status(
 
     if not workspace.is_dir():
         raise WorkspaceError(f"there is no workspace {workspace}; run a recipe first, or name another folder")
+    stages = workspace_status(workspace)
+    if as_json:
+        results = {path.parent.name: read_report(path.parent) for path in workspace.glob("*/report.json")}
+        print_json({"stages": stages, "results": results})
+        return
     rows = [
         [
             stage.name,
@@ -30,7 +38,7 @@ def status(
             format_seconds(stage.elapsed_seconds) if stage.finished else "-",
             stage.directory.name,
         ]
-        for stage in workspace_status(workspace)
+        for stage in stages
     ]
     if rows:
         print_table(["stage", "state", "disk", "time", "directory"], rows, left=2)

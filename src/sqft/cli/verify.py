@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sqft.cli.options import AsJson, print_json
+
 if TYPE_CHECKING:
     from sqft.certificate import Check
 
@@ -27,6 +29,7 @@ def verify(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Repeat the certificate of a merged model; with --base and --adapter, also recompute its weights.
 
@@ -61,10 +64,13 @@ def verify(
             checks += check_provenance(directory, base, adapter, progress=progress)
         if signed_by is not None:
             checks.append(run_check("signature", lambda: check_signature(directory, signed_by)))
+    failed = sum(not check.passed for check in checks)
+    if as_json:
+        print_json({"directory": directory, "passed": not failed, "checks": checks})
+        raise typer.Exit(1 if failed else 0)
     width = max(len(check.name) for check in checks)
     for check in checks:
         print(f"{'passed' if check.passed else 'FAILED'}  {check.name:<{width}}  {check.detail}".rstrip())
-    failed = sum(not check.passed for check in checks)
     level = "integrity" if base is None else "integrity and provenance"
     level = "export" if exported else "pack" if packed else level
     verdict = "FAILED" if failed else "passed"

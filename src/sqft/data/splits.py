@@ -133,8 +133,7 @@ def _sizes(given: dict[Split, list[Example]], section: DataSection) -> tuple[dic
         share = max(1, total // SHARE[name]) if total >= FEWEST else 0
         sizes[name] = asked[name] or min(USUAL[name], share)
         if asked[name] is None and sizes[name] < USUAL[name]:
-            usual = f"one in {SHARE[name]} of {total}; {USUAL[name]} are usual"
-            notes.append(f"{sizes[name]} {name} items are split off ({usual})")
+            notes.append(f"{sizes[name]} {name} items are split off {total} ({USUAL[name]} are usual)")
     if sum(sizes.values()) >= total:
         wanted = " and ".join(f"{sizes[name]} {name} items" for name in missing)
         raise DataError(

@@ -18,7 +18,7 @@ MODEL_FILES = ("config.json", "sqft.json", "sqft_masks.safetensors")
 
 def compressed_refusal(source: ExportSource) -> str | None:
     """Why a model cannot be held exactly; None if it can."""
-    if not any(source.directory.glob("model*.safetensors")):
+    if source.directory.is_dir() and not any(source.directory.glob("model*.safetensors")):
         return "a packed model (sqft unpack gives it back)"
     return None if source.quantized_names else "weights that are not on an integer grid"
 

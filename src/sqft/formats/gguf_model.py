@@ -44,6 +44,7 @@ PLAIN_TYPES = {
     torch.float32: GGMLQuantizationType.F32,
 }
 
+ROPES = ("default", "linear", "llama3")
 HEADS = {"token_embd.weight", "output.weight"}
 HEAD_TYPES = ("auto", "f16", "bf16", "f32", "q8_0")
 
@@ -62,6 +63,9 @@ def gguf_refusal(source: ExportSource) -> str | None:
     """Why a model cannot be held exactly; None if it can."""
     if source.architecture not in ARCHITECTURES:
         return f"the architecture {source.architecture} (only {', '.join(ARCHITECTURES)})"
+    rope = (source.config.get("rope_parameters") or {}).get("rope_type", "default")
+    if rope not in ROPES:
+        return f"the rotary embedding '{rope}' (only {', '.join(ROPES)})"
     for name in source.quantized_names:
         weight = source.quantized(name)
         if choose_block_type(weight) is None:
@@ -76,7 +80,7 @@ def write_gguf(source: ExportSource, path: Path, *, head_type: str = "auto") -> 
 
     head_type: type of embedding and output head, auto (the smallest exact one), f16, bf16, f32 or q8_0.
 
-    Raises: ExportError if the tokenizer or the rotary embedding has no GGUF form.
+    Raises: ExportError if the tokenizer has no GGUF form.
     """
     arch, _ = ARCHITECTURES[source.architecture]
     config = source.config
@@ -213,8 +217,6 @@ def _write_metadata(writer: GGUFWriter, source: ExportSource, arch: MODEL_ARCH) 
     kind = rope.get("rope_type", "default")
     if kind == "linear":
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    elif kind not in {"default", "llama3"}:
-        raise ExportError(f"the rotary embedding '{kind}' is not exported to gguf; use another format")
     if arch is MODEL_ARCH.PHI3:
         writer.add_rope_scaling_orig_ctx_len(int(config.get("original_max_position_embeddings") or context))
         writer.add_sliding_window(int(window or 0))

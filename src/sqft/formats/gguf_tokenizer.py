@@ -12,7 +12,7 @@ from gguf import GGUFWriter, TokenType
 
 from sqft.errors import ExportError
 
-__all__ = ["write_tokenizer"]
+__all__ = ["check_gguf_tokenizer", "write_tokenizer"]
 
 # What a pre-tokenizer's description must contain → llama.cpp's name of it, first match wins.
 SPLITTERS: tuple[tuple[str, str], ...] = (
@@ -54,6 +54,11 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocabulary: int) -> None
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str):
         writer.add_chat_template(template)
+
+
+def check_gguf_tokenizer(tokenizer: Any, vocabulary: int) -> None:
+    """Raises: ExportError if llama.cpp has no tokenizer of this kind."""
+    write_tokenizer(GGUFWriter(None, "llama"), tokenizer, vocabulary)
 
 
 def _tokens(state: dict[str, Any], vocabulary: int) -> tuple[list[str], list[int]]:

@@ -44,7 +44,7 @@ def model_identity(section: ModelSection, digest_cache: Path) -> str:
     elif Path(section.source).expanduser().is_dir():
         content = digest_files(Path(section.source).expanduser(), cache=digest_cache)
     else:
-        content = fetch_from_hub(section, only_config=True).name  # a snapshot is called after its commit
+        content = fetch_from_hub(section, weights=False).name  # a snapshot is called after its commit
     return digest_json({"content": content, "storage_dtype": section.storage_dtype})
 
 
@@ -61,7 +61,7 @@ def model_outline(section: ModelSection) -> ModelOutline:
             Path(section.source).expanduser(), trust_remote_code=section.trust_remote_code
         ).config
     else:
-        config = read_config(fetch_from_hub(section, only_config=True), section.trust_remote_code)
+        config = read_config(fetch_from_hub(section, weights=False), section.trust_remote_code)
     skeleton = build_skeleton(config, section.trust_remote_code)
     blocks = decoder_blocks(skeleton)
     linears = {

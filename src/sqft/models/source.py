@@ -15,15 +15,16 @@ from sqft.directories import new_directory
 from sqft.errors import ModelError
 from sqft.models.checkpoint import SINGLE, open_checkpoint, quiet_transformers, tied_weights
 from sqft.models.gguf_header import GgufHeader, read_gguf_header
+from sqft.models.loading import load_tokenizer
 from sqft.models.tensorfile import TensorFile
 from sqft.models.writer import KEPT_FILES
 from sqft.progress import SILENT, Progress
 from sqft.sections import ModelSection
 
-__all__ = ["fetch_from_hub", "find_gguf", "gguf_tokenizer", "resolve_model"]
+__all__ = ["fetch_from_hub", "find_gguf", "gguf_tokenizer", "resolve_model", "source_tokenizer"]
 
 PACKAGE = "package:"
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # of a hub model, beside the weights
 
 
 def resolve_model(section: ModelSection, cache_dir: Path, progress: Progress = SILENT) -> Path:
@@ -80,8 +81,7 @@ def _gguf_of_package(package: str) -> Path:
 
 
 def _convert_gguf(path: Path, section: ModelSection, cache_dir: Path, progress: Progress) -> Path:
-    dtype_name = "bfloat16" if section.storage_dtype == "auto" else section.storage_dtype
-    final = Path(cache_dir) / f"{path.stem}-{digest_file(path)[:12]}-{dtype_name}"
+    dtype_name, final = _dtype_name(section), _converted(path, section, cache_dir)
     if (final / "config.json").is_file():
         return final
     options = {}
@@ -112,6 +112,29 @@ def _convert_gguf(path: Path, section: ModelSection, cache_dir: Path, progress: 
             open_checkpoint(partial)
         advance(1)
     return final
+
+
+def source_tokenizer(section: ModelSection, cache_dir: Path) -> Any:
+    """The tokenizer of a model that may not be converted or fetched yet, without its weights.
+
+    Raises: ModelError if there is none, or it cannot be read.
+    """
+    gguf = find_gguf(section)
+    if gguf is not None:
+        converted = _converted(gguf, section, cache_dir)
+        return load_tokenizer(converted) if (converted / "config.json").is_file() else gguf_tokenizer(gguf)
+    path = Path(section.source).expanduser()
+    found = path if path.is_dir() else fetch_from_hub(section, weights=False)
+    return load_tokenizer(found, trust_remote_code=section.trust_remote_code)
+
+
+def _converted(gguf: Path, section: ModelSection, cache_dir: Path) -> Path:
+    """Where the model directory of a GGUF file is, or would be."""
+    return Path(cache_dir) / f"{gguf.stem}-{digest_file(gguf)[:12]}-{_dtype_name(section)}"
+
+
+def _dtype_name(section: ModelSection) -> str:
+    return "bfloat16" if section.storage_dtype == "auto" else section.storage_dtype
 
 
 def gguf_tokenizer(path: Path) -> Any:
@@ -182,15 +205,15 @@ def _recast(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
     return final
 
 
-def fetch_from_hub(section: ModelSection, *, only_config: bool = False) -> Path:
-    """The snapshot of a hub model, fetched where it is not cached: config, tokenizer, safetensors.
+def fetch_from_hub(section: ModelSection, *, weights: bool = True) -> Path:
+    """The snapshot of a hub model, fetched where it is not cached: config, tokenizer and, if asked, weights.
 
     Raises: ModelError if it cannot be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["config.json"] if only_config else list(HUB_FILES)
+    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
     if section.trust_remote_code:
         patterns.append("*.py")
     try:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqft.errors import AdapterError
+from sqft.pipeline.checks import ChosenModules, check_recipe, check_splits
+from sqft.pipeline.preview import DataPreview, load_items, view_item
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import Workspace, stage_keys
 from sqft.pipeline.stages import Stage, recipe_stages
@@ -18,15 +19,13 @@ from sqft.sections import (
     DataSection,
     EvaluateSection,
     HubSource,
-    QuantizeSection,
-    SparsifySection,
     TrainSection,
 )
 
 if TYPE_CHECKING:
     from sqft.models import ModelOutline
 
-__all__ = ["ModulePlan", "Plan", "StagePlan", "check_recipe", "plan_recipe"]
+__all__ = ["ModulePlan", "Plan", "StagePlan", "plan_recipe"]
 
 FLOAT32 = 4
 ACTIVATIONS_PER_HIDDEN = (
@@ -71,35 +70,43 @@ class Plan:
     num_parameters: int
     stages: list[StagePlan]
     modules: list[ModulePlan]
+    data: DataPreview | None = None
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
-    """Work out a recipe from the model's configuration alone.
+    """Work out a recipe from the model's configuration, its tokenizer and the data, which is opened.
 
-    Raises: ModelError, DataError, CompressionError, AdapterError as the run would, where shapes tell.
+    Raises: SqftError as the run would, but for what only the weights tell.
     """
     from sqft.models import model_identity, model_outline
 
     outline = model_outline(recipe.model)
     workspace = Workspace(Path(recipe.runtime.workspace))
+    chosen = check_recipe(recipe, outline, workspace.models)
     keys = stage_keys(recipe, model_identity(recipe.model, workspace.digests))
-    modules = _modules(recipe, outline)
+    modules = _modules(recipe, outline, chosen)
+    data = _data(recipe, workspace, keys)
     estimate = _Estimate(recipe, outline, modules)
     stages = [
         _stage(stage, workspace.stage_directory(stage.name, keys[stage.name]), estimate)
         for stage in recipe_stages(recipe)
     ]
-    return Plan(recipe.name, recipe.model.source, outline.num_parameters, stages, modules)
+    return Plan(recipe.name, recipe.model.source, outline.num_parameters, stages, modules, data)
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse in the first seconds what would fail hours later: shapes, modules, training arguments.
+def _data(recipe: Recipe, workspace: Workspace, keys: dict[str, str]) -> DataPreview | None:
+    """What the data holds, and one item of it; that there is enough to calibrate on is checked as well."""
+    from sqft.data import calibration_tokens
 
-    Raises: ModelError, CompressionError, AdapterError, TrainingError.
-    """
-    from sqft.models import model_outline
-
-    _modules(recipe, model_outline(recipe.model))
+    if recipe.data is None:
+        return None
+    splits, tokenizer = load_items(recipe, workspace, keys)
+    check_splits(recipe, splits)
+    calibration = recipe.calibration or CalibrationSection()
+    if recipe.needs_calibration and calibration.source == "train":
+        calibration_tokens(calibration, splits.train, tokenizer, seed=recipe.seed)
+    first = [view_item(example, "train", tokenizer, recipe.data.loss_on) for example in splits.train[:1]]
+    return DataPreview(splits.report, first)
 
 
 def _stage(stage: Stage, directory: Path, estimate: "_Estimate") -> StagePlan:
@@ -115,55 +122,17 @@ def _stage(stage: Stage, directory: Path, estimate: "_Estimate") -> StagePlan:
     )
 
 
-def _modules(recipe: Recipe, outline: "ModelOutline") -> list[ModulePlan]:
-    sparsified, quantized = _chosen(outline, recipe.sparsify), _chosen(outline, recipe.quantize)
-    adapted, scaled = _trained(recipe, outline, quantized)
-    if recipe.train:
-        from sqft.training import check_arguments
-
-        check_arguments(recipe.train)
+def _modules(recipe: Recipe, outline: "ModelOutline", chosen: ChosenModules) -> list[ModulePlan]:
     rank = max(recipe.adapters.ranks) if recipe.adapters else 0
     size = recipe.quantize.group_size if recipe.quantize else -1
     rows: dict[ModulePlan, int] = {}
     for name, shape in outline.linears.items():
         end = ".".join(name.split(".")[-2:])
-        scales = shape[0] * (1 if size == -1 else shape[1] // size) if name in scaled else 0
-        ranks = rank if name in adapted else 0
-        row = ModulePlan(end, shape, 0, name in sparsified, name in quantized, ranks, scales)
+        scales = shape[0] * (1 if size == -1 else shape[1] // size) if name in chosen.scaled else 0
+        ranks = rank if name in chosen.adapted else 0
+        row = ModulePlan(end, shape, 0, name in chosen.sparsified, name in chosen.quantized, ranks, scales)
         rows[row] = rows.get(row, 0) + 1
     return [replace(row, count=count) for row, count in rows.items()]
-
-
-def _trained(recipe: Recipe, outline: "ModelOutline", quantized: set[str]) -> tuple[set[str], set[str]]:
-    """The linears with a low-rank update, and those whose scales are trained.
-
-    Raises: AdapterError if a target is missing, or one that needs a grid has none.
-    """
-    section = recipe.adapters
-    if section is None:
-        return set(), set()
-    from sqft.adapters.targets import find_targets
-
-    everywhere = not section.low_rank and section.target_modules is None
-    targets = quantized if everywhere else set(find_targets(outline.skeleton, section.target_modules))
-    off_grid = sorted(targets - quantized)
-    if section.method in ("qa_sparse_peft", "scales") and off_grid:
-        raise AdapterError(
-            f"{section.method} needs a quantized base, and {off_grid[0]} is not; quantize it, or leave "
-            "it out of adapters.target_modules"
-        )
-    if not section.low_rank:
-        return set(), targets
-    return targets, quantized if section.trains_scales else set()
-
-
-def _chosen(outline: "ModelOutline", section: SparsifySection | QuantizeSection | None) -> set[str]:
-    """The linears that a compression section touches, checked against its shapes."""
-    from sqft.compression import choose_layers
-
-    if section is None:
-        return set()
-    return set(choose_layers(outline.skeleton, outline.linears, section))
 
 
 class _Estimate:

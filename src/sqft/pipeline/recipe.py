@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from sqft.errors import RecipeError
+from sqft.pipeline.keys import nearest_key, takes_text
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
@@ -137,6 +138,11 @@ class Recipe(Section):
                 "evaluate.models: dense_tuned needs an adapters section",
             ),
             (
+                bool(self.search and self.search.method == "hill_climb" and self.adapters)
+                and len(self.adapters.ranks if self.adapters else []) < 2,
+                "search.method: hill_climb has one rank to choose from; give adapters.ranks more",
+            ),
+            (
                 bool(self.export) and self.final_stage == "model",
                 "export: needs a section that makes a model: sparsify, quantize or mergeable adapters",
             ),
@@ -237,7 +243,9 @@ def dense_adapters(section: AdapterSection) -> AdapterSection:
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply overrides of the form section.key=value (the value is YAML).
+    """Read a recipe and apply overrides of the form section.key=value.
+
+    The value is YAML; for a key that takes a text, the text as it stands.
 
     Raises: RecipeError that lists every wrong key with its path.
     """
@@ -322,7 +330,8 @@ def recipe_schema() -> dict[str, Any]:
 def _describe(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"{place}: unknown key"
+        near = nearest_key(Recipe, [str(part) for part in item["loc"]])
+        return f"{place}: unknown key{f' (did you mean {near}?)' if near else ''}"
     if isinstance(item.get("input"), list) and not item["type"].startswith(("list", "too_")):
         return f"{place}: takes one value, not a list; for a run with each of several, use sqft sweep"
     message = str(item["msg"]).removeprefix("Value error, ")
@@ -357,7 +366,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"the value of '{override}' is not valid YAML: {_yaml_place(error)}") from None
+        if not takes_text(Recipe, keys, {}):
+            reason = _yaml_place(error)
+            raise RecipeError(f"the value of '{override}' is not valid YAML: {reason}") from None
+        value = {}
+    if takes_text(Recipe, keys, value):
+        value = text  # braces, colons and digits are no YAML where a text is wanted
     try:
         set_value(values, path, value)
     except RecipeError as error:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from sqft.artifacts import MANIFEST, Manifest
 from sqft.errors import RecipeError
+from sqft.pipeline.checks import check_recipe
 from sqft.pipeline.locks import hold
-from sqft.pipeline.plan import check_recipe
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.results import RunResult, write_results
-from sqft.pipeline.runner import open_workspace, run_stages
+from sqft.pipeline.runner import Workspace, open_workspace, run_stages
 from sqft.progress import SILENT, Progress
 
 __all__ = ["StageStatus", "run_recipe", "workspace_status"]
@@ -46,7 +46,7 @@ def run_recipe(
     """
     import torch
 
-    from sqft.models import resolve_model
+    from sqft.models import model_outline, resolve_model
 
     _refuse_launchers()
     started = time.perf_counter()
@@ -54,7 +54,8 @@ def run_recipe(
     if recipe.runtime.threads:
         torch.set_num_threads(recipe.runtime.threads)
     device = resolve_device(recipe.runtime.device)
-    check_recipe(recipe)
+    models_dir = Workspace(Path(recipe.runtime.workspace)).models
+    check_recipe(recipe, model_outline(recipe.model), models_dir)
     workspace = open_workspace(Path(recipe.runtime.workspace))
     with hold(workspace.lock("models"), "the model"):  # may be converted, once
         model_directory = resolve_model(recipe.model, workspace.models, progress)

@@ -132,6 +132,8 @@ def run_stages(
                     _prove_inputs(stage, directories, workspace)
                     finished = _run_noting(stage, key, keys, context, failures)
                     workspace.proven.add(final)
+        how = "is there already" if finished.reused else f"took {finished.manifest.elapsed_seconds:.1f} s"
+        logger.info("%s %s (%s)", stage.name, how, final)
         directories[stage.name] = final
         workspace.finished[stage.name] = finished
     return list(workspace.finished.values())

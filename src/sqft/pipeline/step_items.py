@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from sqft.pipeline.checks import check_splits
 from sqft.pipeline.context import StageContext
 
 __all__ = ["prepare_items"]
@@ -17,6 +18,7 @@ def prepare_items(context: StageContext) -> dict[str, Any]:
 
     tokenizer = load_tokenizer(context.inputs["model"], trust_remote_code=context.trusts_code)
     splits = load_splits(context.data, tokenizer, seed=context.recipe.seed)
+    check_splits(context.recipe, splits)
     for note in splits.report["notes"]:
         logger.warning("data: %s", note)
     write_items(context.directory, splits)
