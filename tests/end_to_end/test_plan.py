@@ -23,7 +23,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[SqftError], str]] = {
                                       "quantize": {"method": "rtn", "group_size": 32, "bits": 8}},
                             ExportError, "safetensors cannot hold .* exact in neither float16 nor bfloat16"),
     "rank and width": ("llama", {"adapters": {"method": "qa_sparse_peft", "ranks": [65]}}, AdapterError,
-                       "65 is more than .* 64 x 64 can have; 64 is its full rank"),
+                       "65 is more than .* can have; 64 is its full rank"),
     "group and width": ("llama", {"quantize": {"method": "rtn", "group_size": 48}}, CompressionError,
                         "group size 48 does not divide"),
     "too little to calibrate on": ("llama", {"calibration": {"num_samples": 9999}}, DataError,
