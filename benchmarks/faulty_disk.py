@@ -117,7 +117,7 @@ class Shadow:
 
         def noted(descriptor: Any) -> None:
             fsync(descriptor)
-            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            path = Path("/", "proc", "self", "fd", str(descriptor)).readlink()
             if path.is_relative_to(self.directory) and path.exists():
                 self.note(path)
 
