@@ -3,9 +3,11 @@
 A manifest is written last: a directory that has one is finished, whatever killed the run before.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.errors import WorkspaceError
+from sqft.untrusted import check_regular
 
 __all__ = [
     "ENVIRONMENT",
@@ -24,6 +27,7 @@ __all__ = [
     "digest_file",
     "digest_files",
     "digest_json",
+    "read_elapsed",
     "replace_file",
     "seal",
     "sync_path",
@@ -69,6 +73,18 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write the manifest of `directory`."""
         write_json(directory / MANIFEST, asdict(self))
+
+
+def read_elapsed(directory: Path) -> float:
+    """The time a stage took, read off the end of its manifest, which can be large. Raises: WorkspaceError."""
+    try:
+        with (directory / MANIFEST).open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 100))
+            end = file.read()
+    except OSError as error:
+        raise WorkspaceError(f"{directory / MANIFEST} cannot be read ({error.strerror})") from error
+    found = re.search(rb'"elapsed_seconds": ([0-9.eE+-]+)\s*\}\s*$', end)
+    return float(found[1]) if found else Manifest.read(directory).elapsed_seconds
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -124,7 +140,11 @@ def unseal(value: Any) -> dict[str, Any]:
 
 
 def digest_file(path: Path) -> str:
-    """The sha256 of a file's bytes."""
+    """The sha256 of a file's bytes. Raises: OSError, also for a pipe or a device, which may never end."""
+    try:
+        check_regular(path)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -9,6 +9,7 @@ Differs from the papers: a row of DoRA that is all 0 stays 0 (PEFT divides 0 by 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,9 +23,12 @@ from torch import Tensor
 
 from sqft.errors import AdapterError
 from sqft.ops.adapted import low_rank_delta
+from sqft.untrusted import read_bounded, time_limit
 
 __all__ = ["ForeignAdapter", "open_foreign_adapter"]
 
+CONFIG_BYTES = 16 * 2**20
+PATTERN_SECONDS = 2.0
 KEY = re.compile(
     r"^(?:base_model\.model\.)?(?P<name>.+?)\.lora_(?P<part>A|B|magnitude_vector)(?:\.default)?(?:\.weight)?$"
 )
@@ -49,9 +53,16 @@ class ForeignAdapter:
 
     def scaling(self, name: str) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        rank = _of_module(self.config.get("rank_pattern"), name, self.config["r"])
-        alpha = _of_module(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
-        return float(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+        try:
+            rank = _of_module(self.config.get("rank_pattern"), name, self.config["r"])
+            alpha = _of_module(self.config.get("alpha_pattern"), name, self.config["lora_alpha"])
+            scaling = float(alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+            if isinstance(rank, bool) or rank <= 0 or not math.isfinite(scaling):
+                raise ValueError(f"rank {rank}, alpha {alpha}")
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, re.error, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise AdapterError(f"{self.directory} states no scaling of {name} ({reason})") from None
+        return scaling
 
     def factors(self, name: str) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
         """A and B of a linear, float32."""
@@ -89,11 +100,13 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
     """
     path = directory / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_bounded(path, CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(
             f"{directory} is not a PEFT adapter: {path.name} cannot be read ({error})"
         ) from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{directory} is not a PEFT adapter: {path.name} holds no settings")
     kind = config.get("peft_type")
     if kind != "LORA":
         hint = "merge it with the recipe that trained it" if kind == "SQFT" else "only LORA can be merged"
@@ -130,11 +143,14 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
                 if match is None:
                     raise AdapterError(f"{directory}: the tensor {key} is not understood")
                 keys.setdefault(match["name"], {})[match["part"]] = key
-                if not bool(file.get_tensor(key).isfinite().all()):
+                factor = file.get_tensor(key)
+                if match["part"] in ("A", "B") and factor.ndim != 2:
+                    raise AdapterError(f"{directory}: lora_{match['part']} of {match['name']} is no matrix")
+                if not bool(factor.float().isfinite().all()):
                     raise AdapterError(
                         f"{directory}: lora_{match['part']} of {match['name']} is not finite; train it again"
                     )
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{directory}/adapter_model.safetensors cannot be read ({error})") from None
     needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
     for name, parts in keys.items():
@@ -158,7 +174,8 @@ def _check_start(directory: Path, start: Any) -> None:
 
 def _of_module(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
     """PEFT's rule: a pattern is a regular expression for the end of a module's name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
+    with time_limit(PATTERN_SECONDS):
+        for key, value in (pattern or {}).items():
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
     return default

@@ -78,6 +78,8 @@ def _take_verbosity(arguments: Sequence[str]) -> tuple[list[str], int]:
 
 
 def _complain(message: str, code: int) -> int:
-    """Print one line, whatever the message holds."""
-    print("sqft: " + " ".join(message.split()), file=sys.stderr)
+    """Print one line, whatever the message holds: no codes of others that a terminal would obey."""
+    words = " ".join(message.split())
+    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in words)
+    print(f"sqft: {line}", file=sys.stderr)
     return code

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sqft.data.forms import Conversation
 from sqft.errors import DataError
+from sqft.untrusted import time_limit
 
 __all__ = ["RenderedConversation", "render_conversation"]
 
 Span = tuple[int, int]
+TEMPLATE_SECONDS = 5.0
 MARKERS = ("{% generation", "{%- generation")
 
 
@@ -45,9 +46,10 @@ def render_conversation(
     messages = list(conversation.messages)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     try:
-        whole, marked = _render(tokenizer, messages, conversation.tools, mark=True)
-        spans = _marked_spans(marked, turns) or _spans(tokenizer, conversation, whole, turns)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        with time_limit(TEMPLATE_SECONDS):
+            whole, marked = _render(tokenizer, messages, conversation.tools, mark=True)
+            spans = _marked_spans(marked, turns) or _spans(tokenizer, conversation, whole, turns)
+    except Exception as error:  # a template is a program, and fails in any way it likes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{place}: the chat template refuses this conversation: {reason}") from error
     start, end = spans.get(turns[-1], (0, 0))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFWriter
 from gguf.constants import MODEL_ARCH_NAMES
 from numpy.typing import NDArray
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from sqft.errors import ExportError
 from sqft.formats.gguf_names import ARCHITECTURES, gguf_name, rotary_order
 from sqft.formats.weights import ExportSource
+from sqft.models.gguf_header import open_gguf
 
 __all__ = ["read_gguf_adapter", "write_gguf_adapter"]
 
@@ -49,7 +50,7 @@ def read_gguf_adapter(source: ExportSource, names: list[str], path: Path) -> dic
 
     Raises: ExportError if one is missing.
     """
-    stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
+    stored = {tensor.name: tensor.data for tensor in open_gguf(path).tensors}
     factors = {}
     for name in names:
         stored_name = gguf_name(source, f"{name}.weight")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 from gguf.quants import quantize as quantize_blocks
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from sqft.formats.gguf_blocks import BLOCK, Q4_0, Q4_1, Q8_0, choose_block_type,
 from sqft.formats.gguf_names import ARCHITECTURES, gguf_name, head_size, rotary_order, tied_head
 from sqft.formats.gguf_tokenizer import write_tokenizer
 from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
+from sqft.models.gguf_header import open_gguf
 
 __all__ = [
     "HEAD_TYPES",
@@ -103,7 +104,7 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
 
     Raises: ExportError if a tensor is missing.
     """
-    stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    stored = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     tied = tied_head(source)
     for name in source.weight_names():
         if name == tied:
@@ -127,7 +128,7 @@ def changed_tokenizer_keys(source: ExportSource, path: Path) -> list[str]:
     writer = GGUFWriter(None, MODEL_ARCH_NAMES[arch])
     write_tokenizer(writer, source.tokenizer, int(source.config["vocab_size"]))
     expected = {key: value.value for part in writer.kv_data for key, value in part.items()}
-    fields = GGUFReader(path).fields
+    fields = open_gguf(path).fields
     keys = sorted({key for key in (*expected, *fields) if key.startswith("tokenizer.")})
     return [k for k in keys if k not in fields or fields[k].contents() != expected.get(k)]
 

@@ -28,11 +28,15 @@ from sqft.models.packing import (
     unpack_weight,
 )
 from sqft.models.sparse_packing import sparse_specs, unpack_codes
+from sqft.untrusted import check_regular
 
 __all__ = ["Checkpoint", "build_skeleton", "open_checkpoint", "quiet_transformers", "read_config"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Of a config, what libraries count to before anyone looks at the weights.
+LIMITS = {name: 10_000 for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers")}
+LIMITS |= {"num_labels": 1_000_000, "vocab_size": 100_000_000}
 # Packed files have this in their names in place of "model", so that who cannot read them finds no weights.
 SPARSE_FILE = "packed"
 PACKED, KEPT = ".weight_packed", ".weight_kept"  # end the names of codes: all of them, or those that are kept
@@ -186,6 +190,10 @@ def read_config(directory: Path, trust_remote_code: bool) -> Any:
         raise ModelError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds no configuration; fetch the model again")
+    for name, most in LIMITS.items():
+        number = values.get(name)
+        if isinstance(number, int) and number > most:
+            raise ModelError(f"{path}: {name} is {number:,}; no model has more than {most:,}")
     if "auto_map" in values and not trust_remote_code:
         raise ModelError(
             f"{directory} needs Python code that comes with it; set model.trust_remote_code to run it"
@@ -232,6 +240,9 @@ def _tensor_paths(directory: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             paths = [directory / name for name in names]
+            outside = next((name for name in names if Path(name).name != name), None)
+            if outside is not None:
+                raise ModelError(f"{index} names {outside!r}, which is no file of this directory")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is damaged ({error}); fetch the model again") from None
     else:
@@ -248,14 +259,18 @@ def _tensor_paths(directory: Path) -> list[Path]:
 def _handle(handles: dict[Path, Any], path: Path) -> Any:
     if path not in handles:
         try:
+            check_regular(path)
             handles[path] = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(f"{path} is truncated or damaged ({error}); fetch or write it again") from error
     return handles[path]
 
 
 def _stored_dtype(handles: dict[Path, Any], files: dict[str, Path], name: str) -> torch.dtype:
-    return _TORCH_DTYPES[_handle(handles, files[name]).get_slice(name).get_dtype()]
+    stored = _handle(handles, files[name]).get_slice(name).get_dtype()
+    if stored not in _TORCH_DTYPES:
+        raise ModelError(f"{files[name]}: {name} is of the type {stored}, which cannot be read")
+    return _TORCH_DTYPES[stored]
 
 
 def _check_tensors(

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 
 from sqft.errors import ModelError
 from sqft.untrusted import check_regular
 
-__all__ = ["GgufHeader", "read_gguf_header"]
+__all__ = ["GgufHeader", "open_gguf", "read_gguf_header"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -54,6 +54,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
             return _Reader(content).header()
     except (OSError, ValueError, struct.error, OverflowError) as error:
         raise ModelError(f"{path} cannot be read as GGUF ({error}); fetch or write it again") from error
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """gguf's own reader of a file, once its header is checked. Raises: ModelError."""
+    read_gguf_header(path)
+    return GGUFReader(path)
 
 
 class _Reader:

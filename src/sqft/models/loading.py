@@ -156,8 +156,9 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{directory} has no tokenizer that can be read ({_first_line(error)})") from error
+    except Exception as error:  # of many kinds: parts of a wrong type meet code that computes with them
+        reason = _first_line(error) or type(error).__name__
+        raise ModelError(f"{directory} has no tokenizer that can be read ({reason})") from error
     _check_vocabulary(Path(directory) / "config.json", tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -51,7 +51,10 @@ def find_gguf(section: ModelSection) -> Path | None:
     source = section.source
     if source.startswith(PACKAGE):
         return _gguf_of_package(source.removeprefix(PACKAGE))
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"{source}: {error}") from None
     if path.is_dir():
         return None
     if path.is_file():

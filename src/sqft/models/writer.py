@@ -184,6 +184,8 @@ class CheckpointWriter:
                 assert linear not in self._quantized or name == f"{linear}.bias", f"{name} was never written"
                 stored = name in self.source.names
                 value = self.source.tensor(name) if stored else self.source.weight(linear)
+                if value.is_floating_point() and not bool(value.isfinite().all()):
+                    raise ModelError(f"{self.source.directory}: {name} holds NaN or infinity; fetch it again")
                 self._weights.write(name, value.to(self._weights.specs[name][0]))
         for kept in KEPT_FILES:
             if (self.source.directory / kept).is_file():

@@ -24,6 +24,7 @@ from sqft.sections import (
     SparsifySection,
     TrainSection,
 )
+from sqft.untrusted import parse_yaml, read_bounded
 
 __all__ = [
     "Recipe",
@@ -40,6 +41,9 @@ __all__ = [
 
 # What of the adapters' settings is about their low-rank update.
 LOW_RANK = ("ranks", "alpha", "dropout", "dropout_kind")
+
+
+RECIPE_BYTES = 256 * 1024
 
 
 class Recipe(Section):
@@ -259,15 +263,17 @@ def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> 
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, RECIPE_BYTES).decode("utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise RecipeError(f"there is no recipe {path}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except ValueError as error:
+        raise RecipeError(f"{path} is no recipe: {error}") from None
     try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {_yaml_place(error)}") from None
+        values = parse_yaml(text, _Loader)
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no recipe; write at least 'model: NAME'")
     values.setdefault("name", path.stem)
@@ -352,23 +358,16 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-def _yaml_place(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem
-
-
 def _apply_override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
         raise RecipeError(f"'{override}' is no override; write section.key=value")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text, _Loader)
+    except ValueError as error:
         if not takes_text(Recipe, keys, {}):
-            reason = _yaml_place(error)
-            raise RecipeError(f"the value of '{override}' is not valid YAML: {reason}") from None
+            raise RecipeError(f"the value of '{override}' is not valid YAML: {error}") from None
         value = {}
     if takes_text(Recipe, keys, value):
         value = text  # braces, colons and digits are no YAML where a text is wanted

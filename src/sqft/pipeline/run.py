@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqft.artifacts import MANIFEST, Manifest
+from sqft.artifacts import MANIFEST, read_elapsed
 from sqft.errors import RecipeError
+from sqft.marks import read_mark
 from sqft.pipeline.checks import check_recipe
 from sqft.pipeline.locks import hold
 from sqft.pipeline.recipe import Recipe
@@ -98,8 +99,12 @@ def workspace_status(workspace: Path) -> list[StageStatus]:
         if not directory.is_dir():
             continue
         finished = not directory.name.endswith(".partial") and (directory / MANIFEST).exists()
-        size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-        seconds = Manifest.read(directory).elapsed_seconds if finished else 0.0
+        mark = read_mark(directory)
+        if mark is not None and mark.files is not None:  # without a look at every file
+            size = sum(entry[0] for entry in mark.files.values())
+        else:
+            size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+        seconds = read_elapsed(directory) if finished else 0.0
         name = directory.name.removesuffix(".partial").rsplit("-", 1)[0]
         rows.append(StageStatus(name, directory, finished, size, seconds))
     return rows

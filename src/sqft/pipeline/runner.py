@@ -93,8 +93,9 @@ def open_workspace(root: Path) -> Workspace:
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("w"):
             pass
-    except OSError as error:
-        raise WorkspaceError(f"cannot write to the workspace {root}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WorkspaceError(f"cannot write to the workspace {root}: {reason}") from error
     return Workspace(root)
 
 
