@@ -88,8 +88,8 @@ def refused(
     def run(edit: Edit = lambda model: None, **sections: Any) -> str:
         model = Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "model", dirs_exist_ok=True))
         edit(model)
-        lines = (json.dumps({"question": f"what is {i}?", "answer": str(i)}) for i in range(60))
-        (tmp_path / "train.jsonl").write_text("\n".join(lines))
+        items = ({"question": f"what is {i}?", "answer": str(i)} for i in range(60))
+        (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, items)))
         values = {
             "model": str(model),
             "data": {"train": str(tmp_path / "train.jsonl"), "template": "chat", "prompt": "{question}"},
@@ -105,7 +105,7 @@ def refused(
         assert run_command_line(["run", str(recipe)]) == 2
         assert time.monotonic() - started < 20
         said = capsys.readouterr().err
-        lines = [line for line in said.splitlines() if line.startswith("sqft: ")]
+        lines = [line for line in said.splitlines() if line.startswith("sqft: ") and "WARNING" not in line]
         assert len(lines) == 1
         assert lines[0].isprintable()
         return lines[0]
@@ -161,7 +161,7 @@ def test_escape_codes_are_not_printed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "\x1b" not in capsys.readouterr().err
 
 
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "rank 0": {"r": 0},
     "rank as text": {"r": "4"},
     "no rank": {"r": None},
@@ -177,7 +177,12 @@ ADAPTERS = {
 def test_adapters(
     name: str, tmp_path: Path, tiny_model_dir: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | ADAPTERS[name]
+    settings: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+    } | ADAPTERS[name]
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     factors = {f"{key}A.weight": torch.ones(4, 64), f"{key}B.weight": torch.ones(64, 4)}
     (tmp_path / "adapter").mkdir()
