@@ -9,13 +9,13 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sqft.errors import WorkspaceError
-from sqft.untrusted import check_regular
 
 __all__ = [
     "ENVIRONMENT",
@@ -141,10 +141,8 @@ def unseal(value: Any) -> dict[str, Any]:
 
 def digest_file(path: Path) -> str:
     """The sha256 of a file's bytes. Raises: OSError, also for a pipe or a device, which may never end."""
-    try:
-        check_regular(path)
-    except ValueError as error:
-        raise OSError(errno.EINVAL, str(error), str(path)) from None
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -160,8 +158,8 @@ def digest_files(directory: Path, *, cache: Path | None = None) -> dict[str, str
         name = path.relative_to(directory).as_posix()
         if any(part.startswith(".") for part in Path(name).parts):
             continue
-        stat = path.stat()
-        identity = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        found = path.stat()
+        identity = f"{path.resolve()}:{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
         digests[name] = known[identity] = known.get(identity) or digest_file(path)
     if cache is not None:
         _write_cache(cache, known)
