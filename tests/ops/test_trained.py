@@ -26,9 +26,9 @@ def test_a_trained_scale_is_of_the_bits_that_are_stored(bits: int) -> None:
 
 
 def test_a_scale_does_not_fall_below_what_16_bits_hold() -> None:
-    base = torch.tensor([2.0**-13, 2.0**-20])
-    found = trained_scale(base, torch.tensor([-0.9, -0.9]), 8)
-    assert torch.equal(found, torch.tensor([2.0**-14, 2.0**-20]))
+    base = torch.tensor([[2.0**-13, 2.0**-20]])
+    found = trained_scale(base, torch.tensor([[-0.9, -0.9]]), 8)
+    assert torch.equal(found, torch.tensor([[2.0**-14, 2.0**-20]]))
 
 
 def test_gradients_pass_straight_through_the_rounding() -> None:

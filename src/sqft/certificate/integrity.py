@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sqft.artifacts import unseal
+from sqft.artifacts import SEAL, unseal
 from sqft.certificate.answers import hidden_names
 from sqft.certificate.checks import CERTIFICATE, Check, file_digests, run_check
 from sqft.certificate.reference import compute_logits, largest_difference, read_reference
@@ -56,7 +56,9 @@ def check_integrity(
 
 def _check_record(directory: Path) -> str:
     try:
-        record = unseal(read_json(directory / CERTIFICATE))
+        record = read_json(directory / CERTIFICATE)
+        if SEAL in record:  # certificates of 0.1.0 have none
+            record = unseal(record)
         outcomes = {str(check["name"]): check["passed"] for check in record["checks"]}
     except (ValueError, KeyError, TypeError) as error:
         raise CertificateError(f"{CERTIFICATE} is damaged ({error})") from None
