@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sqft.progress import Advance
+
 
 def anonymous_bytes() -> int:
     """The anonymous memory of this process (Linux), without what the allocator keeps of freed memory.
@@ -26,6 +28,6 @@ class Watch:
         self.figure, self.seen = figure, list[int]()
 
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def task(self, description: str, total: int) -> Iterator[Advance]:
         """Note the figure at every advance."""
-        yield lambda done: self.seen.append(self.figure())
+        yield lambda done, note="": self.seen.append(self.figure())

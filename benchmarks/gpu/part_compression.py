@@ -7,7 +7,7 @@ blocks in INT4 are what `part_decoding` runs.
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from sqft.compression import quantize_model, sparsify_model
 from sqft.models import CheckpointWriter, StoredMasks, open_checkpoint
+from sqft.progress import Advance
 from sqft.sections import QuantizeSection, SparsifySection
 
 __all__ = ["compress", "measure", "write_blocks"]
@@ -104,10 +105,10 @@ class BlockClock:
         self.times: list[float] = []
 
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def task(self, description: str, total: int) -> Iterator[Advance]:
         """Note the time now, and at every advance."""
         self.times = [time.perf_counter()]
-        yield lambda done: self.times.append(time.perf_counter())
+        yield lambda done, note="": self.times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
         """The seconds of each block."""

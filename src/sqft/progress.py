@@ -4,26 +4,37 @@ Functions that may run for more than two seconds take `progress: Progress = SILE
 passes one that draws bars with the time left.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
-__all__ = ["SILENT", "Progress", "track"]
+__all__ = ["SILENT", "Advance", "Progress", "track"]
 
 Item = TypeVar("Item")
+
+
+class Advance(Protocol):
+    """Says how many more units are done, and in a few words how it goes."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """note: shown beside the bar until the next one; empty leaves the last."""
 
 
 class Progress(Protocol):
     """Opens one bar per piece of work."""
 
-    def task(self, description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A context in which calling the returned function with n says that n more units are done."""
+    def task(self, description: str, total: int) -> AbstractContextManager[Advance]:
+        """A context in which the returned function is called as units are done."""
 
 
 class _Silent:
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda done: None
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        yield _ignore
+
+
+def _ignore(done: int, note: str = "") -> None:
+    pass
 
 
 SILENT: Progress = _Silent()

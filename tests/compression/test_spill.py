@@ -13,6 +13,7 @@ from sqft.pipeline import parse_recipe
 from sqft.pipeline.context import StageContext
 from sqft.pipeline.stages import recipe_stages
 from sqft.pipeline.step_sparsify import sparsify as sparsify_stage
+from sqft.progress import Advance
 
 Maker = Callable[..., Path]
 JOBS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -84,8 +85,8 @@ def test_a_recipe_spills_and_keeps_its_identity(tiny_model_dir: Maker, tmp_path:
 
     class Watch:
         @contextmanager
-        def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
-            yield lambda done: files.append(len(list(out.glob("activations/*"))))
+        def task(self, description: str, total: int) -> Iterator[Advance]:
+            yield lambda done, note="": files.append(len(list(out.glob("activations/*"))))
 
     for recipe, name in zip(recipes, ("spilled", "kept"), strict=True):
         out = tmp_path / name

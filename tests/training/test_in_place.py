@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.training.test_train import assert_equal, train, trained
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -18,6 +17,7 @@ from sqft.errors import TrainingError
 from sqft.models import QuantizedLinear, load_model
 from sqft.ops import compute_qparams, encode_latent, quantize
 from sqft.sections import AdapterSection, TrainSection
+from tests.training.test_train import assert_equal, train, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -18,6 +18,7 @@ EXTRAS = {
     "hub": ("datasets", "data sets of the Hugging Face hub, and Parquet files"),
     "gguf": ("xllamacpp", "export to GGUF, checked in llama.cpp"),
     "openvino": ("openvino", "export to OpenVINO, and running it there"),
+    "tensorboard": ("tensorboard", "train.arguments: {report_to: tensorboard}"),
     "triton": ("triton", "the fused kernels on an NVIDIA GPU"),
 }
 

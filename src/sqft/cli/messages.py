@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, Self
 
 import sqft
+from sqft.progress import Advance
 
 __all__ = ["RichProgress", "catch_termination", "quiet_warnings", "verbosity"]
 
@@ -47,6 +48,7 @@ class RichProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
             console=self._console,
             transient=True,
             disable=not (self._console.is_terminal and self._told),
@@ -60,12 +62,18 @@ class RichProgress:
         self._bars.stop()
 
     @contextmanager
-    def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    def task(self, description: str, total: int) -> Iterator[Advance]:
         """One bar; when it is done and took a while, a line with its time stays."""
         started = time.monotonic()
-        bar = self._bars.add_task(description, total=total or None)
+        bar = self._bars.add_task(description, total=total or None, note="")
         try:
-            yield lambda done: self._bars.advance(bar, done)
+
+            def advance(done: int, note: str = "") -> None:
+                self._bars.advance(bar, done)
+                if note:
+                    self._bars.update(bar, note=note)
+
+            yield advance
             seconds = time.monotonic() - started
             if seconds >= NOTABLE_SECONDS and self._told:
                 self._console.print(f"{description}  {seconds:.0f} s", style="dim", markup=False)

@@ -62,6 +62,7 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
         seed=context.recipe.training_seed,
         output_dir=context.directory / CHECKPOINTS,
         space=space,
+        watch_dir=context.directory,
         progress=context.progress,
     )
     digests: dict[str, str] = {}

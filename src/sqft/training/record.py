@@ -14,10 +14,19 @@ import torch
 
 from sqft.artifacts import digest_files, seal, sync_path, sync_tree, unseal, write_json
 
-__all__ = ["StepRecord", "TrainingRecord", "environment", "peak_bytes", "reset_peak"]
+__all__ = [
+    "Journal",
+    "StepRecord",
+    "TrainingRecord",
+    "describe_steps",
+    "environment",
+    "peak_bytes",
+    "reset_peak",
+]
 
 logger = logging.getLogger(__name__)
 STEPS = "steps.jsonl"
+SHOWN_STEPS = 10  # that the figures beside the bar are taken over
 MARKER = "complete.json"
 PREFIX = "checkpoint-"
 
@@ -77,21 +86,41 @@ class TrainingRecord:
         }
 
 
+def describe_steps(steps: list[StepRecord]) -> str:
+    """How a training goes, in a few words: loss and tokens a second, over its last steps."""
+    last = steps[-SHOWN_STEPS:]
+    seconds = sum(step.seconds for step in last)
+    speed = f", {sum(step.tokens for step in last) / seconds:.0f} tokens/s" if seconds else ""
+    return f"loss {sum(step.loss for step in last) / len(last):.3f}{speed}"
+
+
 class Journal:
     """The files beside the checkpoints: one line a step, and a marker in each finished checkpoint.
 
-    writes: whether this process is the one that writes them, where several train together.
+    metrics: a file of one line a step for people and programs that watch; a resumed training cuts off the
+    steps that it repeats. writes: whether this process is the one that writes, where several train together.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, metrics: Path | None = None) -> None:
         self.directory = directory
+        self.metrics = metrics
         self.steps_path = directory / STEPS
         self.writes = os.environ.get("RANK", "0") == "0"
 
-    def append(self, step: StepRecord) -> None:
-        """Write one step to disk."""
+    def append(self, step: StepRecord, *, rate: float = 0.0) -> None:
+        """Write one step to disk. rate: the learning rate that it was made with."""
         with self.steps_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(step)) + "\n")
+        if self.metrics is not None:
+            figures = {
+                "step": step.step,
+                "loss": step.loss,
+                "learning_rate": rate,
+                "tokens": step.tokens,
+                "seconds": step.seconds,
+            }
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
 
     def keep(self, last: int) -> list[StepRecord]:
         """Return the steps up to and including `last`; the file loses later ones and a torn last line."""
@@ -101,6 +130,9 @@ class Journal:
         temporary = self.steps_path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps), encoding="utf-8")
         temporary.replace(self.steps_path)
+        if self.metrics is not None and self.metrics.exists():
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
+            self.metrics.write_bytes(b"".join(lines[: len(steps)]))
         return steps
 
     def mark(self, step: int, facts: dict[str, Any]) -> None:

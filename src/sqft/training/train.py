@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,14 @@ from sqft.errors import TrainingError
 from sqft.progress import SILENT, Progress
 from sqft.sections import TrainSection
 from sqft.training.arguments import refusals, training_arguments
+from sqft.training.cores import warn_of_busy_cores
 from sqft.training.record import Journal, TrainingRecord, environment, peak_bytes, reset_peak
 from sqft.training.trainer import ElasticTrainer, StepCallback
 
 __all__ = ["train_adapters"]
 
 logger = logging.getLogger(__name__)
+METRICS, LOGS = "metrics.jsonl", "tensorboard"
 
 
 def train_adapters(
@@ -39,6 +42,7 @@ def train_adapters(
     seed: int = 0,
     output_dir: Path,
     space: SearchSpace | None = None,
+    watch_dir: Path | None = None,
     progress: Progress = SILENT,
 ) -> TrainingRecord:
     """Train the parameters of `model` that require gradients, and leave the model at its largest ranks.
@@ -47,6 +51,8 @@ def train_adapters(
     log-likelihood over the step's answer tokens (or all tokens). Checkpoints lie in `output_dir`; a call that
     finds some there goes on from the last whole one and ends with the same bits as a training that was never
     interrupted, on the same device kind, threads, dtype and versions (a difference is logged and recorded).
+    watch_dir: gets metrics.jsonl, one line a step, and what TensorBoard reads where `section.arguments`
+    reports to it.
 
     Raises: TrainingError for wrong `section.arguments`, no items, a loss or gradient that is not a number
     (naming the step), and checkpoints of another training.
@@ -62,7 +68,8 @@ def train_adapters(
     output_dir.mkdir(parents=True, exist_ok=True)
     here = environment(model, device)
     facts = {"training": _identity(model, examples, section, loss_on, seed), "environment": here}
-    journal = Journal(output_dir)
+    journal = Journal(output_dir, watch_dir / METRICS if watch_dir else None)
+    warn_of_busy_cores(device)
     record = TrainingRecord(list(space.groups) if space else [], environment=here)
     checkpoint = _last_checkpoint(journal, facts, record)
     total = section.max_steps or math.ceil(math.ceil(len(examples) / section.batch_size) * section.epochs)
@@ -75,7 +82,7 @@ def train_adapters(
             model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
             load_unrounded(model, checkpoint)
         else:
-            with refusals():
+            with refusals(), _logging_into(watch_dir):
                 trainer = ElasticTrainer(model, arguments, examples, loss_on, callback, section)
             with _repeatable(device):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -134,6 +141,20 @@ def _identity(
         for name, config in getattr(model, "peft_config", {}).items()
     }
     return digest_json([trained, items, settings, loss_on, seed, adapters])
+
+
+@contextmanager
+def _logging_into(directory: Path | None) -> Iterator[None]:
+    """While it lasts, TensorBoard's callback is made to write here, unless the user says where."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if directory is None or name in os.environ:
+        yield
+        return
+    os.environ[name] = str(directory / LOGS)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager

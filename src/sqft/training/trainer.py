@@ -1,7 +1,7 @@
 """transformers.Trainer with one sub-adapter a step, a loss over counted tokens, and a journal of steps."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,13 @@ from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
 from sqft.errors import AdapterError, TrainingError
 from sqft.ops.cross_entropy import chunk_elements, chunked_cross_entropy
+from sqft.progress import Advance
 from sqft.sections import TrainSection
 from sqft.training.arguments import refusals
 from sqft.training.head import separable_head, without_head
 from sqft.training.ranks import begin_step
 from sqft.training.rates import rate_names, split_by_rate
-from sqft.training.record import Journal, StepRecord
+from sqft.training.record import Journal, StepRecord, describe_steps
 
 __all__ = ["ElasticTrainer", "EpochSampler", "Items", "StepCallback"]
 
@@ -175,7 +176,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         seed: int,
         journal: Journal,
         facts: dict[str, Any],
-        advance: Callable[[int], None],
+        advance: Advance,
     ) -> None:
         self.model, self.space, self.seed, self.journal = model, space, seed, journal
         self.facts, self.advance = facts, advance
@@ -235,8 +236,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         step = StepRecord(state.global_step, self.loss, self.ranks, seconds, self.tokens)
         self.steps.append(step)
         if state.is_world_process_zero:
-            self.journal.append(step)
-        self.advance(1)
+            self.journal.append(step, rate=float(kwargs["optimizer"].param_groups[0]["lr"]))
+        self.advance(1, describe_steps(self.steps))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
