@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqft.errors import AdapterError, DataError, require
+from sqft.errors import AdapterError, require
 from sqft.pipeline.recipe import Recipe
 from sqft.sections import DataSource, HubSource, QuantizeSection, SparsifySection
 
 if TYPE_CHECKING:
-    from sqft.data import Splits
     from sqft.models import ModelOutline
 
-__all__ = ["ChosenModules", "check_recipe", "check_splits"]
+__all__ = ["ChosenModules", "check_recipe"]
 
 
 @dataclass(frozen=True)
@@ -57,21 +56,6 @@ def check_recipe(recipe: Recipe, outline: "ModelOutline", models_dir: Path) -> C
         tokenizer = source_tokenizer(recipe.model, models_dir) if "gguf" in recipe.export.formats else None
         check_exports(recipe.export.formats, outline.skeleton.config, shapes, recipe.quantize, tokenizer)
     return modules
-
-
-def check_splits(recipe: Recipe, splits: "Splits") -> None:
-    """Raises: DataError if a split is empty that something in the recipe measures on."""
-    if recipe.search and recipe.search.method == "hill_climb" and not splits.search:
-        raise DataError(
-            "search.method hill_climb compares sub-adapters on search items, and the data is too small to be "
-            "split; give data.search, more items, or take search.method median"
-        )
-    evaluate = recipe.evaluate
-    if evaluate and not (splits.test or evaluate.perplexity or evaluate.tasks):
-        raise DataError(
-            "evaluate measures on test items, and the data is too small to be split; give data.test, more "
-            "items, or leave the evaluate section out"
-        )
 
 
 def _needed_extras(recipe: Recipe) -> Iterator[tuple[str, str]]:

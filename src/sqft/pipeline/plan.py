@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqft.pipeline.checks import ChosenModules, check_recipe, check_splits
+from sqft.pipeline.checks import ChosenModules, check_recipe
 from sqft.pipeline.preview import DataPreview, load_items, view_item
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import Workspace, stage_keys
 from sqft.pipeline.stages import Stage, recipe_stages
+from sqft.pipeline.step_items import check_splits
 from sqft.sections import (
     CalibrationSection,
     DataSection,

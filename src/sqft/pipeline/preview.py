@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqft.artifacts import Manifest
 from sqft.errors import RecipeError
-from sqft.pipeline.checks import check_splits
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import Workspace, stage_keys
+from sqft.pipeline.step_items import check_splits
 
 if TYPE_CHECKING:
     from sqft.data import Example, Splits

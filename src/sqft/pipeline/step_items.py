@@ -1,12 +1,16 @@
 """The stage `items`: the data read, tokenized and checked, once for all stages that look at it."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sqft.pipeline.checks import check_splits
+from sqft.errors import DataError
 from sqft.pipeline.context import StageContext
+from sqft.pipeline.recipe import Recipe
 
-__all__ = ["prepare_items"]
+if TYPE_CHECKING:
+    from sqft.data import Splits
+
+__all__ = ["check_splits", "prepare_items"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,3 +27,18 @@ def prepare_items(context: StageContext) -> dict[str, Any]:
         logger.warning("data: %s", note)
     write_items(context.directory, splits)
     return {"data": splits.report, "chance_accuracy": chance_accuracy(splits.test)}
+
+
+def check_splits(recipe: Recipe, splits: "Splits") -> None:
+    """Raises: DataError if a split is empty that something in the recipe measures on."""
+    if recipe.search and recipe.search.method == "hill_climb" and not splits.search:
+        raise DataError(
+            "search.method hill_climb compares sub-adapters on search items, and the data is too small to be "
+            "split; give data.search, more items, or take search.method median"
+        )
+    evaluate = recipe.evaluate
+    if evaluate and not (splits.test or evaluate.perplexity or evaluate.tasks):
+        raise DataError(
+            "evaluate measures on test items, and the data is too small to be split; give data.test, more "
+            "items, or leave the evaluate section out"
+        )
