@@ -28,6 +28,7 @@ __all__ = [
     "SqftError",
     "TrainingError",
     "WorkspaceError",
+    "first_line",
     "is_out_of_memory",
     "require",
 ]
@@ -89,6 +90,11 @@ def require(module: str, extra: str) -> ModuleType:
             raise
         message = f"{module} is not installed; it comes with: pip install 'sqft[{extra}]'"
         raise MissingExtraError(message) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, for a message of ours: its first line, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.data.records import Record
-from sqft.errors import DataError, require
+from sqft.errors import DataError, first_line, require
 
 __all__ = ["READERS", "read_file"]
 
@@ -143,8 +143,7 @@ def _read_parquet(data: bytes, path: Path) -> Iterator[Record]:
     try:
         rows = parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} is no whole Parquet file ({reason})") from None
+        raise DataError(f"{path} is no whole Parquet file ({first_line(error)})") from None
     for number, row in enumerate(rows, start=1):
         yield Record(row, f"{path}, row {number}")
 

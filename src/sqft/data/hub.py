@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft.data.records import Record, source_name
-from sqft.errors import DataError, require
+from sqft.errors import DataError, first_line, require
 from sqft.sections import HubSource
 
 __all__ = ["hub_commit", "read_hub"]
@@ -35,9 +35,8 @@ def read_hub(source: HubSource) -> list[Record]:
         )
         fields = list(islice(rows, source.records))
     except Exception as error:  # of many kinds, from the network to the readers of every file format
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name}, split {source.split}: {reason} (a local file can be given in its place)"
+            f"{name}, split {source.split}: {first_line(error)} (a local file can be given in its place)"
         ) from error
     finally:
         if bars:
@@ -66,10 +65,9 @@ def hub_commit(source: HubSource) -> str:
     except Exception as error:  # of many kinds: the network's library is another one in every release
         found = _cached_commit(source)
         if found is None:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"{source_name(source)}: the hub does not say which commit is meant ({reason}), and nothing "
-                "of it is cached here"
+                f"{source_name(source)}: the hub does not say which commit is meant ({first_line(error)}), "
+                "and nothing of it is cached here"
             ) from error
     if found is None:
         raise DataError(f"{source_name(source)}: the hub names no commit; give revision")

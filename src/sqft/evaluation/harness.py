@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sqft.artifacts import digest_json
-from sqft.errors import DataError, require
+from sqft.errors import DataError, first_line, require
 from sqft.evaluation.definitions import find_definition, is_our_own
 from sqft.evaluation.harness_models import wrap_model
 from sqft.evaluation.scoring import Scorable
@@ -149,7 +149,7 @@ def _with_functions(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception, shown: str) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     names = {base.__name__ for base in type(error).__mro__}
     if names & {"ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError"}:
         return (

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from sqft.errors import ModelError
+from sqft.errors import ModelError, first_line
 from sqft.models.blocks import decoder_blocks, is_linear
 from sqft.models.packing import (
     GridSpec,
@@ -202,8 +202,9 @@ def read_config(directory: Path, trust_remote_code: bool) -> Any:
         with quiet_transformers():
             return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(f"{path} is of no architecture that transformers knows: {first_line}") from error
+        raise ModelError(
+            f"{path} is of no architecture that transformers knows: {first_line(error)}"
+        ) from error
     except Exception as error:  # of many kinds: a setting of the wrong type meets code that computes with it
         raise _wrong_setting(directory, error) from error
 

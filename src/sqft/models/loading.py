@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from sqft.errors import ModelError
+from sqft.errors import ModelError, first_line
 from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transformers
 from sqft.models.packing import QuantizedWeight
 from sqft.models.quantized_linear import GridLinear, PackedLinear, QuantizedLinear
@@ -157,8 +157,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds: parts of a wrong type meet code that computes with them
-        reason = _first_line(error) or type(error).__name__
-        raise ModelError(f"{directory} has no tokenizer that can be read ({reason})") from error
+        raise ModelError(f"{directory} has no tokenizer that can be read ({first_line(error)})") from error
     _check_vocabulary(Path(directory) / "config.json", tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -222,10 +221,6 @@ def _check_vocabulary(path: Path, tokenizer: Any) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
@@ -247,5 +242,5 @@ def _finish(
         try:
             model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path} is damaged ({_first_line(error)}); mend it or remove it") from error
+            raise ModelError(f"{path} is damaged ({first_line(error)}); mend it or remove it") from error
     return model.eval()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -55,11 +55,6 @@ class SpeedRow:
     decode_speed: float
     peak_bytes: int
     tokens_per_second: list[float]
-
-
-class _Runner(Protocol):
-    def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
-        """Seconds to the first token, and tokens a second after it."""
 
 
 def open_artefact(
