@@ -11,6 +11,7 @@ from sqft.cli import run_command_line
 from sqft.errors import DataError, WorkspaceError
 from sqft.pipeline.comparison import compare_runs, find_measured
 from sqft.report import write_report
+from sqft.report.comparison import differing_table, markdown
 from sqft.report.content import ModelRow
 from tests.report.invented import invent_report
 
@@ -62,8 +63,55 @@ def test_gaps_are_paired_by_item(run: Run) -> None:
     assert gap.low < gap.difference < gap.high
     assert second.gaps["accuracy"].p_value == 1.0
     assert first.figures["loss"].value == pytest.approx(sum(LOSSES) / 16)
-    assert data.differing == {"sparsify.sparsity": ["-", "0.7"]}
+    assert data.differing == {"sparsify": ["-", "sparsity 0.7"]}
     assert data.num_items == {"loss": 8, "accuracy": 8}
+
+
+def test_a_share_of_nothing_keeps_its_interval(run: Run) -> None:
+    none = [run(f"none-seed{seed}", right=[False] * 8, seed=seed) for seed in (0, 1)]
+    few = run("few", right=[True] + [False] * 7, recipe={"train": {}})
+    for runs in (none[:1], none):  # Wilson's interval of 0 of 8 reaches to 32 %
+        figure = compare_runs([*map(str, runs), str(few)]).rows[0].figures["accuracy"]
+        assert (figure.value, figure.low) == (0.0, 0.0)
+        assert figure.high == pytest.approx(0.3244, abs=1e-3)
+
+
+def test_a_single_item_has_no_interval_to_show(run: Run) -> None:
+    one, two = run("one", ids=["only"]), run("two", 0.1, ids=["only"], recipe={"train": {}})
+    shown = markdown(compare_runs([str(one), str(two)]))
+    assert "inf" not in shown
+    assert "| one | 0.250 |" in shown
+
+
+def test_a_rate_whose_best_lies_at_the_edge_is_told(run: Run) -> None:
+    shifts = {1e-3: 0.4, 3e-3: 0.2, 1e-2: 0.0}
+    paths = [
+        str(run(f"rate{rate}", shift, recipe={"train": {"learning_rate": rate, "max_steps": 5}}))
+        for rate, shift in shifts.items()
+    ]
+    (note,) = compare_runs(paths).notes
+    assert note.startswith("train.learning_rate: of 0.001, 0.003, 0.01 the highest, 0.01, is best")
+    paths.append(str(run("rate3e-2", 0.1, recipe={"train": {"learning_rate": 3e-2, "max_steps": 5}})))
+    assert compare_runs(paths).notes == []
+    alone = run("longer", 0.1, recipe={"train": {"learning_rate": 9e-2, "max_steps": 9}})
+    assert compare_runs([*paths, str(alone)]).notes == []  # nothing but the rate may differ
+
+
+def test_what_differs_is_told_in_the_fewest_words(run: Run) -> None:
+    trained = {"train": {"max_steps": 10, "batch_size": 8}, "adapters": {"method": "lora", "ranks": [16]}}
+    grid = {"quantize": {"method": "gptq", "bits": 3}, "evaluate": {"models": ["base"]}}
+    other = {"train": {"max_steps": 20, "batch_size": 8}, "adapters": {"method": "scales"}}
+    runs = [run("lora", recipe=trained), run("grid", 0.1, recipe=other | grid)]
+    data = compare_runs(list(map(str, runs)))
+    assert data.differing == {
+        "train.max_steps": ["10", "20"],
+        "adapters.method": ["lora", "scales"],
+        "adapters.ranks": ["16", "-"],
+        "quantize": ["-", "gptq, bits 3"],
+    }
+    assert differing_table(data)[0] == ["setting", "lora", "grid"]  # as narrow as it can be
+    fewer = compare_runs([str(runs[0]), str(run("third", recipe=trained | {"sparsify": {}}))])
+    assert differing_table(fewer) == [["model", "sparsify"], ["lora", "-"], ["third", "yes"]]
 
 
 def test_seeds_are_one_row(run: Run) -> None:
@@ -146,7 +194,7 @@ def test_the_command(
     assert run_command_line(["compare", *runs]) == 0
     shown = capsys.readouterr().out
     assert "to one" in shown
-    assert "sparsify.sparsity" in shown
+    assert "sparsity 0.7" in shown
     page = (tmp_path / "comparison.html").read_text()
     assert "a&lt;b" in page
     assert "a<b<" not in page

@@ -54,6 +54,14 @@ def trained(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPa
     return make
 
 
+def test_search_items_are_measured_where_a_setting_is_chosen_by_them(trained: Any) -> None:
+    result, _ = trained(False)
+    values = result.data.recipe
+    again = run_recipe(parse_recipe({**values, "evaluate": {**values["evaluate"], "split": "search"}}))
+    assert [stage.reused for stage in again.stages] == [True, True, True, True, True, False]
+    assert again.data.models[0].num_items == 4
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_finished_model_gives_the_figures_of_its_run(trained: Any, quantized: bool) -> None:
     result, test = trained(quantized)
@@ -107,7 +115,7 @@ def test_results_lie_beside_the_model_and_can_be_compared(trained: Any, tmp_path
     assert find_measured(str(results[0].model_dir))[0].row.num_items == 8
     data = compare_runs([str(result.model_dir) for result in results])
     assert data.num_items["loss"] == 8
-    assert "quantize.bits" in data.differing
+    assert data.differing["quantize"] == ["-", "rtn, group_size 32"]
     # The same measurement takes its own place; a file of somebody else's stays.
     before = written.read_bytes()
     evaluate_path(str(results[0].model_dir), SECTION, {"test": str(test)})

@@ -13,16 +13,14 @@ from typing import Any
 from sqft.artifacts import digest_json
 from sqft.errors import DataError, WorkspaceError
 from sqft.marks import EVALUATIONS
+from sqft.pipeline.differences import SEEDS, differing_settings, edge_notes, flat_settings, is_untold
 from sqft.report import ModelRow, ReportData, read_report
-from sqft.report.comparison import ComparedRow, ComparisonData, Estimate, Gap
+from sqft.report.comparison import ComparedRow, ComparisonData, Estimate, Gap, is_share
 from sqft.report.summary import label_model, loss_unit
 
 __all__ = ["Measured", "compare_runs", "find_measured"]
 
 ITEMS = "items.json"
-# Settings by which runs are repeated, not told apart.
-SEEDS = ("seed", "train.seed")
-UNTOLD = ("name", "runtime", "evaluate", *SEEDS)
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def compare_runs(
     notes = _check_items(series, common)
     rows = []
     for name, group in zip(names, groups, strict=True):
-        figures = {m: _estimate([s[m] for s in series[name]]) for m in series[name][0]}
+        figures = {m: _estimate(m, [s[m] for s in series[name]]) for m in series[name][0]}
         gaps = {}
         if name != names[0]:
             shared = [m for m in figures if all(m in s for s in series[names[0]])]
@@ -102,7 +100,10 @@ def compare_runs(
         places = [one.place for one in group]
         rows.append(ComparedRow(name, places, figures, gaps, row.size_bytes, row.sparsity, row.bits))
     counts = {m: len(s.ids) for m, s in series[names[0]][0].items()}
-    differing = _differing([group[0] for group in groups])
+    recipes = [group[0].recipe for group in groups]
+    losses = [found.value if (found := row.figures.get("loss")) else None for row in rows]
+    notes += edge_notes(recipes, losses)
+    differing = differing_settings(recipes)
     # Among choices an item counts once; an answer has its own tokens and the one that ends it.
     unit = loss_unit(among_choices=set(measured[0].items.get("answer_tokens", [])) == {1})
     return ComparisonData(names[0], rows, counts, unit, differing, notes)
@@ -165,13 +166,13 @@ def _by_seed(measured: Sequence[Measured]) -> list[list[Measured]]:
     """Models whose recipes are the same but for the seed, together; each run of the same stage once."""
     groups: dict[str, list[Measured]] = {}
     for one in measured:
-        told = {key: value for key, value in _flat(one.recipe).items() if not _untold(key)}
+        told = {key: value for key, value in flat_settings(one.recipe).items() if not is_untold(key)}
         identity = digest_json([one.row.name, told, one.place if not one.recipe else ""])
         group = groups.setdefault(identity, [])
         if all(digest_json(one.items) != digest_json(other.items) for other in group):
             group.append(one)
     for group in groups.values():
-        group.sort(key=lambda one: [_flat(one.recipe).get(key) or 0 for key in SEEDS])
+        group.sort(key=lambda one: [flat_settings(one.recipe).get(key) or 0 for key in SEEDS])
     return list(groups.values())
 
 
@@ -279,12 +280,18 @@ def _cut(series: _Series, kept: set[str]) -> _Series:
     )
 
 
-def _estimate(seeds: Sequence[_Series]) -> Estimate:
+def _estimate(measure: str, seeds: Sequence[_Series]) -> Estimate:
+    """A row's own figure; of answers Wilson's interval, which does not shrink to nothing at 0 of 12."""
     from sqft.evaluation import paired_difference
+    from sqft.evaluation.intervals import wilson_interval
 
     nothing = [[0.0] * len(one.values) for one in seeds]
     found = paired_difference(nothing, [one.values for one in seeds], seeds[0].units)
-    return Estimate(found.difference, found.low, found.high)
+    low, high = found.low, found.high
+    if _counts_answers(measure, seeds) and (len(seeds) == 1 or low == high):
+        total = len(seeds[0].values)
+        low, high = wilson_interval(round(found.difference * total), total)
+    return Estimate(found.difference, low, high)
 
 
 def _gap(
@@ -299,35 +306,13 @@ def _gap(
         count = max(sizes) if 1 in sizes else min(sizes)
         before, after = (before * count)[:count], (after * count)[:count]
     values = [one.values for one in before], [one.values for one in after]
-    right = all(value in (0.0, 1.0) for one in (*before, *after) for value in one.values)
-    if right and measure not in ("loss", "log perplexity"):
+    if _counts_answers(measure, [*before, *after]):
         found = compare_correct(*([[bool(v) for v in seed] for seed in side] for side in values))
     else:
         found = paired_difference(*values, before[0].units)
     return Gap(found.difference, found.low, found.high, found.p_value, found.by_seed)
 
 
-def _differing(ones: Sequence[Measured]) -> dict[str, list[str]]:
-    """The settings that are not the same in all recipes, a value for each, "-" where there is none."""
-    flat = [_flat(one.recipe) for one in ones]
-    keys = list(dict.fromkeys(key for recipe in flat for key in recipe if not _untold(key)))
-    rows = {key: [_shown(recipe.get(key)) for recipe in flat] for key in keys}
-    return {key: values for key, values in rows.items() if len(set(values)) > 1}
-
-
-def _untold(key: str) -> bool:
-    return key in UNTOLD or key.split(".")[0] in UNTOLD
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def _shown(value: Any) -> str:
-    return "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _counts_answers(measure: str, series: Sequence[_Series]) -> bool:
+    """Whether a measure says of each item only whether it was right."""
+    return is_share(measure) and all(value in (0.0, 1.0) for one in series for value in one.values)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-__all__ = ["nearest_key", "takes_text"]
+__all__ = ["nearest_key", "section_defaults", "takes_text"]
 
 # What other tools call these.
 ALIASES = {
@@ -51,6 +51,13 @@ def takes_text(model: type[BaseModel], path: Sequence[str], value: Any) -> bool:
         kind is str or (get_origin(kind) is Literal and isinstance(get_args(kind)[0], str)) for kind in kinds
     )
     return texts and not any(_accepts(kind, value) for kind in kinds)
+
+
+def section_defaults(model: type[BaseModel], name: str) -> dict[str, Any]:
+    """What the settings of a section are where nothing is said; those that have to be said are not there."""
+    section = _section(model, [name])
+    fields = section.model_fields if section else {}
+    return {key: field.default for key, field in fields.items() if not field.is_required()}
 
 
 def _accepts(kind: Any, value: Any) -> bool:

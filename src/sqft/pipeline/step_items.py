@@ -37,8 +37,8 @@ def check_splits(recipe: Recipe, splits: "Splits") -> None:
             "split; give data.search, more items, or take search.method median"
         )
     evaluate = recipe.evaluate
-    if evaluate and not (splits.test or evaluate.perplexity or evaluate.tasks):
+    if evaluate and not (getattr(splits, evaluate.split) or evaluate.perplexity or evaluate.tasks):
         raise DataError(
-            "evaluate measures on test items, and the data is too small to be split; give data.test, more "
-            "items, or leave the evaluate section out"
+            f"evaluate measures on {evaluate.split} items, and the data is too small to be split; give "
+            f"data.{evaluate.split}, more items, or leave the evaluate section out"
         )

@@ -1,5 +1,6 @@
 """Several models beside one of them: the figures, and their place in JSON, Markdown and the terminal."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -103,10 +104,16 @@ def compare_table(data: ComparisonData) -> list[list[str]]:
 
 
 def differing_table(data: ComparisonData) -> list[list[str]]:
-    """Header and one row a model: the settings that are not the same in all of them."""
-    keys = list(data.differing)
-    rows = [[row.label, *(data.differing[key][place] for key in keys)] for place, row in enumerate(data.rows)]
-    return [["model", *keys], *rows]
+    """The settings that are not the same in all models, with a header; the table is as narrow as it can be.
+
+    One row a model, or, where there are more settings than models, one row a setting.
+    """
+    labels = [row.label for row in data.rows]
+    by_setting = [["setting", *labels], *([key, *values] for key, values in data.differing.items())]
+    if len(data.differing) > len(labels):
+        return by_setting
+    by_model = [list(column) for column in zip(*by_setting, strict=True)]
+    return [["model", *by_model[0][1:]], *by_model[1:]]
 
 
 def markdown(data: ComparisonData) -> str:
@@ -139,9 +146,10 @@ def _figure_of(measure: str) -> Callable[[ComparedRow], str]:
         found = row.figures.get(measure)
         if found is None:
             return ""
-        if is_share(measure):
-            return f"{100 * found.value:.1f} % ({100 * found.low:.1f}-{100 * found.high:.1f})"
-        return f"{found.value:.3f} ({found.low:.3f}-{found.high:.3f})"
+        factor, digits, unit = (100, 1, " %") if is_share(measure) else (1, 3, "")
+        low, high = (f"{factor * bound:.{digits}f}" for bound in (found.low, found.high))
+        known = math.isfinite(found.low) and math.isfinite(found.high)  # not of a single item
+        return f"{factor * found.value:.{digits}f}{unit}" + (f" ({low}-{high})" if known else "")
 
     return cell
 
@@ -151,9 +159,10 @@ def _gap_of(measure: str) -> Callable[[ComparedRow], str]:
         gap = row.gaps.get(measure)
         if gap is None:
             return ""
-        if is_share(measure):
-            return f"{100 * gap.difference:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
-        return f"{gap.difference:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"
+        factor, digits = (100, 1) if is_share(measure) else (1, 3)
+        low, high = (f"{factor * bound:+.{digits}f}" for bound in (gap.low, gap.high))
+        known = math.isfinite(gap.low) and math.isfinite(gap.high)
+        return f"{factor * gap.difference:+.{digits}f}" + (f" ({low} to {high})" if known else "")
 
     return cell
 
@@ -162,6 +171,8 @@ def _p_of(measure: str) -> Callable[[ComparedRow], str]:
     def cell(row: ComparedRow) -> str:
         gap = row.gaps.get(measure)
         if gap is None:
+            return ""
+        if not math.isfinite(gap.low):
             return ""
         return "<0.001" if gap.p_value < 0.001 else f"{gap.p_value:.3f}"
 

@@ -1,5 +1,6 @@
 """Quality against size and against sparsity, one point a model with its interval."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,10 @@ def _draw(
     factor = 100.0 if is_share(measure) else 1.0
     for place, (x, row) in enumerate(points):
         found, colour = row.figures[measure], PALETTE[place % len(PALETTE)]
-        axes.plot([x, x], [factor * found.low, factor * found.high], color=colour, linewidth=2, alpha=0.55)
+        if math.isfinite(found.low) and math.isfinite(found.high):
+            axes.plot(
+                [x, x], [factor * found.low, factor * found.high], color=colour, linewidth=2, alpha=0.55
+            )
         axes.plot([x], [factor * found.value], "o", color=colour, markersize=6)
         if len(points) <= MOST_NAMES:
             axes.annotate(

@@ -13,7 +13,7 @@ ReportedModel = Literal["base", "dense_tuned", "sparse", "quantized", "adapted",
 
 
 class EvaluateSection(Section):
-    """What is measured, on the test items."""
+    """What is measured, and on which items."""
 
     models: list[ReportedModel] | None = Field(
         None,
@@ -21,7 +21,12 @@ class EvaluateSection(Section):
         description="Default: every model of the recipe, the tuned one merged where it can be. dense_tuned, "
         "plain LoRA on the dense model with the same budget, is trained only where named here.",
     )
-    max_items: Positive | None = Field(None, description="Use the first so many test items.")
+    split: Literal["test", "search"] = Field(
+        "test",
+        description="search: measure on the search items, to choose a setting among several runs by; test "
+        "items that were chosen by tell nothing.",
+    )
+    max_items: Positive | None = Field(None, description="Use the first so many items.")
     batch_size: Positive = 16
     max_new_tokens: Positive = Field(64, description="Longest generated answer.")
     perplexity: PathText | None = Field(None, description="A text file.")
