@@ -12,6 +12,11 @@ PIPELINES = ["shears", "sqft", "sparse_peft", "qa_sparse_peft"]
 
 @pytest.fixture
 def task_files(tmp_path: Path) -> dict[str, str]:
+    """As `write_task`, in the test's own folder."""
+    return write_task(tmp_path)
+
+
+def write_task(directory: Path) -> dict[str, str]:
     """Sums of two digits: 60 items to train on, 12 to search with, 12 to test on."""
     items = [
         {"question": f"what is {a} plus {b}?", "answer": str(a + b)} for a in range(10) for b in range(9)
@@ -20,7 +25,7 @@ def task_files(tmp_path: Path) -> dict[str, str]:
     splits = {"train": items[:60], "search": items[60:72], "test": items[72:84]}
     paths = {}
     for name, records in splits.items():
-        path = tmp_path / f"{name}.jsonl"
+        path = directory / f"{name}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         paths[name] = str(path)
     return paths
@@ -28,7 +33,12 @@ def task_files(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def recipe_values(task_files: dict[str, str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`recipe_values(pipeline, model_dir)`: one of the four pipelines, small enough for a test."""
+    """`recipe_values(pipeline, model_dir)`: as `values_maker`, in the test's own folder."""
+    return values_maker(task_files, tmp_path / "runs")
+
+
+def values_maker(task_files: dict[str, str], workspace: Path) -> Callable[..., dict[str, Any]]:
+    """`make(pipeline, model_dir)`: one of the four pipelines, small enough for a test."""
 
     def make(pipeline: str, model_dir: Path) -> dict[str, Any]:
         methods = {"shears": "lora", "sqft": "lora"}
@@ -42,7 +52,7 @@ def recipe_values(task_files: dict[str, str], tmp_path: Path) -> Callable[..., d
             "train": {"max_steps": 6, "batch_size": 4, "learning_rate": 2e-2, "checkpoint_steps": 2},
             "search": {"method": "hill_climb", "num_trials": 4},
             "evaluate": {"batch_size": 8, "max_new_tokens": 4},
-            "runtime": {"workspace": str(tmp_path / "runs"), "device": "cpu", "threads": 1},
+            "runtime": {"workspace": str(workspace), "device": "cpu", "threads": 1},
         }
         if pipeline in ("sqft", "qa_sparse_peft"):
             values["quantize"] = {"method": "gptq", "group_size": 32}

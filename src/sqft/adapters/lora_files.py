@@ -21,11 +21,14 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sqft.artifacts import digest_file
 from sqft.errors import AdapterError
 from sqft.ops.adapted import low_rank_delta
 from sqft.untrusted import read_bounded, time_limit
 
-__all__ = ["ForeignAdapter", "open_foreign_adapter"]
+__all__ = ["ForeignAdapter", "adapter_digests", "open_foreign_adapter"]
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 CONFIG_BYTES = 16 * 2**20
 PATTERN_SECONDS = 2.0
@@ -66,28 +69,34 @@ class ForeignAdapter:
 
     def factors(self, name: str) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
         """A and B of a linear, float32."""
-        with safe_open(self.directory / "adapter_model.safetensors", framework="pt") as file:
+        with safe_open(self.directory / TENSORS, framework="pt") as file:
             parts = {part: file.get_tensor(self.keys[name][part]).float() for part in ("A", "B")}
         return parts["A"], parts["B"]
 
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        """Raises: AdapterError if it adapts a weight of another shape (out, in) than this one."""
+        with safe_open(self.directory / TENSORS, framework="pt") as file:
+            shape_A, shape_B = (file.get_slice(self.keys[name][part]).get_shape() for part in ("A", "B"))
+        if (shape_B[0], shape_A[1]) != shape:
+            raise AdapterError(
+                f"the adapter of {name} is for a weight of {shape_B[0]} x {shape_A[1]}, "
+                f"the base has {shape[0]} x {shape[1]}"
+            )
+
     def copies(self) -> Iterator[tuple[str, Tensor]]:
         """Weights of the base that stand in the file too, by their name in the base."""
-        with safe_open(self.directory / "adapter_model.safetensors", framework="pt") as file:
+        with safe_open(self.directory / TENSORS, framework="pt") as file:
             for name, key in self.copied.items():
                 yield name, file.get_tensor(key)
 
     def adapted(self, name: str, base: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The float32 weight that the unmerged model multiplies with."""
+        self.check_shape(name, (base.shape[0], base.shape[1]))
         lora_A, lora_B = self.factors(name)
-        if lora_A.shape[1] != base.shape[1] or lora_B.shape[0] != base.shape[0]:
-            raise AdapterError(
-                f"the adapter of {name} is for a weight of {lora_B.shape[0]} x {lora_A.shape[1]}, "
-                f"the base has {base.shape[0]} x {base.shape[1]}"
-            )
         adapted = base.float() + low_rank_delta(lora_A, lora_B, self.scaling(name))
         if not self.config.get("use_dora"):
             return adapted
-        with safe_open(self.directory / "adapter_model.safetensors", framework="pt") as file:
+        with safe_open(self.directory / TENSORS, framework="pt") as file:
             magnitude = file.get_tensor(self.keys[name]["magnitude_vector"]).float().reshape(-1, 1)
         norm = adapted.norm(dim=1, keepdim=True)
         return torch.where(norm > 0, adapted * (magnitude / norm.clamp_min(1e-30)), adapted)
@@ -98,7 +107,7 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
 
     Raises: AdapterError if it is missing, damaged, of another kind, or changes more than linears.
     """
-    path = directory / "adapter_config.json"
+    path = directory / CONFIG
     try:
         config = json.loads(read_bounded(path, CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as error:
@@ -134,7 +143,7 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
     keys: dict[str, dict[str, str]] = {}
     copied: dict[str, str] = {}
     try:
-        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        with safe_open(directory / TENSORS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 match, copy = KEY.match(key), COPY.match(key)
                 if copy is not None:
@@ -151,12 +160,20 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
                         f"{directory}: lora_{match['part']} of {match['name']} is not finite; train it again"
                     )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{directory}/adapter_model.safetensors cannot be read ({error})") from None
+        raise AdapterError(f"{directory / TENSORS} cannot be read ({error})") from None
     needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
     for name, parts in keys.items():
         if not needed <= set(parts):
             raise AdapterError(f"{directory}: {name} lacks lora_{sorted(needed - set(parts))[0]}")
     return ForeignAdapter(directory, config, keys, copied)
+
+
+def adapter_digests(directory: Path) -> dict[str, str]:
+    """The sha256 of the files that an adapter is made of. Raises: AdapterError if one is not there."""
+    try:
+        return {name: digest_file(directory / name) for name in (CONFIG, TENSORS)}
+    except OSError as error:
+        raise AdapterError(f"{directory} is not a PEFT adapter: {error.filename} cannot be read") from None
 
 
 def _check_start(directory: Path, start: Any) -> None:

@@ -30,6 +30,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
         for stage in planned.stages
     ]
     print_table(["stage", "state", "peak memory", "disk", "directory"], stages, left=2)
+    tunes = any(module.tuned_rank for module in planned.modules)
     modules = [
         [
             module.name,
@@ -39,11 +40,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
             "yes" if module.quantized else "-",
             str(module.rank) if module.rank else "-",
             str(module.num_scales) if module.num_scales else "-",
+            *([str(module.tuned_rank) if module.tuned_rank else "-"] if tunes else []),
         ]
         for module in planned.modules
     ]
     print()
-    print_table(["linear", "shape", "count", "mask", "quantized", "adapter rank", "trained scales"], modules)
+    header = ["linear", "shape", "count", "mask", "quantized", "adapter rank", "trained scales"]
+    print_table([*header, *(["tune rank"] if tunes else [])], modules)
     if planned.data is not None:
         print()
         print_data(planned.data)

@@ -134,6 +134,9 @@ def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:
         ("quantized", "base", "compressed, before tuning, against the dense model"),
         ("sparse", "base", "pruned, before tuning, against the dense model"),
         ("merged", "quantized", "tuned and merged against before tuning"),
+        ("tuned", "base", "tuned against the dense model"),
+        ("quantized", "tuned", "compressed against the tuned model"),
+        ("merged", "tuned", "merged against the tuned model"),
         ("merged", "dense_tuned", "merged against dense + LoRA"),
         ("adapted", "dense_tuned", "tuned against dense + LoRA"),
     ]

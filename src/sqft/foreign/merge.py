@@ -14,7 +14,7 @@ from torch import Tensor
 from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
 from sqft.artifacts import digest_file, write_json
 from sqft.directories import check_destination, new_directory
-from sqft.errors import AdapterError, ExportError
+from sqft.errors import ExportError
 from sqft.foreign.base import convert_base, convert_training_base
 from sqft.foreign.climb import Climb, Measure, RungResult, best_rung
 from sqft.foreign.erasure import (
@@ -23,6 +23,7 @@ from sqft.foreign.erasure import (
     adapted_layers,
     layer_erasure,
 )
+from sqft.foreign.fit import check_fit
 from sqft.models import Checkpoint, load_model, open_checkpoint
 from sqft.models.files import write_directory
 from sqft.models.tensorfile import TensorSpec
@@ -206,7 +207,7 @@ def _open_pair(
     adapter = open_foreign_adapter(adapter_dir)
     source = convert_base(base_dir, work / "base", dequantize=dequantize, progress=progress)
     checkpoint = open_checkpoint(source)
-    _check_fit(checkpoint, adapter)
+    check_fit(checkpoint, adapter)
     masks: Mapping[str, Tensor] = StoredMasks(source)
     if source == base_dir and not masks:  # the zeros of a converted base may come from rounding
         masks = VisibleMasks(checkpoint, adapter.names)
@@ -283,33 +284,6 @@ def _finite_loss(measure: Measure, directory: Path, what: str) -> float:
     return loss
 
 
-def _check_fit(checkpoint: Checkpoint, adapter: ForeignAdapter) -> None:
-    for name in adapter.names:
-        if name not in checkpoint.linears:
-            raise AdapterError(f"the adapter is for {name}, which the base does not have")
-        key = f"{name}.weight"
-        if name not in checkpoint.quantized_names and (
-            key in checkpoint.tied_weights or key not in checkpoint.names
-        ):
-            raise AdapterError(
-                f"the adapter is for {name}, which the base ties to its embedding; one weight cannot serve "
-                "both: train without it, or merge onto a copy with tie_word_embeddings false and its own head"
-            )
-    for name, stored in adapter.copies():
-        if name not in checkpoint.names or not _same(checkpoint.tensor(name), stored):
-            raise AdapterError(
-                f"the adapter brings its own {name}, another one than the base's; save it with "
-                "save_embedding_layers=False if it was not trained"
-            )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal, or become so when one is rounded to the dtype of the other."""
-    if one.shape != other.shape:
-        return False
-    return torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one)
-
-
 def _write_adapted(checkpoint: Checkpoint, adapter: ForeignAdapter, directory: Path) -> None:
     """The unmerged model as a dense float32 one, written a tensor at a time."""
     quantized, adapted = set(checkpoint.quantized_names), set(adapter.names)
@@ -337,7 +311,7 @@ def _write_trained_on(base: str, adapter: ForeignAdapter, work: Path, progress: 
     """The adapter on the base that it was trained on, unmerged."""
     source = convert_training_base(base, work / "trained_on_base", progress=progress)
     checkpoint = open_checkpoint(source)
-    _check_fit(checkpoint, adapter)
+    check_fit(checkpoint, adapter)
     _write_adapted(checkpoint, adapter, work / "trained_on")
     return work / "trained_on"
 

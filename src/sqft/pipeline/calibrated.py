@@ -23,7 +23,7 @@ def read_calibration(context: StageContext, asking: SparsifySection | QuantizeSe
 
     section = context.recipe.calibration or CalibrationSection()
     train = read_items(context.inputs["items"], "train") if section.source == "train" else None
-    tokenizer = load_tokenizer(context.inputs["model"], trust_remote_code=context.trusts_code)
+    tokenizer = load_tokenizer(context.dense, trust_remote_code=context.trusts_code)
     return calibration_tokens(section, train, tokenizer, seed=context.recipe.seed)
 
 
@@ -34,7 +34,7 @@ def record_layers(
     from sqft.compression.walk import digest_tensor
 
     rows = [layer.to_json() for layer in layers]
-    made_with = {"model", "seed", "sparsify", "quantize"}
+    made_with = {"model", "seed", "tune", "sparsify", "quantize"}
     recipe = context.recipe.model_dump(mode="json", include=made_with, exclude_none=True)
     untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
     record: dict[str, Any] = {"recipe": recipe, "layers": untimed}

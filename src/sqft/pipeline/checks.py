@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqft.errors import AdapterError, require
+from sqft.errors import AdapterError, ModelError, require
 from sqft.pipeline.recipe import Recipe
 from sqft.sections import DataSource, HubSource, QuantizeSection, SparsifySection
 
@@ -18,12 +18,16 @@ __all__ = ["ChosenModules", "check_recipe"]
 
 @dataclass(frozen=True)
 class ChosenModules:
-    """The linears that are sparsified, quantized, given low-rank updates, and whose scales are trained."""
+    """The linears that are sparsified, quantized, given low-rank updates, and whose scales are trained.
+
+    tuned: those that a LoRA is merged into before all that.
+    """
 
     sparsified: frozenset[str]
     quantized: frozenset[str]
     adapted: frozenset[str]
     scaled: frozenset[str]
+    tuned: frozenset[str]
 
 
 def check_recipe(recipe: Recipe, outline: "ModelOutline", models_dir: Path) -> ChosenModules:
@@ -37,17 +41,21 @@ def check_recipe(recipe: Recipe, outline: "ModelOutline", models_dir: Path) -> C
         if importlib.util.find_spec(module) is None:
             require(module, extra)
     quantized = set(_chosen(outline, recipe.quantize))
+    tuned = _tuned(recipe, outline)
     adapted, scaled = _trained(recipe, outline, quantized)
     modules = ChosenModules(
         frozenset(_chosen(outline, recipe.sparsify)),
         frozenset(quantized),
         frozenset(adapted),
         frozenset(scaled),
+        frozenset(tuned),
     )
-    if recipe.train:
+    trainings = [section for section in (recipe.tune, recipe.train) if section is not None]
+    if trainings:
         from sqft.training import check_arguments
 
-        check_arguments(recipe.train)
+        for section in trainings:
+            check_arguments(section)
     if recipe.export:
         from sqft.export.foresight import check_exports
         from sqft.models.source import source_tokenizer
@@ -83,6 +91,60 @@ def _chosen(outline: "ModelOutline", section: SparsifySection | QuantizeSection 
     return [] if section is None else choose_layers(outline.skeleton, outline.linears, section)
 
 
+def _tuned(recipe: Recipe, outline: "ModelOutline") -> set[str]:
+    """The linears that a LoRA is merged into before anything else.
+
+    Raises: AdapterError if a target is missing, the rank is beyond a width, or an adapter that exists does
+    not fit; ModelError if a tuned model that exists has another architecture.
+    """
+    from sqft.adapters.targets import find_targets
+
+    section = recipe.tune
+    if section is None:
+        return set()
+    if recipe.tuned_model is not None:
+        from sqft.models import model_outline
+
+        if model_outline(recipe.tuned_model).linears != outline.linears:
+            raise ModelError(f"tune.model: {section.model} has other layers than {recipe.model.source}")
+        return set()
+    if section.adapter is not None:
+        return _fitting(Path(section.adapter), outline)
+    targets = set(find_targets(outline.skeleton, section.target_modules))
+    _check_rank(outline, targets, section.rank, "tune.rank")
+    return targets
+
+
+def _fitting(directory: Path, outline: "ModelOutline") -> set[str]:
+    """The linears of an adapter that exists already. Raises: AdapterError if it is for another model."""
+    from torch import nn
+
+    from sqft.adapters.lora_files import open_foreign_adapter
+    from sqft.foreign.fit import check_shapes
+
+    adapter = open_foreign_adapter(directory)
+    linears = {
+        name: (module.out_features, module.in_features)
+        for name, module in outline.skeleton.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    try:
+        check_shapes(linears, adapter)
+    except AdapterError as error:
+        raise AdapterError(f"tune.adapter: {error}; {directory} is of another model") from None
+    return set(adapter.names)
+
+
+def _check_rank(outline: "ModelOutline", targets: set[str], rank: int, setting: str) -> None:
+    for name in sorted(targets):
+        rows, columns = outline.linears[name]
+        if rank > min(rows, columns):
+            raise AdapterError(
+                f"{setting}: {rank} is more than {name} of {rows} x {columns} can have; "
+                f"{min(rows, columns)} is its full rank"
+            )
+
+
 def _trained(recipe: Recipe, outline: "ModelOutline", quantized: set[str]) -> tuple[set[str], set[str]]:
     """The linears with a low-rank update, and those whose scales are trained.
 
@@ -103,11 +165,5 @@ def _trained(recipe: Recipe, outline: "ModelOutline", quantized: set[str]) -> tu
         )
     if not section.low_rank:
         return set(), targets
-    for name in sorted(targets):
-        rows, columns = outline.linears[name]
-        if max(section.ranks) > min(rows, columns):
-            raise AdapterError(
-                f"adapters.ranks: {max(section.ranks)} is more than {name} of {rows} x {columns} can have; "
-                f"{min(rows, columns)} is its full rank"
-            )
+    _check_rank(outline, targets, max(section.ranks), "adapters.ranks")
     return targets, quantized if section.trains_scales else set()

@@ -1,7 +1,7 @@
 """What a stage may use while it runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,12 @@ from sqft.pipeline.recipe import Recipe
 from sqft.progress import Progress
 from sqft.sections import AdapterSection, DataSection
 
-__all__ = ["ADAPTER", "ITEM_FIGURES", "StageContext"]
+__all__ = ["ADAPTER", "ITEM_FIGURES", "TRAINING", "StageContext"]
 
 ADAPTER = "adapter"  # where train and search keep theirs
+TRAINING = "training"  # where tune keeps what it merged, and how that was trained
 ITEM_FIGURES = "items.json"  # of every item of an evaluation
+CHAIN = ("model", "tuned", "tune", "sparsify", "quantize", "train", "search")
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class StageContext:
     """What a stage may use: the recipe, the directories of its inputs, and its own directory to fill.
 
     argument: of the stages that a recipe has several of, which one. final: the name that the directory gets.
+    keys: the identity of every stage and input.
     """
 
     recipe: Recipe
@@ -29,6 +32,7 @@ class StageContext:
     device: str
     progress: Progress
     directory: Path = Path()
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     def working_in(self, directory: Path) -> "StageContext":
         """The same context, with the unfinished directory to fill."""
@@ -56,9 +60,19 @@ class StageContext:
         return {"device": self.device, "progress": self.progress, "spill": self.recipe.runtime.spill}
 
     @property
+    def dense(self) -> Path:
+        """The model directory that is compressed."""
+        return self.inputs[self.recipe.dense_stage]
+
+    @property
     def base(self) -> Path:
         """The model directory that the adapters stand on."""
         return self.inputs[self.recipe.base_stage]
+
+    def lineage(self, last: str) -> dict[str, str]:
+        """The identities of what a model is made by, from the recipe's model to the last stage of them."""
+        chain = CHAIN[: CHAIN.index(last) + 1]
+        return {name: self.keys[name] for name in chain if self.keys.get(name)}
 
     @property
     def adapters(self) -> AdapterSection:

@@ -20,7 +20,9 @@ from sqft.sections import (
     DataSection,
     EvaluateSection,
     HubSource,
+    TrainingSection,
     TrainSection,
+    TuneSection,
 )
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class ModulePlan:
     """Linears of one kind, and what happens to them.
 
     rank: the largest of an adapter, 0 without one. num_scales: the trained scales of each linear, 0 without.
+    tuned_rank: of the LoRA that is trained on the dense model, 0 without one.
     """
 
     name: str
@@ -60,6 +63,7 @@ class ModulePlan:
     quantized: bool
     rank: int
     num_scales: int = 0
+    tuned_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,15 @@ def _stage(stage: Stage, directory: Path, estimate: "_Estimate") -> StagePlan:
 
 def _modules(recipe: Recipe, outline: "ModelOutline", chosen: ChosenModules) -> list[ModulePlan]:
     rank = max(recipe.adapters.ranks) if recipe.adapters else 0
+    tuned = recipe.tune.rank if recipe.tune and recipe.tune.trains else 0
     size = recipe.quantize.group_size if recipe.quantize else -1
     rows: dict[ModulePlan, int] = {}
     for name, shape in outline.linears.items():
         end = ".".join(name.split(".")[-2:])
         scales = shape[0] * (1 if size == -1 else shape[1] // size) if name in chosen.scaled else 0
         ranks = rank if name in chosen.adapted else 0
-        row = ModulePlan(end, shape, 0, name in chosen.sparsified, name in chosen.quantized, ranks, scales)
+        compressed = name in chosen.sparsified, name in chosen.quantized
+        row = ModulePlan(end, shape, 0, *compressed, ranks, scales, tuned if name in chosen.tuned else 0)
         rows[row] = rows.get(row, 0) + 1
     return [replace(row, count=count) for row, count in rows.items()]
 
@@ -146,6 +152,7 @@ class _Estimate:
         self.other_weights = outline.num_parameters - self.block_weights
         self.quantized_weights = sum(m.count * math.prod(m.shape) for m in modules if m.quantized)
         self.adapter_weights = sum(m.count * (m.rank * sum(m.shape) + m.num_scales) for m in modules)
+        self.tuned_weights = sum(m.count * m.tuned_rank * sum(m.shape) for m in modules)
         self.widest = max((m.shape[1] for m in modules), default=0)
 
     def of(self, stage: Stage) -> tuple[float, float]:
@@ -155,8 +162,12 @@ class _Estimate:
             return 0, self._items()
         if kind in ("sparsify", "quantize"):
             return self._compression(), self._stored(quantized=kind == "quantize", latent=kind == "quantize")
+        if kind == "tune":
+            return self._tuning()
         if kind in ("train", "train_dense"):
-            return self._training(dense=kind == "train_dense"), 4 * FLOAT32 * self.adapter_weights
+            return self._training(
+                self.recipe.train or TrainSection(), dense=kind == "train_dense"
+            ), 4 * FLOAT32 * self.adapter_weights
         if kind == "search":
             return self._inference(), FLOAT32 * self.adapter_weights
         if kind in ("merge", "export"):
@@ -185,7 +196,7 @@ class _Estimate:
         section = self.recipe.quantize
         masks = self.block_weights / 8 if self.recipe.sparsify else 0
         if not (quantized and section):
-            return 2 * (self.block_weights + self.other_weights) + masks
+            return self._dense_bytes() + masks
         group = section.group_size if section.group_size > 0 else self.widest
         codes = self.quantized_weights * (section.bits / 8 + 2 / group)
         sixteen = 2 * (self.block_weights - self.quantized_weights + self.other_weights)
@@ -196,11 +207,21 @@ class _Estimate:
             + (self.quantized_weights * (1 if section.bits <= 4 else 2) if latent else 0)
         )
 
-    def _training(self, *, dense: bool) -> float:
-        train, data = self.recipe.train or TrainSection(), self.recipe.data
+    def _tuning(self) -> tuple[float, float]:
+        """(memory, disk) of a LoRA that is trained on the dense model, if none exists, and merged."""
+        section = self.recipe.tune or TuneSection()
+        disk = self._dense_bytes() + 4 * FLOAT32 * self.tuned_weights
+        linear = FLOAT32 * max((math.prod(shape) for shape in self.outline.linears.values()), default=0)
+        return self._training(section, dense=True) if section.trains else 3 * linear, disk
+
+    def _dense_bytes(self) -> float:
+        return 2 * (self.block_weights + self.other_weights)
+
+    def _training(self, train: TrainingSection, *, dense: bool) -> float:
+        data = self.recipe.data
         length = data.sequence_length if data else 0
         tokens = train.batch_size // train.gradient_accumulation * length
-        base = 2 * (self.block_weights + self.other_weights)
+        base = self._dense_bytes()
         if self.recipe.quantize and not dense:
             packed = self.recipe.adapters is not None and self.recipe.adapters.loaded_as == "packed"
             half = packed and self.recipe.quantize.bits <= 4
@@ -208,7 +229,8 @@ class _Estimate:
         blocks = 1 if train.gradient_checkpointing else self.outline.num_blocks
         kept = ACTIVATIONS_PER_HIDDEN * tokens * self.outline.hidden_size * blocks
         logits = 3 * FLOAT32 * tokens * self.outline.vocab_size
-        return base + 4 * FLOAT32 * self.adapter_weights + kept + logits
+        trained = self.tuned_weights if isinstance(train, TuneSection) else self.adapter_weights
+        return base + 4 * FLOAT32 * trained + kept + logits
 
     def _inference(self) -> float:
         section = self.recipe.evaluate or EvaluateSection()

@@ -23,6 +23,7 @@ from sqft.sections import (
     Section,
     SparsifySection,
     TrainSection,
+    TuneSection,
 )
 from sqft.untrusted import parse_yaml, read_bounded
 
@@ -47,7 +48,7 @@ RECIPE_BYTES = 256 * 1024
 
 
 class Recipe(Section):
-    """sparsify → quantize → train → search → merge → evaluate → export; only `model` is required."""
+    """tune → sparsify → quantize → train → search → merge → evaluate → export; only `model` is required."""
 
     name: str = Field(
         "recipe",
@@ -61,6 +62,7 @@ class Recipe(Section):
     )
     data: DataSection | None = None
     calibration: CalibrationSection | None = None
+    tune: TuneSection | None = None
     sparsify: SparsifySection | None = None
     quantize: QuantizeSection | None = None
     adapters: AdapterSection | None = None
@@ -97,6 +99,7 @@ class Recipe(Section):
                 f"name: '{self.name}' is a folder of the workspace's own",
             ),
             (bool(self.adapters and not self.data), "adapters: needs a data section"),
+            (bool(self.tune and self.tune.trains and not self.data), "tune: needs a data section"),
             (bool(self.train and not self.adapters), "train: needs an adapters section"),
             (bool(self.search and not self.adapters), "search: needs an adapters section"),
             (
@@ -148,7 +151,7 @@ class Recipe(Section):
             ),
             (
                 bool(self.export) and self.final_stage == "model",
-                "export: needs a section that makes a model: sparsify, quantize or mergeable adapters",
+                "export: needs a section that makes a model: tune, sparsify, quantize or mergeable adapters",
             ),
         ]
 
@@ -168,8 +171,20 @@ class Recipe(Section):
 
     @property
     def training_seed(self) -> int:
-        """The seed of the training alone."""
+        """The seed of the adapters' training alone."""
         return self.seed if self.train is None or self.train.seed is None else self.train.seed
+
+    @property
+    def tuning_seed(self) -> int:
+        """The seed of the dense model's training alone."""
+        return self.seed if self.tune is None or self.tune.seed is None else self.tune.seed
+
+    @property
+    def tuned_model(self) -> ModelSection | None:
+        """A tuned model that exists already."""
+        if self.tune is None or self.tune.model is None:
+            return None
+        return self.model.model_copy(update={"source": self.tune.model, "revision": None})
 
     @property
     def needs_calibration(self) -> bool:
@@ -184,9 +199,14 @@ class Recipe(Section):
         return self.sparsify.pattern if self.sparsify else None
 
     @property
+    def dense_stage(self) -> str:
+        """The stage whose model is compressed: the tuned one, or the recipe's model as it came."""
+        return "tune" if self.tune else "model"
+
+    @property
     def base_stage(self) -> str:
         """The stage whose model the adapters are trained on."""
-        return "quantize" if self.quantize else "sparsify" if self.sparsify else "model"
+        return "quantize" if self.quantize else "sparsify" if self.sparsify else self.dense_stage
 
     @property
     def merges(self) -> bool:
@@ -207,6 +227,7 @@ class Recipe(Section):
         """Every model that the recipe makes, in order, dense_tuned aside."""
         present: list[tuple[ReportedModel, bool]] = [
             ("base", True),
+            ("tuned", self.tune is not None),
             ("sparse", self.sparsify is not None),
             ("quantized", self.quantize is not None),
             ("adapted", self.adapters is not None),
@@ -230,7 +251,8 @@ def stage_name(kind: str, argument: str = "") -> str:
 
 def model_stage(recipe: Recipe, model: ReportedModel) -> str:
     """The stage that holds the weights of a reported model."""
-    stages = {"base": "model", "dense_tuned": "model", "sparse": "sparsify", "quantized": "quantize"}
+    stages = {"base": "model", "dense_tuned": "model", "tuned": "tune"}
+    stages |= {"sparse": "sparsify", "quantized": "quantize"}
     return stages.get(model) or {"adapted": recipe.base_stage, "merged": "merge"}[model]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqft.artifacts import digest_file, digest_json
 from sqft.directories import claim_folder, free_place, new_directory, remove_partial
 from sqft.marks import EVALUATIONS, Mark, changed_since, is_directory, read_mark
-from sqft.pipeline.context import ADAPTER, ITEM_FIGURES
+from sqft.pipeline.context import ADAPTER, ITEM_FIGURES, TRAINING
 from sqft.pipeline.recipe import Recipe, stage_name
 from sqft.pipeline.runner import FinishedStage, damaged_stage
 from sqft.report import ReportData, write_report
@@ -22,7 +22,7 @@ __all__ = ["RunResult", "write_results"]
 logger = logging.getLogger(__name__)
 
 # Parts of a stage directory that only a later stage or a resumed run reads.
-NOT_PUBLISHED = ("sqft_latent.safetensors",)
+NOT_PUBLISHED = ("sqft_latent.safetensors", TRAINING)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def report_data(
     rows = [ModelRow(**metrics[stage_name("evaluate", name)]["row"]) for name in recipe.reported_models()]
     checks = [CheckRow(**check) for check in metrics["merge"]["checks"]] if "merge" in metrics else None
     layers = metrics.get("quantize", metrics.get("sparsify", {})).get("layers", [])
-    training = metrics.get("train", {})
+    training = metrics.get("train", metrics.get("tune", {}))
     return ReportData(
         name=recipe.name,
         models=rows,
@@ -145,7 +145,7 @@ def _publish(stage: FinishedStage, inside: Path, wanted: Path) -> Path:
     digests = {
         name.relative_to(inside).as_posix(): stage.manifest.files[name.as_posix()]
         for name in names
-        if name.name not in NOT_PUBLISHED
+        if name.parts[0] not in NOT_PUBLISHED
     }
     about = {"published": wanted.name}
     there = read_mark(wanted) if is_directory(wanted) else None

@@ -60,12 +60,29 @@ def run_recipe(
     workspace = open_workspace(Path(recipe.runtime.workspace))
     with hold(workspace.lock("models"), "the model"):  # may be converted, once
         model_directory = resolve_model(recipe.model, workspace.models, progress)
+        tuned = _tuned(recipe, workspace.models, progress)
     stages = run_stages(
-        recipe, workspace, model_directory, device=device, wait=wait, failures=failures, progress=progress
+        recipe,
+        workspace,
+        model_directory,
+        device=device,
+        tuned=tuned,
+        wait=wait,
+        failures=failures,
+        progress=progress,
     )
     seconds = time.perf_counter() - started
     with hold(workspace.lock(recipe.name.replace("/", "--")), f"the results of {recipe.name}"):
         return write_results(recipe, stages, workspace.root, seconds, model_directory=model_directory)
+
+
+def _tuned(recipe: Recipe, models_dir: Path, progress: Progress) -> Path | None:
+    """The adapter or model that `tune` takes, where that exists already."""
+    from sqft.models import resolve_model
+
+    if recipe.tuned_model is not None:
+        return resolve_model(recipe.tuned_model, models_dir, progress)
+    return Path(recipe.tune.adapter) if recipe.tune and recipe.tune.adapter else None
 
 
 def _refuse_launchers() -> None:

@@ -105,12 +105,14 @@ def run_stages(
     model_directory: Path,
     *,
     device: str,
+    tuned: Path | None = None,
     wait: bool = True,
     failures: dict[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> list[FinishedStage]:
     """Run what is not there yet, in order, and return every stage of the recipe.
 
+    tuned: the adapter or model that `tune` takes, where that exists already.
     wait: for stages that another process makes now; else StageBusyError. failures: directories of stages that
     failed before, and why; they are not tried again, and a new failure is entered.
     """
@@ -118,11 +120,11 @@ def run_stages(
 
     failures = {} if failures is None else failures
     keys = stage_keys(recipe, model_identity(recipe.model, workspace.digests))
-    directories = {"model": model_directory}
+    directories = {"model": model_directory} | ({"tuned": tuned} if tuned else {})
     for stage in recipe_stages(recipe):
         key = keys[stage.name]
         final = workspace.stage_directory(stage.name, key)
-        context = StageContext(recipe, stage.argument, final, directories, device, progress)
+        context = StageContext(recipe, stage.argument, final, directories, device, progress, keys=keys)
         finished = _reuse(stage, final, key, workspace)
         if finished is None and final.name in failures:
             raise WorkspaceError(f"its stage {final.name} failed before: {failures[final.name]}")
@@ -141,9 +143,10 @@ def run_stages(
 
 
 def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
-    """The identity of every stage and of the inputs "model", "data", "calibration" and "texts"."""
+    """The identity of every stage and of the inputs "model", "tuned", "data", "calibration" and "texts"."""
     keys = {"model": model_key, "data": _data_key(recipe), "texts": _texts_key(recipe)}
     keys["calibration"] = _calibration_key(recipe)
+    keys["tuned"] = _tuned_key(recipe)
     for stage in recipe_stages(recipe):
         keys[stage.name] = digest_json(
             {
@@ -287,6 +290,17 @@ def _texts_key(recipe: Recipe) -> str:
         files = find_task_data(named, Path(section.tasks_data))
         texts["data"] = {name: digest_file(path) for name, path in files.items()}
     return digest_json(texts)
+
+
+def _tuned_key(recipe: Recipe) -> str:
+    """Of an adapter or a tuned model that exists already."""
+    from sqft.adapters.lora_files import adapter_digests
+    from sqft.models import model_identity
+
+    if recipe.tuned_model is not None:
+        return model_identity(recipe.tuned_model, Workspace(Path(recipe.runtime.workspace)).digests)
+    adapter = recipe.tune.adapter if recipe.tune else None
+    return digest_json(adapter_digests(Path(adapter))) if adapter else ""
 
 
 def _calibration_key(recipe: Recipe) -> str:

@@ -20,6 +20,7 @@ from sqft.pipeline.step_quantize import quantize
 from sqft.pipeline.step_search import search
 from sqft.pipeline.step_sparsify import sparsify
 from sqft.pipeline.step_training import train, train_dense
+from sqft.pipeline.step_tuning import tune
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
@@ -27,13 +28,14 @@ from sqft.sections import (
     ReportedModel,
     SearchSection,
     Section,
+    TrainingSection,
     TrainSection,
 )
 
 __all__ = ["Stage", "StageKind", "recipe_stages"]
 
 StageKind = Literal[
-    "items", "sparsify", "quantize", "train", "search", "merge", "train_dense", "evaluate", "export"
+    "items", "tune", "sparsify", "quantize", "train", "search", "merge", "train_dense", "evaluate", "export"
 ]
 # Fields of TrainingArguments that say what is told of a training, and change nothing in it.
 REPORTING = ("report_to", "run_name", "logging_dir", "logging_steps", "logging_strategy", "project")
@@ -46,7 +48,7 @@ class Stage:
     """One row: what it is, what it reads, the settings that enter its identity, the function that does it.
 
     argument: which one, of a kind that a recipe has several of: the reported model, or the format.
-    inputs: names of other stages, or "model", "data", "calibration", "texts". resumes: an unfinished
+    inputs: names of other stages, or "model", "tuned", "data", "calibration", "texts". resumes: an unfinished
     directory is continued.
     """
 
@@ -71,6 +73,8 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
 
     if recipe.data:
         stages.append(Stage("items", ("model", "data"), {}, prepare_items))
+    if recipe.tune:
+        stages.append(_tune_stage(recipe))
     if recipe.sparsify:
         settings, inputs = _compression_inputs(recipe, recipe.sparsify.calibrates)
         settings["sparsify"] = _settings(recipe.sparsify)
@@ -107,6 +111,17 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
     return stages
 
 
+def _tune_stage(recipe: Recipe) -> Stage:
+    section = recipe.tune
+    assert section is not None
+    if not section.trains:
+        given = {"tune": "adapter" if section.adapter else "model"}
+        return Stage("tune", ("model", "tuned"), given, tune, resumes=True)
+    low_rank = section.model_dump(mode="json", include={"rank", "alpha", "dropout", "target_modules"})
+    settings = _trainer_settings(recipe, section, recipe.tuning_seed)
+    return Stage("tune", ("model", "items"), {"tune": low_rank} | settings, tune, resumes=True)
+
+
 def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:
     section = recipe.evaluate or EvaluateSection()
     adapter = adapter_stage(recipe, model)
@@ -127,18 +142,15 @@ def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:
 def _compression_inputs(recipe: Recipe, calibrates: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
     """(settings, inputs) of a compression stage, without those of a calibration that it does not look at."""
     if not calibrates:
-        return {}, ("model",)
+        return {}, (recipe.dense_stage,)
     calibration = recipe.calibration or CalibrationSection()
     settings = {"calibration": calibration.model_dump(mode="json", exclude={"source"}), "seed": recipe.seed}
-    return settings, ("model", "items" if calibration.source == "train" else "calibration")
+    return settings, (recipe.dense_stage, "items" if calibration.source == "train" else "calibration")
 
 
 def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, Any]:
-    train = recipe.train or TrainSection()
-    settings = train.model_dump(mode="json", exclude={"checkpoint_steps", "seed"})
-    settings["arguments"] = {k: v for k, v in train.arguments.items() if k not in REPORTING}
-    loss_on = recipe.data.loss_on if recipe.data else None
-    trained = _settings(adapters)
+    settled = _trainer_settings(recipe, recipe.train or TrainSection(), recipe.training_seed)
+    settings, trained = settled["train"], _settings(adapters)
     for name, there in (
         ("learning_rate", adapters.low_rank),
         ("scale_learning_rate", adapters.trains_scales),
@@ -148,8 +160,16 @@ def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, An
             del settings[name]
     if not adapters.low_rank:
         trained = {name: value for name, value in trained.items() if name not in LOW_RANK}
-    settled = {"adapters": trained, "train": settings}
-    return settled | {"loss_on": loss_on, "seed": recipe.training_seed}
+    return settled | {"adapters": trained}
+
+
+def _trainer_settings(recipe: Recipe, section: TrainingSection, seed: int) -> dict[str, Any]:
+    """What a training depends on beside what is trained."""
+    rates = {"scale_learning_rate", "norm_learning_rate"} if isinstance(section, TrainSection) else set()
+    fields = set(TrainingSection.model_fields) | rates
+    settings = section.model_dump(mode="json", include=fields - {"checkpoint_steps", "seed"})
+    settings["arguments"] = {k: v for k, v in section.arguments.items() if k not in REPORTING}
+    return {"train": settings, "loss_on": recipe.data.loss_on if recipe.data else None, "seed": seed}
 
 
 def _settings(section: Section) -> dict[str, Any]:

@@ -18,7 +18,9 @@ __all__ = ["merge"]
 
 REFERENCE_ITEMS = 4
 # What of a recipe a merged model depends on; data enters by content.
-DETERMINING = {"model", "seed", "calibration", "sparsify", "quantize", "adapters", "train", "search"}
+DETERMINING = {
+    "model", "seed", "calibration", "tune", "sparsify", "quantize", "adapters", "train", "search"
+}  # fmt: skip
 
 
 def merge(context: StageContext) -> dict[str, Any]:
@@ -83,10 +85,7 @@ def _facts(context: StageContext) -> dict[str, Any]:
         "pattern": recipe.pattern,
         "quantization": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
         "ranks": Manifest.read(context.inputs[recipe.adapter_stage]).metrics["ranks"],
-        "lineage": {
-            name: Manifest.read(context.inputs[name]).key
-            for name in dict.fromkeys(("train", recipe.adapter_stage))
-        },
+        "lineage": context.lineage(recipe.adapter_stage),
         "recipe": recipe.model_dump(mode="json", include=DETERMINING, exclude_none=True),
         "prompt": context.data.rendering(),
     }

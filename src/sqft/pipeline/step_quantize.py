@@ -20,7 +20,7 @@ def quantize(context: StageContext) -> dict[str, Any]:
     from sqft.models import CheckpointWriter, ExistingMasks, StoredMasks, open_checkpoint
 
     section = context.recipe.quantize or QuantizeSection()
-    source = open_checkpoint(context.inputs["model"], trust_remote_code=context.trusts_code)
+    source = open_checkpoint(context.dense, trust_remote_code=context.trusts_code)
     masks: Mapping[str, Tensor] = {}
     if context.recipe.sparsify:
         masks = StoredMasks(context.inputs["sparsify"])

@@ -16,7 +16,7 @@ def sparsify(context: StageContext) -> dict[str, Any]:
 
     section = context.recipe.sparsify or SparsifySection()
     tokens = read_calibration(context, section)
-    source = open_checkpoint(context.inputs["model"], trust_remote_code=context.trusts_code)
+    source = open_checkpoint(context.dense, trust_remote_code=context.trusts_code)
     writer = CheckpointWriter(context.directory, source)
     layers = sparsify_model(source, section, tokens, writer, **context.compressing)
     writer.close()

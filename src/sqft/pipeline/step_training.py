@@ -1,16 +1,19 @@
-"""The stages `train` and `train_dense`."""
+"""The stages `train` and `train_dense`, and the training that `tune` shares with them."""
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqft.artifacts import digest_json, write_json
 from sqft.pipeline.context import ADAPTER, StageContext
 from sqft.pipeline.opening import tell_kept_zeros
 from sqft.pipeline.recipe import dense_adapters
-from sqft.sections import AdapterSection, TrainSection
+from sqft.sections import AdapterSection, TrainingSection, TrainSection
 
-__all__ = ["train", "train_dense"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = ["drop_checkpoints", "train", "train_dense", "train_on"]
 
 CHECKPOINTS = "checkpoints"
 
@@ -26,6 +29,20 @@ def train_dense(context: StageContext) -> dict[str, Any]:
 
 
 def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[str, Any]:
+    training = context.recipe.train or TrainSection()
+    adapted, metrics = train_on(context, base, section, training, context.recipe.training_seed)
+    adapted.save_pretrained(context.directory / ADAPTER)
+    drop_checkpoints(context)
+    return metrics
+
+
+def train_on(
+    context: StageContext, base: Path, section: AdapterSection, training: TrainingSection, seed: int
+) -> tuple["PeftModel", dict[str, Any]]:
+    """Train an adapter on a model directory, or go on with it. Returns the adapted model, and its figures.
+
+    Once what was trained is saved, `drop_checkpoints`.
+    """
     from sqft.adapters import (
         SearchSpace,
         attach_adapters,
@@ -49,7 +66,7 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
         model,
         section,
         storage_dtype=None if stored.grid else stored.storage_dtype,
-        seed=context.recipe.training_seed,
+        seed=seed,
     )
     if context.recipe.base_stage == "model" and section.method != "lora":
         tell_kept_zeros(len(ExistingMasks(stored)))
@@ -57,9 +74,9 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
     record = train_adapters(
         adapted,
         read_items(context.inputs["items"], "train"),
-        context.recipe.train or TrainSection(),
+        training,
         loss_on=context.data.loss_on,
-        seed=context.recipe.training_seed,
+        seed=seed,
         output_dir=context.directory / CHECKPOINTS,
         space=space,
         watch_dir=context.directory,
@@ -72,15 +89,18 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
             set_ranks(adapted, sub_adapter)
             digests[digest_json(sub_adapter)] = codes_digest(adapted)
         differing = count_differing_codes(adapted)
-    adapted.save_pretrained(context.directory / ADAPTER)
     write_json(context.directory / "training.json", record.as_dict())
-    shutil.rmtree(context.directory / CHECKPOINTS)
     curve = [(step.step, step.loss) for step in record.steps]
     chosen = {} if section.low_rank else {"ranks": {}, "codes_digest": digests[digest_json({})]}
-    return {
+    return adapted, {
         "codes_digests": digests,
         "differing_codes": differing,  # of the training kernel from a merge's, and of how many
         "curve": curve,
         **chosen,
         **record.summary(),
     }
+
+
+def drop_checkpoints(context: StageContext) -> None:
+    """Remove what only an interrupted training goes on from."""
+    shutil.rmtree(context.directory / CHECKPOINTS)

@@ -10,6 +10,7 @@ __all__ = ["format_bytes", "format_seconds", "label_model", "loss_unit", "markdo
 # Below these shares of zeros a model counts as dense: 16-bit weights are zero by chance only, and integers
 # also by rounding (a dense INT4 model has 22 % zeros).
 STRAY_ZEROS, ROUNDED_ZEROS = 0.01, 0.4
+DENSE = ("base", "tuned", "dense_tuned")  # before anything is compressed
 
 
 def summary_table(data: ReportData) -> list[list[str]]:
@@ -57,12 +58,13 @@ def label_model(row: ModelRow, recipe: dict[str, Any]) -> str:
     A model may also arrive sparse or quantized: its zeros and bits then say so, not the recipe.
     """
     quantize = recipe.get("quantize")
-    bits = row.bits if quantize is None or row.name == "base" else quantize.get("bits", 4)
-    made_sparse = recipe.get("sparsify") is not None and row.name != "base"
+    bits = row.bits if quantize is None or row.name in DENSE else quantize.get("bits", 4)
+    made_sparse = recipe.get("sparsify") is not None and row.name not in DENSE
     sparse = made_sparse or (row.sparsity or 0.0) > (STRAY_ZEROS if bits is None else ROUNDED_ZEROS)
     compressed = " ".join(part for part in ("sparse" if sparse else "", f"INT{bits}" if bits else "") if part)
     labels = {
         "base": f"base, {compressed or 'dense'}",
+        "tuned": "tuned, dense",
         "dense_tuned": "dense + LoRA (reference)",
         "sparse": "sparse",
         "quantized": compressed or "quantized",

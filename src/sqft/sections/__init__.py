@@ -5,7 +5,14 @@ and editors read them at once; the functions that do the work take the section t
 Rules that concern two sections stand in `pipeline/recipe.py`.
 """
 
-from sqft.sections.adapters import AdapterMethod, AdapterSection, SearchSection, TrainSection
+from sqft.sections.adapters import (
+    AdapterMethod,
+    AdapterSection,
+    SearchSection,
+    TrainingSection,
+    TrainSection,
+    TuneSection,
+)
 from sqft.sections.base import Section
 from sqft.sections.compression import QuantizeSection, SparsifySection
 from sqft.sections.foreign import MergeRung, MergeSection
@@ -41,4 +48,6 @@ __all__ = [
     "Section",
     "SparsifySection",
     "TrainSection",
+    "TrainingSection",
+    "TuneSection",
 ]

@@ -1,12 +1,19 @@
-"""What is trained, how, and which of the trained sub-adapters is taken."""
+"""What is trained, before compression and after it, how, and which of the trained sub-adapters is taken."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sqft.sections.base import Positive, Section
+from sqft.sections.base import PathText, Positive, Section
 
-__all__ = ["AdapterMethod", "AdapterSection", "SearchSection", "TrainSection"]
+__all__ = [
+    "AdapterMethod",
+    "AdapterSection",
+    "SearchSection",
+    "TrainSection",
+    "TrainingSection",
+    "TuneSection",
+]
 
 AdapterMethod = Literal["lora", "sparse_peft", "qa_sparse_peft", "scales"]
 
@@ -125,14 +132,12 @@ class AdapterSection(Section):
         return self
 
 
-class TrainSection(Section):
-    """How the adapters are trained, with transformers.Trainer underneath."""
+class TrainingSection(Section):
+    """What every training has, with transformers.Trainer underneath."""
+
+    place: ClassVar[str]  # what messages call the section
 
     learning_rate: float = Field(3e-4, gt=0, description="Of low-rank updates.")
-    scale_learning_rate: float = Field(
-        6e-3, gt=0, description="Of trained scales: the share of a scale that a step of Adam moves it by."
-    )
-    norm_learning_rate: float = Field(2e-3, gt=0, description="Of trained norms.")
     batch_size: Positive = Field(8, description="Items of an optimizer step on one device.")
     gradient_accumulation: Positive = Field(1, description="Micro-batches that batch_size is cut into.")
     epochs: float = Field(3.0, gt=0)
@@ -149,6 +154,67 @@ class TrainSection(Section):
     )
     checkpoint_steps: Positive = Field(50, description="Optimizer steps between checkpoints to resume from.")
     arguments: dict[str, Any] = Field({}, description="Any further field of transformers.TrainingArguments.")
+
+
+class TrainSection(TrainingSection):
+    """How the adapters are trained, with transformers.Trainer underneath."""
+
+    place: ClassVar[str] = "train"
+
+    scale_learning_rate: float = Field(
+        6e-3, gt=0, description="Of trained scales: the share of a scale that a step of Adam moves it by."
+    )
+    norm_learning_rate: float = Field(2e-3, gt=0, description="Of trained norms.")
+
+
+class TuneSection(TrainingSection):
+    """Plain LoRA on the dense model, merged into it before anything is compressed; trained as by `train`."""
+
+    place: ClassVar[str] = "tune"
+
+    rank: Positive = Field(16, description="Of the low-rank updates.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the update only, never of the model.")
+    target_modules: list[str] | None = Field(
+        None, description="Name ends; default q, k, v, up, down and fused forms."
+    )
+    adapter: PathText | None = Field(
+        None, description="A folder with a LoRA that exists already, in PEFT's files; nothing is trained."
+    )
+    model: PathText | None = Field(
+        None,
+        description="A tuned model that exists already: a folder, GGUF file or hub id; nothing is trained.",
+    )
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained, or the result of a training is taken as it is."""
+        return self.adapter is None and self.model is None
+
+    @property
+    def adapters(self) -> AdapterSection:
+        """The adapter that is trained."""
+        return AdapterSection(
+            method="lora",
+            ranks=[self.rank],
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=self.target_modules,
+        )
+
+    def without_effect(self) -> dict[str, str]:
+        """A tuned model that exists already is not trained."""
+        if self.trains:
+            return {}
+        given = "adapter" if self.adapter is not None else "model"
+        ignored = set(type(self).model_fields) - {"adapter", "model"}
+        return dict.fromkeys(sorted(ignored), f"tune.{given} is trained already")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "TuneSection":
+        if self.adapter is not None and self.model is not None:
+            raise ValueError("adapter and model are two tuned models; leave one of them out")
+        return self
 
 
 class SearchSection(Section):

@@ -1,4 +1,4 @@
-"""Translates a train section into transformers.TrainingArguments."""
+"""Translates the settings of a training into transformers.TrainingArguments."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from sqft.errors import MissingExtraError, SqftError, TrainingError, is_out_of_memory
 from sqft.ops.kernel_use import computes_in_bfloat16
-from sqft.sections import TrainSection
+from sqft.sections import TrainingSection
 
 __all__ = ["check_arguments", "refusals", "training_arguments"]
 
@@ -23,16 +23,18 @@ CHECKPOINTING = (
 
 # Fields that a setting of the recipe already stands for, or that exact resuming rests on.
 ELSEWHERE = {
-    "learning_rate": "train.learning_rate",
-    "per_device_train_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.gradient_accumulation",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.max_steps",
-    "warmup_steps": "train.warmup_steps",
-    "lr_scheduler_type": "train.schedule",
-    "gradient_checkpointing": "train.gradient_checkpointing",
-    "activation_checkpointing": "train.gradient_checkpointing",
-    "save_steps": "train.checkpoint_steps",
+    "learning_rate": "learning_rate",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "num_train_epochs": "epochs",
+    "max_steps": "max_steps",
+    "warmup_steps": "warmup_steps",
+    "lr_scheduler_type": "schedule",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "save_steps": "checkpoint_steps",
+}
+OUTSIDE = {
     "seed": "seed",
     "data_seed": "seed",
     "use_cpu": "runtime.device",
@@ -44,37 +46,40 @@ FIXED = {"save_strategy", "save_only_model", "remove_unused_columns", "resume_fr
 UPLOADS = ("push_to_hub", "hub_")
 
 
-def check_arguments(section: TrainSection) -> None:
+def check_arguments(section: TrainingSection) -> None:
     """Check `section.arguments`, and that batches divide into micro-batches, without building anything.
 
     Raises: TrainingError for a field that TrainingArguments does not have (naming the nearest), for one that
     the recipe sets elsewhere or that uploads, and for a batch that does not divide into its micro-batches.
     """
+    arguments = f"{section.place}.arguments"
+    elsewhere = {name: f"{section.place}.{key}" for name, key in ELSEWHERE.items()} | OUTSIDE
     for name in section.arguments:
         if name not in KNOWN:
             near = get_close_matches(name, KNOWN, n=3) or ["see transformers.TrainingArguments"]
             raise TrainingError(
-                f"train.arguments: no field {name!r} in TrainingArguments; near: {', '.join(near)}"
+                f"{arguments}: no field {name!r} in TrainingArguments; near: {', '.join(near)}"
             )
-        if name in ELSEWHERE:
-            raise TrainingError(f"train.arguments: write {ELSEWHERE[name]} in place of {name!r}")
+        if name in elsewhere:
+            raise TrainingError(f"{arguments}: write {elsewhere[name]} in place of {name!r}")
         if name.startswith(UPLOADS):
             raise TrainingError(
-                f"train.arguments: a run uploads nothing; remove {name!r}, and upload what it made yourself"
+                f"{arguments}: a run uploads nothing; remove {name!r}, and upload what it made yourself"
             )
         if name in FIXED:
             raise TrainingError(
-                f"train.arguments: {name!r} cannot be changed, exact resuming rests on it; remove it"
+                f"{arguments}: {name!r} cannot be changed, exact resuming rests on it; remove it"
             )
-    if section.batch_size % section.gradient_accumulation:
+    size, parts = section.batch_size, section.gradient_accumulation
+    if size % parts:
         raise TrainingError(
-            f"train.batch_size {section.batch_size} cannot be cut into train.gradient_accumulation "
-            f"{section.gradient_accumulation} equal micro-batches; make it a multiple"
+            f"{section.place}.batch_size {size} cannot be cut into {section.place}.gradient_accumulation "
+            f"{parts} equal micro-batches; make it a multiple"
         )
 
 
 def training_arguments(
-    section: TrainSection, *, seed: int, output_dir: Path, device: torch.device
+    section: TrainingSection, *, seed: int, output_dir: Path, device: torch.device
 ) -> TrainingArguments:
     """The section as TrainingArguments, `section.arguments` laid over it.
 
@@ -108,13 +113,13 @@ def training_arguments(
     }
     if "report_to" in section.arguments:
         settings |= {"logging_strategy": "steps", "logging_steps": 1}
-    with refusals():
+    with refusals(section):
         return TrainingArguments(**(settings | section.arguments))
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turn an exception of transformers about `train.arguments` into an error of one line.
+def refusals(section: TrainingSection) -> Iterator[None]:
+    """Turn an exception of transformers about `section.arguments` into an error of one line.
 
     Raises: MissingExtraError for a package that is not installed; TrainingError for everything else.
     """
@@ -127,4 +132,4 @@ def refusals() -> Iterator[None]:
             raise
         kind = MissingExtraError if isinstance(error, ImportError) else TrainingError
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise kind(f"train.arguments: {lines[0]}") from error
+        raise kind(f"{section.place}.arguments: {lines[0]}") from error

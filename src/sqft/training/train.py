@@ -21,7 +21,7 @@ from sqft.artifacts import digest_json
 from sqft.data import Example
 from sqft.errors import TrainingError
 from sqft.progress import SILENT, Progress
-from sqft.sections import TrainSection
+from sqft.sections import TrainingSection
 from sqft.training.arguments import refusals, training_arguments
 from sqft.training.cores import warn_of_busy_cores
 from sqft.training.record import Journal, TrainingRecord, environment, peak_bytes, reset_peak
@@ -36,7 +36,7 @@ METRICS, LOGS = "metrics.jsonl", "tensorboard"
 def train_adapters(
     model: PeftModel,
     examples: Sequence[Example],
-    section: TrainSection,
+    section: TrainingSection,
     *,
     loss_on: Literal["answer", "text"] = "answer",
     seed: int = 0,
@@ -75,14 +75,14 @@ def train_adapters(
     total = section.max_steps or math.ceil(math.ceil(len(examples) / section.batch_size) * section.epochs)
     reset_peak(device)
     with _quiet(), progress.task("train", total) as advance:
-        callback = StepCallback(model, space, seed, journal, facts, advance)
+        callback = StepCallback(model, space, seed, journal, facts, advance, section.place)
         callback.steps, callback.checkpoint = record.steps, checkpoint
         advance(len(record.steps))
         if checkpoint is not None and _is_final(checkpoint):  # Trainer itself would add a step
             model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
             load_unrounded(model, checkpoint)
         else:
-            with refusals(), _logging_into(watch_dir):
+            with refusals(section), _logging_into(watch_dir):
                 trainer = ElasticTrainer(model, arguments, examples, loss_on, callback, section)
             with _repeatable(device):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -127,7 +127,7 @@ def _is_final(checkpoint: Path) -> bool:
 
 
 def _identity(
-    model: nn.Module, examples: Sequence[Example], section: TrainSection, loss_on: str, seed: int
+    model: nn.Module, examples: Sequence[Example], section: TrainingSection, loss_on: str, seed: int
 ) -> str:
     trained = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     items = [[example.prompt_ids, example.answer_ids, example.earlier_answers] for example in examples]

@@ -19,7 +19,7 @@ from sqft.data.batches import IGNORED
 from sqft.errors import AdapterError, TrainingError
 from sqft.ops.cross_entropy import chunk_elements, chunked_cross_entropy
 from sqft.progress import Advance
-from sqft.sections import TrainSection
+from sqft.sections import TrainingSection
 from sqft.training.arguments import refusals
 from sqft.training.head import separable_head, without_head
 from sqft.training.ranks import begin_step
@@ -97,7 +97,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         examples: Sequence[Example],
         loss_on: Literal["answer", "text"],
         callback: "StepCallback",
-        section: TrainSection,
+        section: TrainingSection,
     ) -> None:
         self.section = section
         super().__init__(
@@ -114,7 +114,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer. Raises: MissingExtraError or TrainingError for an optimizer that cannot be made."""
-        with refusals():
+        with refusals(self.section):
             optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.param_groups[:] = list(
             split_by_rate(optimizer.param_groups, self.journal.model, self.section)
@@ -123,14 +123,15 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer. Raises: TrainingError for settings that the schedule does not take."""
-        with refusals():
+        with refusals(self.section):
             return super().create_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Sized | None = None) -> Sampler[int]:
         strategy = self.args.train_sampling_strategy
         if strategy not in {"random", "group_by_length"}:
             raise TrainingError(
-                f"train.arguments.train_sampling_strategy is {strategy!r}; write random or group_by_length"
+                f"{self.section.place}.arguments.train_sampling_strategy is {strategy!r}; write random or "
+                "group_by_length"
             )
         grouped = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return EpochSampler(self.lengths, self.args.seed, grouped if strategy == "group_by_length" else 0)
@@ -177,7 +178,9 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         journal: Journal,
         facts: dict[str, Any],
         advance: Advance,
+        place: str,
     ) -> None:
+        self.place = place  # the section that messages name
         self.model, self.space, self.seed, self.journal = model, space, seed, journal
         self.facts, self.advance = facts, advance
         self.checkpoint: Path | None = None
@@ -191,9 +194,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         Raises: TrainingError if its loss is not a finite number.
         """
         if loss != loss or loss in (float("inf"), float("-inf")):
-            raise TrainingError(
-                f"the loss of step {self.step} is {loss}; lower {rate_names(self.model)}, or check the data"
-            )
+            rates = rate_names(self.model, self.place)
+            raise TrainingError(f"the loss of step {self.step} is {loss}; lower {rates}, or check the data")
         self.loss += loss
         self.tokens += tokens
 
@@ -220,7 +222,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm) and not args.fp16:  # the fp16 scaler skips such a step itself
             raise TrainingError(
-                f"the gradient of step {self.step} is not finite; lower {rate_names(self.model)}"
+                f"the gradient of step {self.step} is not finite; lower {rate_names(self.model, self.place)}"
             )
 
     def on_step_end(
@@ -230,7 +232,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         try:
             check_trained(self.model)
         except AdapterError as error:
-            message = f"after step {state.global_step} {error}; lower {rate_names(self.model)}"
+            message = f"after step {state.global_step} {error}; lower {rate_names(self.model, self.place)}"
             raise TrainingError(message) from None
         seconds = time.perf_counter() - self.started
         step = StepRecord(state.global_step, self.loss, self.ranks, seconds, self.tokens)
