@@ -34,7 +34,7 @@ from benchmarks.steps import QUICK_VARIANTS, STEP_VARIANTS, measure_steps, saved
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sqft.ops import QParams, compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
+from sqft.ops import GridSpec, QParams, compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
 from sqft.ops.adapted_linear import adapted_linear
 from sqft.ops.packed import pack_codes
 from sqft.ops.scaled_linear import scaled_linear
@@ -63,7 +63,7 @@ def pruned_layer(
     weight = torch.randn(out_features, in_features, device=device) * in_features**-0.5
     mask = mask_rows(torch.rand(weight.shape, device=device), 0.5)
     base = keep_nonzero(weight, mask)
-    grid = compute_qparams(base, bits=4, group_size=group_size, symmetric=True)
+    grid = compute_qparams(base, GridSpec(4, group_size, True))
     return base, grid, encode_latent(base, quantize(base, grid), mask, grid)
 
 

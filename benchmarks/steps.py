@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sqft.adapters import SearchSpace, SqftConfig, attach_adapters, set_ranks, set_step
 from sqft.adapters.targets import find_targets
 from sqft.models import PackedLinear, QuantizedLinear, load_model, resolve_model
-from sqft.ops import compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
+from sqft.ops import GridSpec, compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
 from sqft.sections import AdapterSection, ModelSection
 from sqft.training.record import peak_bytes, reset_peak
 
@@ -53,7 +53,7 @@ def pruned_model(directory: Path, device: str, quantized: bool, packed: bool = F
         if not quantized:
             linear.get_parameter("weight").data = base
             continue
-        grid = compute_qparams(base.float(), bits=4, group_size=64, symmetric=True)
+        grid = compute_qparams(base.float(), GridSpec(4, 64, True))
         latent = encode_latent(base, quantize(base, grid), mask, grid)
         parent, _, end = name.rpartition(".")
         coded: nn.Module = QuantizedLinear(latent, grid, dtype=dtype)
@@ -181,7 +181,7 @@ def saved_bytes_per_weight(device: str) -> dict[str, float]:
         linear = nn.Linear(in_features, out_features, bias=False, device=device)
         mask = mask_rows(linear.weight.detach().abs(), 0.5)
         base = keep_nonzero(linear.weight.detach(), mask)
-        grid = compute_qparams(base, bits=4, group_size=64, symmetric=True)
+        grid = compute_qparams(base, GridSpec(4, 64, True))
         latent = encode_latent(base, quantize(base, grid), mask, grid)
         linear.weight = nn.Parameter(base, requires_grad=False)
         if variant.startswith("published"):

@@ -11,14 +11,10 @@ from torch import Tensor
 
 from sqft.adapters.identity import base_identity
 from sqft.models import load_trainable
-from sqft.models.packing import (
+from sqft.models.packing import pack_weight, quantization_config
+from sqft.ops import (
     GridSpec,
     QuantizedWeight,
-    pack_weight,
-    quantization_config,
-)
-from sqft.ops import (
-    QParams,
     adapted_codes,
     adapted_weight,
     compute_qparams,
@@ -68,7 +64,8 @@ def write_merge(
     masks: dict[str, Tensor] = {}
     latents: dict[str, Tensor] = {}
     factors: dict[str, Tensor] = {}
-    grid = GridSpec(bits, group_size, symmetric, torch.float16 if scale_bits > 8 else torch.bfloat16)
+    half = torch.float16 if scale_bits > 8 else torch.bfloat16
+    grid = GridSpec(bits, group_size, symmetric, scale_bits, stored_dtype=half)
     for name in names:
         weight = state[f"{name}.weight"]
         rows, columns = weight.shape
@@ -88,7 +85,7 @@ def write_merge(
             factors[f"base_model.model.{name}.sqft_A"] = low
             factors[f"base_model.model.{name}.sqft_B"] = high
         if quantized:
-            codes, latent, result = _quantized(weight, mask, update, grid, scale_bits)
+            codes, latent, result = _quantized(weight, mask, update, grid)
             latents[name] = latent
             for tensors, value in ((base, codes), (merged, result if name in adapted else codes)):
                 del tensors[f"{name}.weight"]
@@ -128,12 +125,10 @@ def write_merge(
 
 
 def _quantized(
-    weight: Tensor, mask: Tensor, update: tuple[Tensor, Tensor, float], grid: GridSpec, scale_bits: int
+    weight: Tensor, mask: Tensor, update: tuple[Tensor, Tensor, float], grid: GridSpec
 ) -> tuple[QuantizedWeight, Tensor, QuantizedWeight]:
     pruned = weight.float() * mask
-    qparams: QParams = compute_qparams(
-        pruned, bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric, scale_bits=scale_bits
-    )
+    qparams = compute_qparams(pruned, grid)
     codes = quantize(pruned, qparams)
     latent = encode_latent(pruned, codes, mask, qparams)
     low, high, scaling = update

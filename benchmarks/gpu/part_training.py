@@ -25,7 +25,7 @@ from sqft.adapters import SearchSpace, attach_adapters, set_ranks
 from sqft.adapters.space import adapter_config
 from sqft.data import Example
 from sqft.models import build_trainable, training_dtype
-from sqft.ops import QParams, compute_qparams
+from sqft.ops import GridSpec, QParams, compute_qparams
 from sqft.sections import AdapterSection, TrainSection
 from sqft.training import train_adapters
 
@@ -111,7 +111,7 @@ def publish(peft_model: nn.Module, *, quantized: bool) -> None:
         if isinstance(layer, Linear):
             weight: Tensor = layer.base_layer.weight.detach()
             size = min(GROUP, weight.shape[1])
-            grid = compute_qparams(weight, bits=4, group_size=size, symmetric=True) if quantized else None
+            grid = compute_qparams(weight, GridSpec(4, size, True)) if quantized else None
             layer.forward = MethodType(partial(_published, mask=weight != 0, grid=grid), layer)
 
 

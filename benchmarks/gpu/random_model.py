@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
-from sqft.models import Checkpoint, GridSpec, QuantizedWeight, decoder_blocks
+from sqft.models import Checkpoint, decoder_blocks
 from sqft.models.checkpoint import build_skeleton
-from sqft.ops import QParams, keep_nonzero, quantize
+from sqft.ops import GridSpec, QParams, QuantizedWeight, keep_nonzero, quantize
 
 __all__ = ["LLAMA3_8B", "RandomCheckpoint", "RandomMasks", "random_checkpoint"]
 

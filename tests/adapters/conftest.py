@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from sqft.adapters.targets import find_targets
 from sqft.models.quantized_linear import QuantizedLinear
 from sqft.ops import (
+    GridSpec,
     compute_qparams,
     decode_latent,
     encode_latent,
@@ -58,7 +59,7 @@ def quantized_model(tiny_model_dir: Callable[..., Any]) -> Callable[..., nn.Modu
             mask = random_mask(linear.weight, sparsity, seed)
             parent, _, last = name.rpartition(".")
             weight = linear.weight.detach() * mask
-            grid = compute_qparams(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+            grid = compute_qparams(weight, GridSpec(bits, group_size, symmetric))
             latent = encode_latent(weight, quantize(weight, grid), mask, grid)
             coded = QuantizedLinear(latent if latents else decode_latent(latent, grid), grid, linear.bias)
             setattr(model.get_submodule(parent), last, coded)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from sqft.adapters import SearchSpace, attach_adapters, set_ranks, set_step
 from sqft.adapters.targets import find_targets
 from sqft.models import QuantizedLinear
-from sqft.ops import compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
+from sqft.ops import GridSpec, compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
 from sqft.sections import AdapterSection
 
 
@@ -27,7 +27,7 @@ def build(directory: str, method: str) -> Any:
         base = keep_nonzero(weight.detach(), mask)
         weight.data = base
         if method == "qa_sparse_peft":
-            grid = compute_qparams(base, bits=4, group_size=32, symmetric=True)
+            grid = compute_qparams(base, GridSpec(4, 32, True))
             parent, _, end = name.rpartition(".")
             coded = QuantizedLinear(encode_latent(base, quantize(base, grid), mask, grid), grid)
             setattr(model.get_submodule(parent), end, coded)

@@ -25,6 +25,7 @@ from sqft.adapters import (
 from sqft.adapters.norm import find_norms
 from sqft.errors import AdapterError
 from sqft.models import PackedLinear, QuantizedLinear
+from sqft.ops import QuantizedWeight
 from sqft.sections import AdapterSection
 
 WEIGHTS = "adapter_model.safetensors"
@@ -134,9 +135,9 @@ def test_what_is_saved_is_what_is_served(
         name, _, part = key.removeprefix("base_model.model.").rpartition(".")
         if part == "sqft_scale":
             assert tensor.dtype == torch.bfloat16
-            grid = merged[name].qparams
-            assert grid is not None
-            assert torch.equal(tensor.float(), grid.scale)
+            weight = merged[name].weight
+            assert isinstance(weight, QuantizedWeight)
+            assert torch.equal(tensor.float(), weight.qparams.scale)
         elif part == "sqft_norm":
             assert torch.equal(tensor, norms[name])
     if kind == "scales":

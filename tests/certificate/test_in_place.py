@@ -15,7 +15,7 @@ from sqft.certificate.adapter import read_adapter
 from sqft.certificate.checks import Check, file_digests
 from sqft.certificate.in_place import merged_digest
 from sqft.certificate.stored import StoredModel
-from sqft.models import QuantizedWeight, load_trainable, open_checkpoint, read_masks, write_model
+from sqft.models import load_trainable, open_checkpoint, read_masks, write_model
 from sqft.sections import AdapterSection
 from tests.merged_models import MergedDirectories
 
@@ -43,10 +43,7 @@ def trained(merges: Any, tmp_path: Path) -> Callable[..., tuple[MergedDirectorie
         found = MergedDirectories(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
         shutil.copytree(base, found.base)
         model.save_pretrained(found.adapter)
-        linears: dict[str, Any] = {}
-        for name, merged in merge_adapters(model).items():
-            codes, grid = merged.codes, merged.qparams
-            linears[name] = merged.weight if codes is None or grid is None else QuantizedWeight(codes, grid)
+        linears = {name: merged.weight for name, merged in merge_adapters(model).items()}
         others = {f"{name}.weight": weight for name, weight in merge_norms(model).items()}
         masks = read_masks(base)
         write_model(found.merged, open_checkpoint(base), linears, others=others, masks=masks)

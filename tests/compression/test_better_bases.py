@@ -18,13 +18,13 @@ from sqft.compression.descent import descend, fit_scales
 from sqft.compression.gptq import gptq
 from sqft.compression.refine import fit_kept_weights, swap_mask
 from sqft.compression.ria import ria_scores
-from sqft.compression.scale_search import GridOptions, search_qparams
+from sqft.compression.scale_search import search_qparams
 from sqft.compression.sparsegpt import prune_and_round, sparsegpt
 from sqft.compression.statistics import DenseTargetHessian, Hessian
 from sqft.compression.walk import BlockWalk
 from sqft.errors import CompressionError
 from sqft.models import CheckpointWriter, load_model, open_checkpoint, read_masks, read_quantized
-from sqft.ops import compute_qparams, dequantize, fake_quantize, mask_pattern, mask_rows
+from sqft.ops import GridSpec, compute_qparams, dequantize, fake_quantize, mask_pattern, mask_rows
 from sqft.ops import quantize as quantize_codes
 from sqft.ops.grid import round_scale
 from sqft.ops.pattern import fits_pattern
@@ -66,8 +66,8 @@ def test_sparsegpt_against_a_slow_one(pattern: str | None) -> None:
     columns = 160
     x, weight = inputs(500, columns), torch.randn(6, columns)
     hessian = hessian_of(x)
-    result, damping = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
-    assert damping == 0.01
+    result = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
+    assert result.damping == 0.01
     expected = slow_sparsegpt(weight, hessian.matrix(), 0.01, result.mask)
     assert torch.allclose(result.weight, expected, rtol=1e-2, atol=1e-2)
     assert int((~result.mask).sum()) == 6 * columns // 2
@@ -81,14 +81,14 @@ def test_sparsegpt_against_a_slow_one(pattern: str | None) -> None:
 @pytest.mark.parametrize("pattern", [None, "2:4", "16:32 window 3"])
 def test_joint_is_better_than_one_after_the_other(pattern: str | None) -> None:
     x, weight = inputs(500, 192), torch.randn(16, 192)
-    hessian, options = hessian_of(x), GridOptions(3, 32)
+    hessian, options = hessian_of(x), GridSpec(3, 32, True)
     joint = prune_and_round(weight, hessian, options, sparsity=0.5, pattern=pattern)
     assert joint.mask is not None
     assert pattern is None or fits_pattern(joint.mask, pattern)
     value = dequantize(joint.codes, joint.qparams)
     assert (value[~joint.mask] == 0).all()
-    pruned, _ = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
-    qparams = compute_qparams(pruned.weight, bits=3, group_size=32, symmetric=True)
+    pruned = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
+    qparams = compute_qparams(pruned.weight, GridSpec(3, 32, True))
     assert loss(value, weight, x) < loss(fake_quantize(pruned.weight, qparams), weight, x)
 
 
@@ -97,7 +97,7 @@ def test_descent_ends_where_no_single_code_can_improve(masked: bool) -> None:
     x, weight = inputs(500, 192), torch.randn(6, 192)
     mask = mask_rows(weight.abs(), 0.5) if masked else None
     hessian = hessian_of(x)
-    rounded = gptq(weight, mask, hessian, GridOptions(3, 32))
+    rounded = gptq(weight, mask, hessian, GridSpec(3, 32, True))
     matrix = hessian.damped(0.01)
     better = descend(weight, rounded, matrix, sweeps=30)
 
@@ -122,7 +122,7 @@ def test_descent_ends_where_no_single_code_can_improve(masked: bool) -> None:
 def test_fitted_scales_are_the_least_squares_solution() -> None:
     x, weight = inputs(500, 192), torch.randn(6, 192)
     hessian = hessian_of(x)
-    rounded = gptq(weight, mask_rows(weight.abs(), 0.5), hessian, GridOptions(3, 32))
+    rounded = gptq(weight, mask_rows(weight.abs(), 0.5), hessian, GridSpec(3, 32, True))
     matrix = hessian.damped(0.01)
     fitted = fit_scales(weight, rounded.codes, rounded.qparams, matrix, scale_bits=24)
 
@@ -197,11 +197,11 @@ def test_ria_literally() -> None:
 def test_scale_search_lowers_the_error() -> None:
     weight = torch.randn(8, 64) ** 3
     for symmetric in (True, False):
-        plain = GridOptions(3, 32, symmetric)
-        searched = search_qparams(weight, GridOptions(3, 32, symmetric, search=True))
+        plain = GridSpec(3, 32, symmetric)
+        searched = search_qparams(weight, plain)
         errors = [
             (fake_quantize(weight, q) - weight).square().sum()
-            for q in (searched, search_qparams(weight, plain))
+            for q in (searched, search_qparams(weight, plain, search=False))
         ]
         assert errors[0] < errors[1]
         assert (searched.zero_point <= searched.max_code).all()

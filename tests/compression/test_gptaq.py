@@ -8,9 +8,8 @@ from torch import Tensor
 
 from sqft.compression.gptaq import ALPHA, gptaq
 from sqft.compression.gptq import gptq
-from sqft.compression.scale_search import GridOptions
 from sqft.compression.statistics import DenseTargetHessian
-from sqft.ops import compute_qparams, dequantize
+from sqft.ops import GridSpec, compute_qparams, dequantize
 from sqft.sections import QuantizeSection
 
 
@@ -36,13 +35,13 @@ def slow_gptaq(
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
     moved = ((dense - x).T @ x / len(x)).double()
     work, before = weight.double().clone(), torch.empty_like(weight).double()
-    first = compute_qparams(torch.where(mask, weight, 0), group_size=size, bits=4, symmetric=True)
+    first = compute_qparams(torch.where(mask, weight, 0), GridSpec(4, size, True))
     scale, zero = first.scale.clone(), first.zero_point.clone()
     for step, j in enumerate(order):
         if not static and j % size == 0:
             part = slice(j, j + size)
             kept = torch.where(mask[:, part], work[:, part], 0).float()
-            fresh = compute_qparams(kept, group_size=size, bits=4, symmetric=True)
+            fresh = compute_qparams(kept, GridSpec(4, size, True))
             scale[:, j // size], zero[:, j // size] = fresh.scale[:, 0], fresh.zero_point[:, 0]
         s, z = scale[:, j // size].double(), zero[:, j // size].double()
         before[:, j] = old = work[:, j].clone()
@@ -65,7 +64,7 @@ def test_gptaq_against_a_slow_one(size: int, ordered: bool, masked: bool) -> Non
     weight = torch.randn(5, columns)
     mask = torch.rand(weight.shape) > (0.5 if masked else -1.0)
     statistic = statistic_of(x, dense)
-    got = gptaq(weight, mask, statistic, GridOptions(4, size), activation_order=ordered)
+    got = gptaq(weight, mask, statistic, GridSpec(4, size, True), activation_order=ordered)
     order = list(range(columns))
     if ordered:
         order = torch.argsort(statistic.norm, descending=True, stable=True).tolist()
@@ -81,7 +80,7 @@ def test_gptaq_against_a_slow_one(size: int, ordered: bool, masked: bool) -> Non
 
 def test_gptaq_comes_nearer_to_the_uncompressed_outputs_than_gptq() -> None:
     x, dense = pair(128)
-    weight, options = torch.randn(32, 128), GridOptions(4, 32)
+    weight, options = torch.randn(32, 128), GridSpec(4, 32, True)
     statistic = statistic_of(x, dense)
 
     def error(value: Tensor) -> float:
@@ -94,7 +93,7 @@ def test_gptaq_comes_nearer_to_the_uncompressed_outputs_than_gptq() -> None:
 
 def test_gptaq_is_gptq_where_nothing_moved() -> None:
     x, _ = pair(64)
-    weight, options = torch.randn(8, 64), GridOptions(4, 32)
+    weight, options = torch.randn(8, 64), GridSpec(4, 32, True)
     statistic = statistic_of(x, x)
     rounded = [round_(weight, None, statistic, options).codes for round_ in (gptaq, gptq)]
     assert (rounded[0] == rounded[1]).float().mean() > 0.99

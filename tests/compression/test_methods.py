@@ -1,6 +1,6 @@
 """Each method against a slow, obvious version of itself."""
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +8,10 @@ from torch import Tensor
 
 from sqft.compression.gptq import gptq
 from sqft.compression.rtn import rtn
-from sqft.compression.scale_search import GridOptions
 from sqft.compression.statistics import TILE, Hessian, InputNorm, factor_inverse
 from sqft.compression.wanda import wanda_scores
 from sqft.errors import CompressionError
-from sqft.ops import compute_qparams, dequantize, mask_rows, quantize
+from sqft.ops import GridSpec, compute_qparams, dequantize, mask_rows, quantize
 
 
 def inputs(tokens: int = 200, columns: int = 24, seed: int = 0) -> Tensor:
@@ -69,24 +68,25 @@ def test_wanda_literally() -> None:
             assert torch.isclose(scores[row, column], expected, rtol=1e-4)
 
 
-def slow_gptq(weight: Tensor, mask: Tensor, x: Tensor, order: list[int], size: int, static: bool, options: dict):  # type: ignore[no-untyped-def,type-arg]  # noqa: E501  # fmt: skip
+def slow_gptq(
+    weight: Tensor, mask: Tensor, x: Tensor, order: list[int], grid: GridSpec, static: bool
+) -> tuple[Tensor, Tensor]:
     """Optimal brain quantization column by column, the inverse of what is left taken anew each time."""
     columns = weight.shape[1]
+    size = grid.group_size
     hessian = (x.T @ x / len(x)).double()
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(columns)
     work, before = weight.double().clone(), torch.empty_like(weight).double()
-    first = compute_qparams(torch.where(mask, weight, 0), group_size=size, **options)
+    first = compute_qparams(torch.where(mask, weight, 0), grid)
     scale, zero = first.scale.clone(), first.zero_point.clone()
     for step, j in enumerate(order):
         if not static and j % size == 0:
             part = slice(j, j + size)
-            fresh = compute_qparams(
-                torch.where(mask[:, part], work[:, part], 0).float(), group_size=size, **options
-            )
+            fresh = compute_qparams(torch.where(mask[:, part], work[:, part], 0).float(), grid)
             scale[:, j // size], zero[:, j // size] = fresh.scale[:, 0], fresh.zero_point[:, 0]
         s, z = scale[:, j // size].double(), zero[:, j // size].double()
         before[:, j] = work[:, j]
-        codes = (torch.round(work[:, j] / s) + z).clamp(0, 2 ** options["bits"] - 1)
+        codes = (torch.round(work[:, j] / s) + z).clamp(0, 2**grid.bits - 1)
         value = torch.where(mask[:, j], (codes - z) * s, 0)
         rest = order[step:]
         inverse = torch.linalg.inv(hessian[rest][:, rest])
@@ -106,20 +106,19 @@ def test_gptq_against_obq(symmetric: bool, bits: int, group_size: int, activatio
     generator = torch.Generator().manual_seed(3)
     x, weight = inputs(600, columns, seed=1), torch.randn(5, columns, generator=generator)
     mask = torch.rand(weight.shape, generator=generator) > 0.5
-    options: dict[str, Any] = {"bits": bits, "symmetric": symmetric, "scale_bits": 8}
+    grid = GridSpec(bits, columns if group_size == -1 else group_size, symmetric)
     hessian = hessian_of(x)
     got = gptq(
         weight,
         mask,
         hessian,
-        GridOptions(group_size=group_size, **options),
+        replace(grid, group_size=group_size),
         activation_order=activation_order,
     )
     order = (
         torch.argsort(hessian.norm, descending=True).tolist() if activation_order else list(range(columns))
     )
-    size = columns if group_size == -1 else group_size
-    expected, before = slow_gptq(weight, mask, x, order, size, activation_order, options)
+    expected, before = slow_gptq(weight, mask, x, order, grid, activation_order)
     value = dequantize(got.codes, got.qparams)
     assert (value[~mask] == 0).all()
     assert (got.before_rounding[~mask] == 0).all()
@@ -138,7 +137,7 @@ def test_gptq_against_obq(symmetric: bool, bits: int, group_size: int, activatio
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq_beats_rounding(bits: int) -> None:
     x, weight = inputs(400, 64), torch.randn(16, 64)
-    options = GridOptions(bits, 32)
+    options = GridSpec(bits, 32, True)
     nearest = rtn(weight, None, options)
     best = gptq(weight, None, hessian_of(x), options)
     losses = [
@@ -150,14 +149,14 @@ def test_gptq_beats_rounding(bits: int) -> None:
 def test_rtn_keeps_the_mask() -> None:
     weight = torch.randn(8, 64)
     mask = mask_rows(weight.abs(), 0.5)
-    rounded = rtn(weight, mask, GridOptions(4, 32, symmetric=False))
+    rounded = rtn(weight, mask, GridSpec(4, 32, False))
     assert (dequantize(rounded.codes, rounded.qparams)[~mask] == 0).all()
 
 
 def test_width_that_no_group_divides() -> None:
     for method in (rtn, lambda w, m, o: gptq(w, m, hessian_of(inputs()), o)):
         with pytest.raises(CompressionError, match="group size 16 does not divide the width 24"):
-            method(torch.randn(2, 24), None, GridOptions(4, 16))
+            method(torch.randn(2, 24), None, GridSpec(4, 16, True))
 
 
 def test_dead_inputs_do_no_harm() -> None:
@@ -165,6 +164,6 @@ def test_dead_inputs_do_no_harm() -> None:
     x[:, 3] = 0
     hessian, weight = hessian_of(x), torch.randn(4, 24)
     assert hessian.num_dead == 1
-    rounded = gptq(weight, None, hessian, GridOptions(4, 8))
+    rounded = gptq(weight, None, hessian, GridSpec(4, 8, True))
     assert torch.isfinite(rounded.before_rounding).all()
     assert rounded.before_rounding[0, 3] == weight[0, 3]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import sqft.adapters
 from sqft.cli import run_command_line
 from sqft.models import load_model, load_trainable, read_masks, read_quantized
+from sqft.ops import QuantizedWeight
 from sqft.ops.pattern import fits_pattern
 from sqft.pipeline import RunResult, parse_recipe, run_recipe
 from tests.end_to_end.conftest import PIPELINES
@@ -58,12 +59,12 @@ def test_result_is_the_trained_model(
         merged = sqft.adapters.merge_adapters(adapted)
         stored = read_quantized(result.model_dir)
         for name, weight in merged.items():
-            assert weight.codes is not None
-            assert torch.equal(weight.codes, stored[name].codes), name
+            assert isinstance(weight.weight, QuantizedWeight)
+            assert torch.equal(weight.weight.codes, stored[name].codes), name
     if pipeline == "sparse_peft":
         merged = sqft.adapters.merge_adapters(adapted)
         for name, weight in merged.items():
-            assert weight.weight is not None
+            assert isinstance(weight.weight, torch.Tensor)
             assert torch.equal(weight.weight.float(), served.get_submodule(name).weight)
     _check_report(result, merges=merges)
     for row in result.data.models[1:]:

@@ -13,7 +13,8 @@ from sqft.export import export_model
 from sqft.export.fidelity import compare_codes
 from sqft.formats.gptq import read_gptq, write_gptq
 from sqft.formats.weights import open_source
-from sqft.models import QuantizedWeight, read_quantized
+from sqft.models import read_quantized
+from sqft.ops import QuantizedWeight
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import Tensor
 from sqft.errors import AdapterError
 from sqft.kernels.choices import Choice, Tiling
 from sqft.ops import (
+    GridSpec,
     QParams,
     adapted_weight,
     compute_qparams,
@@ -57,7 +58,7 @@ class Case:
 
     def grid(self, symmetric: bool = True, group_size: int = 32) -> tuple[Tensor, QParams]:
         """The latent and its grid."""
-        grid = compute_qparams(self.base, bits=4, group_size=group_size, symmetric=symmetric)
+        grid = compute_qparams(self.base, GridSpec(4, group_size, symmetric))
         return encode_latent(self.base, quantize(self.base, grid), self.mask, grid), grid
 
     def layer(

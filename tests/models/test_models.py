@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from sqft.adapters import SqftConfig
 from sqft.errors import ModelError
 from sqft.models import (
-    GridSpec,
     QuantizedLinear,
-    QuantizedWeight,
     check_fused_groups,
     decoder_blocks,
     load_model,
@@ -32,7 +30,16 @@ from sqft.models import (
     write_masks,
     write_model,
 )
-from sqft.ops import compute_qparams, decode_latent, dequantize, encode_latent, keep_nonzero, quantize
+from sqft.ops import (
+    GridSpec,
+    QuantizedWeight,
+    compute_qparams,
+    decode_latent,
+    dequantize,
+    encode_latent,
+    keep_nonzero,
+    quantize,
+)
 from sqft.sections import ModelSection
 
 ALL = ["llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2"]
@@ -148,7 +155,7 @@ def _quantize(directory: Path, out: Path, *, bits: int, group_size: int, symmetr
         weight = checkpoint.weight(name).float()
         masks[name] = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
         weight = weight * masks[name]
-        qparams = compute_qparams(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+        qparams = compute_qparams(weight, GridSpec(bits, group_size, symmetric))
         weights[name] = QuantizedWeight(quantize(weight, qparams), qparams)
     write_model(out, checkpoint, weights, masks=masks)
     return weights, masks
@@ -278,9 +285,9 @@ def test_scales_that_need_float16(tiny_model_dir: Maker, tmp_path: Path) -> None
     checkpoint = open_checkpoint(tiny_model_dir("llama"))
     name = "model.layers.0.mlp.up_proj"
     weight = checkpoint.weight(name).float()
-    qparams = compute_qparams(weight, bits=4, group_size=32, symmetric=True, scale_bits=11)
+    qparams = compute_qparams(weight, GridSpec(4, 32, True, 11))
     stored = QuantizedWeight(quantize(weight, qparams), qparams)
-    assert GridSpec.of(stored).scale_dtype == torch.float16
+    assert stored.grid().scale_dtype == torch.float16
     write_model(tmp_path / "m", checkpoint, {name: stored})
     assert torch.equal(load_model(tmp_path / "m").get_submodule(name).weight, stored.dequantize())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
@@ -295,7 +302,7 @@ def test_a_width_of_one_group_keeps_the_group_size_of_its_source(
     weights = {}
     for name in ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"):  # widths 128 and 64
         weight = checkpoint.weight(name).float()
-        qparams = compute_qparams(weight, bits=4, group_size=64, symmetric=True)
+        qparams = compute_qparams(weight, GridSpec(4, 64, True))
         weights[name] = QuantizedWeight(quantize(weight, qparams), qparams)
     name = "model.layers.0.mlp.down_proj"
     write_model(tmp_path / "a", checkpoint, {name: weights[name]})
@@ -443,7 +450,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model_dir: Maker, tmp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_quantized_linear_never_holds_its_weight_in_float32(bits: Any, dtype: torch.dtype) -> None:
     weight = torch.randn(48, 96)
-    grid = compute_qparams(weight, bits=bits, group_size=32, symmetric=False)
+    grid = compute_qparams(weight, GridSpec(bits, 32, False))
     latent = encode_latent(weight, quantize(weight, grid), None, grid)
     for base in (latent, decode_latent(latent, grid)):
         layer = QuantizedLinear(base, grid)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sqft.ops import adapted_codes, adapted_weight, compute_qparams, dequantize, quantize
+from sqft.ops import GridSpec, adapted_codes, adapted_weight, compute_qparams, dequantize, quantize
 from sqft.ops.adapted import low_rank_delta, round_storage
 
 SCALING = 0.75
@@ -42,7 +42,7 @@ def test_the_update_falls_where_the_mask_lets_it(parts: dict[str, torch.Tensor],
 
 
 def test_codes_and_the_weight_on_the_grid_are_one_and_the_same(parts: dict[str, torch.Tensor]) -> None:
-    grid = compute_qparams(parts["base"], bits=4, group_size=8, symmetric=True)
+    grid = compute_qparams(parts["base"], GridSpec(4, 8, True))
     arguments = (parts["base"], parts["low"], parts["high"])
     codes = adapted_codes(*arguments, scaling=SCALING, mask=parts["mask"], qparams=grid)
     value = adapted_weight(*arguments, scaling=SCALING, mask=parts["mask"], qparams=grid)

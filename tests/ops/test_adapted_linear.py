@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sqft.errors import AdapterError
 from sqft.ops import (
+    GridSpec,
     QParams,
     adapted_codes,
     adapted_weight,
@@ -45,7 +46,7 @@ class Case:
 
     def grid(self, bits: int, symmetric: bool) -> tuple[Tensor, QParams]:
         weight = self.weight * self.mask
-        qparams = compute_qparams(weight, bits=bits, group_size=self.group, symmetric=symmetric)
+        qparams = compute_qparams(weight, GridSpec(bits, self.group, symmetric))
         return encode_latent(weight, quantize(weight, qparams), self.mask, qparams), qparams
 
 

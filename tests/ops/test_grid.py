@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sqft.errors import CompressionError
-from sqft.ops import QParams, compute_qparams, dequantize, fake_quantize, quantize
+from sqft.ops import GridSpec, QParams, compute_qparams, dequantize, fake_quantize, quantize
 from sqft.ops.grid import SMALLEST_SCALE, round_scale
 
 GRIDS = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
@@ -34,7 +34,7 @@ def slow_codes(weight: Tensor, grid: QParams) -> list[list[int]]:
 @pytest.mark.parametrize("group_size", [8, -1])
 def test_codes_and_values_are_those_of_the_formula(bits: int, symmetric: bool, group_size: int) -> None:
     weight = torch.randn(5, 24) * torch.tensor([1.0, 1e-3, 30.0, 0.2, 1.0])[:, None]
-    grid = compute_qparams(weight, bits=bits, group_size=group_size, symmetric=symmetric)
+    grid = compute_qparams(weight, GridSpec(bits, group_size, symmetric))
     codes = quantize(weight, grid)
     assert codes.tolist() == slow_codes(weight, grid)
     size = 24 if group_size == -1 else group_size
@@ -49,7 +49,7 @@ def test_codes_and_values_are_those_of_the_formula(bits: int, symmetric: bool, g
 def test_zero_is_on_every_grid_and_every_weight_is_within_half_a_step(bits: int, symmetric: bool) -> None:
     weight = torch.randn(6, 32) + (0.0 if symmetric else 5.0)  # all above 0: the range is extended to hold it
     weight[:, ::3] = 0
-    grid = compute_qparams(weight, bits=bits, group_size=16, symmetric=symmetric)
+    grid = compute_qparams(weight, GridSpec(bits, 16, symmetric))
     error = (dequantize(quantize(weight, grid), grid) - weight).abs()
     assert not error[weight == 0].any()
     scale = grid.scale.repeat_interleave(16, dim=1)
@@ -80,4 +80,4 @@ def test_the_gradient_passes_where_nothing_was_clamped() -> None:
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(CompressionError, match="group size 5 does not divide the width 24"):
-        compute_qparams(torch.randn(2, 24), bits=4, group_size=5, symmetric=True)
+        compute_qparams(torch.randn(2, 24), GridSpec(4, 5, True))

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from sqft.ops import compute_qparams, decode_latent, dequantize, encode_latent, latent_codes, quantize
+from sqft.ops import (
+    GridSpec,
+    compute_qparams,
+    decode_latent,
+    dequantize,
+    encode_latent,
+    latent_codes,
+    quantize,
+)
 
 GRIDS = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 
@@ -14,7 +22,7 @@ def test_code_fraction_and_mask_come_back(bits: int, symmetric: bool, masked: bo
     weight = torch.randn(7, 32)
     mask = torch.rand(7, 32) < 0.6 if masked else None
     pruned = weight if mask is None else weight * mask
-    grid = compute_qparams(pruned, bits=bits, group_size=8, symmetric=symmetric)
+    grid = compute_qparams(pruned, GridSpec(bits, 8, symmetric))
     codes = quantize(pruned, grid)
     latent = encode_latent(pruned, codes, mask, grid)
     assert latent.dtype == (torch.uint8 if bits <= 4 else torch.int16)
@@ -33,7 +41,7 @@ def test_code_fraction_and_mask_come_back(bits: int, symmetric: bool, masked: bo
 
 def test_a_distance_of_more_than_seven_sixteenths_is_cut() -> None:
     weight = torch.tensor([[0.0, 3.0, 3.49, 2.51, 9.0, 0.0, 0.0, 7.0]])
-    grid = compute_qparams(torch.full((1, 8), 7.0), bits=4, group_size=8, symmetric=True)
+    grid = compute_qparams(torch.full((1, 8), 7.0), GridSpec(4, 8, True))
     assert grid.scale.item() == 1.0
     codes = quantize(weight, grid)
     decoded = decode_latent(encode_latent(weight, codes, None, grid), grid)
@@ -43,7 +51,7 @@ def test_a_distance_of_more_than_seven_sixteenths_is_cut() -> None:
 
 def test_a_pruned_weight_has_the_code_of_zero_whatever_it_was() -> None:
     weight = torch.randn(4, 16) + 3
-    grid = compute_qparams(weight, bits=4, group_size=16, symmetric=False)
+    grid = compute_qparams(weight, GridSpec(4, 16, False))
     mask = torch.zeros(4, 16, dtype=torch.bool)
     latent = encode_latent(weight, quantize(weight, grid), mask, grid)
     assert torch.equal(latent_codes(latent), grid.zero_point.expand(4, 16))
@@ -52,5 +60,5 @@ def test_a_pruned_weight_has_the_code_of_zero_whatever_it_was() -> None:
 
 def test_a_base_that_is_kept_decoded_is_taken_as_it_is() -> None:
     base = torch.randn(3, 8)
-    grid = compute_qparams(base, bits=4, group_size=8, symmetric=True)
+    grid = compute_qparams(base, GridSpec(4, 8, True))
     assert torch.equal(decode_latent(base, grid), base)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqft.ops import QParams, compute_qparams, dequantize, encode_latent, quantize
+from sqft.ops import GridSpec, QParams, compute_qparams, dequantize, encode_latent, quantize
 from sqft.ops import weight_blocks as blocks_module
 from sqft.ops.packed import code_steps, pack_codes, unpack_codes
 from sqft.ops.scaled_linear import scaled_linear, scaled_weight
@@ -16,7 +16,7 @@ GRIDS = [(4, True), (4, False), (2, True), (3, False), (8, True), (8, False)]
 
 def coded(shape: tuple[int, int], bits: int, symmetric: bool, group: int = 32) -> tuple[Tensor, QParams]:
     weight = torch.randn(*shape)
-    grid = compute_qparams(weight, bits=bits, group_size=group, symmetric=symmetric)
+    grid = compute_qparams(weight, GridSpec(bits, group, symmetric))
     return quantize(weight, grid), grid
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sqft.ops import compute_qparams, encode_latent, keep_nonzero, quantize
+from sqft.ops import GridSpec, compute_qparams, encode_latent, keep_nonzero, quantize
 from sqft.ops import weight_blocks as module
 from sqft.ops.adapted_linear import adapted_linear
 
@@ -49,7 +49,7 @@ def test_transients_stay_within_the_stated_bound(
     monkeypatch.setattr(module, "MIN_ROWS", 16)
     mask = torch.rand(OUT, COLUMNS) > 0.5
     weight = keep_nonzero(torch.randn(OUT, COLUMNS), mask)
-    grid = compute_qparams(weight, bits=4, group_size=32, symmetric=True)
+    grid = compute_qparams(weight, GridSpec(4, 32, True))
     base = encode_latent(weight, quantize(weight, grid), mask, grid) if quantized else weight.to(dtype)
     qparams = grid if quantized else None
     x = torch.randn(TOKENS, COLUMNS, dtype=dtype, requires_grad=True)

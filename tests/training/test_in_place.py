@@ -15,7 +15,7 @@ from sqft.adapters.targets import find_targets
 from sqft.adapters.unrounded import trained_in_place
 from sqft.errors import TrainingError
 from sqft.models import QuantizedLinear, load_model
-from sqft.ops import compute_qparams, encode_latent, quantize
+from sqft.ops import GridSpec, compute_qparams, encode_latent, quantize
 from sqft.sections import AdapterSection, TrainSection
 from tests.training.test_train import assert_equal, train, trained
 
@@ -35,7 +35,7 @@ def make_model(tiny_model_dir: Callable[..., Path]) -> Callable[[str], nn.Module
         model = load_model(tiny_model_dir("llama"))
         for name, linear in find_targets(model, None).items():
             weight = base_weight(linear)
-            grid = compute_qparams(weight, bits=4, group_size=32, symmetric=True)
+            grid = compute_qparams(weight, GridSpec(4, 32, True))
             parent, _, end = name.rpartition(".")
             coded = QuantizedLinear(encode_latent(weight, quantize(weight, grid), None, grid), grid)
             setattr(model.get_submodule(parent), end, coded)

@@ -26,6 +26,7 @@ from sqft.errors import AdapterError
 from sqft.kernels.choices import TORCH
 from sqft.ops import (
     QParams,
+    QuantizedWeight,
     adapted_codes,
     adapted_weight,
     decode_latent,
@@ -48,22 +49,17 @@ __all__ = ["AdapterLinear", "MergedWeight", "seeded_generator"]
 class MergedWeight:
     """A merged weight in the form of its base.
 
-    weight (out, in) in the storage dtype, or codes (out, in) uint8 on the grid `qparams`, whose scale may be
-    a trained one; exactly one of weight and codes is there. mask (out, in) bool, True = kept; of a base that
-    holds codes alone, and so no mask, the weights that are not 0.
+    weight: (out, in) in the storage dtype, or codes on the base's grid, whose scales may be trained ones.
+    mask: (out, in) bool, True = kept; of a base that holds codes alone, and so no mask, the weights that are
+    not 0.
     """
 
-    weight: Tensor | None
-    codes: Tensor | None
-    qparams: QParams | None
+    weight: Tensor | QuantizedWeight
     mask: Tensor
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The float32 weight."""
-        if self.codes is not None and self.qparams is not None:
-            return dequantize(self.codes, self.qparams)
-        assert self.weight is not None
-        return self.weight.float()
+        return self.weight.float() if isinstance(self.weight, Tensor) else self.weight.dequantize()
 
 
 class AdapterLinear(TunerLayer):
@@ -195,18 +191,18 @@ class AdapterLinear(TunerLayer):
                 dtype = getattr(torch, config.storage_dtype) if config.storage_dtype else base.dtype
                 weight = self.adapted(name).to(dtype)
                 self._check_finite(weight)
-                return MergedWeight(weight, None, None, base != 0)
+                return MergedWeight(weight, base != 0)
             self.check_scales(name)
             merged = self._trained_grid(name)
             if name not in self.sqft_A:
-                return MergedWeight(None, base_codes(self), merged, base_weight(self) != 0)
+                return MergedWeight(QuantizedWeight(base_codes(self), merged), base_weight(self) != 0)
             base = base_weight(self)
             lora_A, lora_B = self.active_slice(name)
             self._check_finite(low_rank_delta(lora_A, lora_B, config.scaling), qparams.scale)
             codes = adapted_codes(
                 base, lora_A, lora_B, scaling=config.scaling, mask=base != 0, qparams=qparams
             )
-            return MergedWeight(None, codes, merged, base != 0)
+            return MergedWeight(QuantizedWeight(codes, merged), base != 0)
 
     def check_scales(self, name: str) -> None:
         """Raises: AdapterError if a trained scale is not a finite number above 0."""
@@ -372,15 +368,15 @@ class AdapterLinear(TunerLayer):
     def replacement(self, name: str) -> dict[str, Tensor]:
         """The merged weight in the form of the base: a float weight, or codes and trained scales."""
         merged = self.merged_weight(name)
-        if merged.codes is None or merged.qparams is None:
-            assert merged.weight is not None
+        if isinstance(merged.weight, Tensor):
             return {"weight": merged.weight}
-        replaced = {"scale": merged.qparams.scale} if name in self.sqft_scale else {}
+        codes, qparams = merged.weight.codes, merged.weight.qparams
+        replaced = {"scale": qparams.scale} if name in self.sqft_scale else {}
         if name not in self.sqft_A:
             return replaced
-        encoded = encode_latent(merged.dequantized(), merged.codes, merged.mask, merged.qparams)
+        encoded = encode_latent(merged.dequantized(), codes, merged.mask, qparams)
         decoded = base_tensor(self).is_floating_point()
-        return replaced | {"latent": decode_latent(encoded, merged.qparams) if decoded else encoded}
+        return replaced | {"latent": decode_latent(encoded, qparams) if decoded else encoded}
 
 
 def seeded_generator(text: str) -> torch.Generator:

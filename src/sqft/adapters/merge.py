@@ -8,6 +8,7 @@ from sqft.adapters.identity import digest_tensors
 from sqft.adapters.layer import AdapterLinear, MergedWeight
 from sqft.adapters.norm import AdapterNorm
 from sqft.adapters.space import adapter_config, adapter_layers, norm_layers
+from sqft.ops import QuantizedWeight
 
 __all__ = ["codes_digest", "count_differing_codes", "merge_adapters", "merge_norms"]
 
@@ -63,10 +64,7 @@ def _merged_tensors(peft_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(layer, AdapterNorm):
             yield name, layer.stored()
             continue
-        merged, adapter = layer.merged_weight(), layer.active_name() or ""
-        tensor = merged.weight if merged.codes is None else merged.codes
-        assert tensor is not None
-        yield name, tensor
-        if adapter in layer.sqft_scale:
-            assert merged.qparams is not None
-            yield f"{name}.scale", merged.qparams.scale
+        weight = layer.merged_weight().weight
+        yield name, weight if isinstance(weight, Tensor) else weight.codes
+        if isinstance(weight, QuantizedWeight) and (layer.active_name() or "") in layer.sqft_scale:
+            yield f"{name}.scale", weight.qparams.scale

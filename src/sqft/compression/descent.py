@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sqft.compression.gptq import Rounded
+from sqft.compression.compressed import Rounded
 from sqft.ops import QParams, dequantize, quantize
 from sqft.ops.adapted import exact_float32
 from sqft.ops.grid import round_scale

@@ -4,9 +4,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sqft.compression.gptq import Rounded, gptq
-from sqft.compression.scale_search import GridOptions
+from sqft.compression.compressed import Rounded
+from sqft.compression.gptq import gptq
 from sqft.compression.statistics import DenseTargetHessian
+from sqft.ops import GridSpec
 from sqft.ops.adapted import exact_float32
 
 __all__ = ["ALPHA", "gptaq", "residual_carry"]
@@ -18,8 +19,9 @@ def gptaq(
     weight: Float[Tensor, "out in"],
     mask: Bool[Tensor, "out in"] | None,
     statistic: DenseTargetHessian,
-    options: GridOptions,
+    grid: GridSpec,
     *,
+    search_scales: bool = False,
     damping: float = 0.01,
     activation_order: bool = False,
 ) -> Rounded:
@@ -47,7 +49,8 @@ def gptaq(
         weight,
         mask,
         statistic,
-        options,
+        grid,
+        search_scales=search_scales,
         damping=damping,
         activation_order=activation_order,
         carry=carry,

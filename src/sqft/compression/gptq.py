@@ -1,38 +1,27 @@
 """GPTQ that keeps a mask: round column by column, and let the columns to come make up for the error."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sqft.compression.obs import Grid, obs_pass
-from sqft.compression.scale_search import GridOptions, search_qparams
+from sqft.compression.compressed import Rounded
+from sqft.compression.obs import GroupGrids, obs_pass
+from sqft.compression.scale_search import search_qparams
 from sqft.compression.statistics import Hessian
-from sqft.errors import CompressionError
-from sqft.ops import QParams, quantize
+from sqft.ops import GridSpec, quantize
 
-__all__ = ["Rounded", "gptq"]
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A quantized weight: codes, grid, the value before rounding, its mask (None: all kept), the damping."""
-
-    codes: UInt8[Tensor, "out in"]
-    qparams: QParams
-    before_rounding: Float[Tensor, "out in"]
-    mask: Bool[Tensor, "out in"] | None
-    damping: float = 0.0
+__all__ = ["gptq"]
 
 
 def gptq(
     weight: Float[Tensor, "out in"],
     mask: Bool[Tensor, "out in"] | None,
     hessian: Hessian,
-    options: GridOptions,
+    grid: GridSpec,
     *,
+    search_scales: bool = False,
     damping: float = 0.01,
     activation_order: bool = False,
     carry: Callable[[Tensor, Tensor | None], Tensor] | None = None,
@@ -49,26 +38,14 @@ def gptq(
 
     Raises: CompressionError if group_size does not divide the width, or the Hessian cannot be factorised.
     """
-    columns = weight.shape[1]
-    size = group_width(columns, options)
     order = torch.argsort(hessian.norm, descending=True, stable=True) if activation_order else None
     factor, damping = hessian.inverse_factor(damping, order)
-    grouped = replace(options, group_size=size)
     static = None
     if activation_order:
         kept = weight.float() if mask is None else torch.where(mask, weight.float(), 0.0)
-        static = search_qparams(kept, grouped)
-    grid = Grid(lambda values: search_qparams(values, grouped), size, static)
+        static = search_qparams(kept, grid, search=search_scales)
+    grids = GroupGrids(weight, grid, search=search_scales, order=order, static=static)
     carried = None if carry is None else carry(factor, order)
-    result = obs_pass(weight, factor, mask=mask, grid=grid, order=order, carry=carried)
-    assert result.qparams is not None
-    codes = quantize(result.weight, result.qparams)
-    return Rounded(codes, result.qparams, result.weight, mask, damping)
-
-
-def group_width(columns: int, options: GridOptions) -> int:
-    """Columns of a group. Raises: CompressionError if they do not divide the width."""
-    size = columns if options.group_size == -1 else options.group_size
-    if columns % size:
-        raise CompressionError(f"group size {size} does not divide the width {columns}; choose one that does")
-    return size
+    before = obs_pass(weight, factor, mask=mask, grids=grids, order=order, carry=carried).weight
+    qparams = grids.qparams()
+    return Rounded(quantize(before, qparams), qparams, before, mask, damping)

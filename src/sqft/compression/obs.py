@@ -9,38 +9,22 @@ Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774, algorithm 1; GPTQ, ar
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sqft.ops import QParams
+from sqft.compression.compressed import Pruned
+from sqft.compression.scale_search import search_qparams
+from sqft.ops import GridSpec, QParams
 from sqft.ops.adapted import exact_float32
 
-__all__ = ["Grid", "ObsResult", "obs_pass"]
+__all__ = ["GroupGrids", "obs_pass"]
 
 BLOCK = 128
 # (values (columns, out), diagonal of U (columns,)) → keep (columns, out)
 ChooseMask = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """How a grid is taken from a weight (out, columns of one group), and how many columns are a group."""
-
-    compute: Callable[[Tensor], QParams]
-    group_size: int
-    static: QParams | None = None
-
-
-@dataclass(frozen=True)
-class ObsResult:
-    """The compensated weight before rounding (0 where pruned), the mask, and the grid if there is one."""
-
-    weight: Float[Tensor, "out in"]
-    mask: Bool[Tensor, "out in"]
-    qparams: QParams | None
 
 
 def obs_pass(
@@ -50,17 +34,18 @@ def obs_pass(
     mask: Bool[Tensor, "out in"] | None = None,
     choose: ChooseMask | None = None,
     choose_every: int = BLOCK,
-    grid: Grid | None = None,
+    grids: "GroupGrids | None" = None,
     order: Tensor | None = None,
     carry: Float[Tensor, "in in"] | None = None,
-) -> ObsResult:
+) -> Pruned:
     """Walk the columns once.
 
     factor: U, in `order`. mask: True = kept, where it is given; else `choose` picks it from the compensated
-    weights of `choose_every` columns at a time (any number of columns). grid: take
-    it when a group's first column is reached, unless it is static; an `order` needs a static one. carry: C,
-    in `order`, zero up to its diagonal: each column j, as it is before it is rounded or pruned, also adds
-    w_j · C[j, j+1:] to the columns to come.
+    weights of `choose_every` columns at a time (any number of columns). grids: round to them, in the same
+    `order`. carry: C, in `order`, zero up to its diagonal: each column j, as it is before it is rounded or
+    pruned, also adds w_j · C[j, j+1:] to the columns to come.
+
+    Returns: the compensated weight before rounding (0 where pruned), and the mask.
     """
     columns = weight.shape[1]
     # Columns lie as rows of contiguous memory while they are worked on.
@@ -70,7 +55,6 @@ def obs_pass(
         keep = (mask if order is None else mask[:, order]).T.contiguous()
     diagonal = factor.diagonal()
     prunes, nothing = mask is not None or choose is not None, work.new_zeros(())
-    state = _GridState(grid, weight, order) if grid is not None else None
     divisors = diagonal.tolist()
     with exact_float32(weight.device):
         for start in range(0, columns, BLOCK):
@@ -93,9 +77,9 @@ def obs_pass(
                     last = min(j + choose_every, columns)
                     keep[j:last] = choose(pending(j, last), diagonal[j:last])
                 column = work[j]
-                if state is not None:
-                    state.enter(j, pending, keep)
-                    error = torch.sub(column, state.round(j, column), out=errors[j - start])
+                if grids is not None:
+                    grids.enter(j, pending, keep)
+                    error = torch.sub(column, grids.round(j, column), out=errors[j - start])
                     if prunes:
                         torch.where(keep[j], error, column, out=error)
                 else:
@@ -114,23 +98,37 @@ def obs_pass(
     if order is not None:
         result = torch.empty_like(result).index_copy_(1, order, result)
         kept = torch.empty_like(kept).index_copy_(1, order, kept)
-    return ObsResult(result.contiguous(), kept.contiguous(), None if state is None else state.qparams())
+    return Pruned(result.contiguous(), kept.contiguous())
 
 
-class _GridState:
-    """Scales and zero points as (groups, out), filled as their groups are reached."""
+class GroupGrids:
+    """The numbers of a grid, taken group by group as a pass over the columns reaches them.
 
-    def __init__(self, grid: Grid, weight: Tensor, order: Tensor | None) -> None:
+    weight: what the pass starts from. search: for smaller scales too (`search_qparams`). static: numbers that
+    are known before the pass, as an `order` of the columns needs them.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "out in"],
+        grid: GridSpec,
+        *,
+        search: bool = False,
+        order: Tensor | None = None,
+        static: QParams | None = None,
+    ) -> None:
         columns = weight.shape[1]
-        self.grid, self.columns = grid, columns
-        groups = torch.arange(columns, device=weight.device) // grid.group_size
+        self.size = grid.group_width(columns)
+        self.grid = replace(grid, group_size=self.size)
+        self.search, self.static = search, static is not None
+        groups = torch.arange(columns, device=weight.device) // self.size
         self.group_of = (groups if order is None else groups[order]).tolist()
-        first = grid.static or grid.compute(weight[:, : grid.group_size].float())
-        self.bits, self.symmetric, self.max_code = first.bits, first.symmetric, first.max_code
-        if grid.static is not None:
-            self.scale, self.zero = first.scale.T.contiguous(), first.zero_point.T.float().contiguous()
+        self.max_code = (1 << grid.bits) - 1
+        # Both are (groups, out), so that those of a group lie side by side.
+        if static is not None:
+            self.scale, self.zero = static.scale.T.contiguous(), static.zero_point.T.float().contiguous()
         else:
-            shape = (columns // grid.group_size, weight.shape[0])
+            shape = (columns // self.size, weight.shape[0])
             self.scale = torch.ones(shape, device=weight.device)
             self.zero = torch.zeros(shape, device=weight.device)
         # codes - zero_point lies between these
@@ -140,9 +138,10 @@ class _GridState:
 
     def enter(self, j: int, pending: Callable[[int, int], Tensor], keep: Tensor) -> None:
         """Take the grid of a group whose first column this is."""
-        size = self.grid.group_size
-        if self.grid.static is None and j % size == 0:
-            fresh = self.grid.compute(torch.where(keep[j : j + size], pending(j, j + size), 0.0).T)
+        size = self.size
+        if not self.static and j % size == 0:
+            values = torch.where(keep[j : j + size], pending(j, j + size), 0.0).T
+            fresh = search_qparams(values, self.grid, search=self.search)
             group, zero = j // size, fresh.zero_point[:, 0].float()
             self.scale[group], self.zero[group] = fresh.scale[:, 0], zero
             self.low[group], self.high[group] = -zero, self.max_code - zero
@@ -159,6 +158,6 @@ class _GridState:
         self.group, self.of_group = group, (self.scale[group], self.low[group], self.high[group])
 
     def qparams(self) -> QParams:
-        """The finished grid."""
+        """All of them, once the pass is over."""
         zero_point = self.zero.T.contiguous().to(torch.uint8)
-        return QParams(self.scale.T.contiguous(), zero_point, self.bits, self.symmetric)
+        return QParams(self.scale.T.contiguous(), zero_point, self.grid.bits, self.grid.symmetric)

@@ -10,22 +10,21 @@ from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
 from sqft.artifacts import digest_json
+from sqft.compression.compressed import Rounded
 from sqft.compression.descent import descend
 from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import check_not_quantized, choose_layers
 from sqft.compression.gptaq import ALPHA, gptaq
-from sqft.compression.gptq import Rounded, gptq
+from sqft.compression.gptq import gptq
 from sqft.compression.refine import fit_kept_weights
 from sqft.compression.reports import LayerReport, check_finite, warn_damping
 from sqft.compression.rtn import rtn
-from sqft.compression.scale_search import GridOptions
 from sqft.compression.sparsegpt import prune_and_round
 from sqft.compression.statistics import DenseTargetHessian, Hessian
 from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
 from sqft.errors import CompressionError
-from sqft.models import Checkpoint, CheckpointWriter, GridSpec, QuantizedWeight
-from sqft.models.packing import scale_dtype
-from sqft.ops import encode_latent, keep_nonzero
+from sqft.models import Checkpoint, CheckpointWriter
+from sqft.ops import GridSpec, encode_latent, keep_nonzero
 from sqft.progress import SILENT, Progress
 from sqft.sections import QuantizeSection
 
@@ -43,7 +42,7 @@ class Method:
 
 
 def _rtn(weight: Tensor, mask: Tensor | None, statistic: Any, section: QuantizeSection) -> Rounded:
-    return rtn(weight, mask, _grid_options(section))
+    return rtn(weight, mask, _grid(section), search_scales=section.scale_search)
 
 
 def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: QuantizeSection) -> Rounded:
@@ -55,7 +54,8 @@ def _gptq(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: Quan
         target,
         mask,
         statistic,
-        _grid_options(section),
+        _grid(section),
+        search_scales=section.scale_search,
         damping=section.damping,
         activation_order=section.activation_order,
     )
@@ -69,7 +69,8 @@ def _gptaq(
         weight,
         mask,
         statistic,
-        _grid_options(section),
+        _grid(section),
+        search_scales=section.scale_search,
         damping=section.damping,
         activation_order=section.activation_order,
     )
@@ -90,7 +91,8 @@ def _joint(weight: Tensor, mask: Tensor | None, statistic: Hessian, section: Qua
     return prune_and_round(
         weight,
         statistic,
-        _grid_options(section),
+        _grid(section),
+        search_scales=section.scale_search,
         sparsity=section.sparsity,
         pattern=section.pattern,
         damping=section.damping,
@@ -139,10 +141,8 @@ def quantize_model(
         dense_stream=method.statistic is DenseTargetHessian,
         spill_dir=writer.directory / "activations" if spill else None,
     )
-    dtype = scale_dtype(section.symmetric, section.scale_bits)
-    grid = GridSpec(section.bits, section.group_size, section.symmetric, dtype)
-    prunes = section.method == "joint"
-    writer.prepare(quantized=linears, grid=grid, masked=linears if prunes else masks, latent=linears)
+    masked = linears if section.method == "joint" else masks
+    writer.prepare(quantized=linears, grid=_grid(section), masked=masked, latent=linears)
 
     def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
         return _quantize_linear(group, name, module, masks.get(name), method, section, writer)
@@ -168,10 +168,8 @@ def quantize_model(
     return reports
 
 
-def _grid_options(section: QuantizeSection) -> GridOptions:
-    return GridOptions(
-        section.bits, section.group_size, section.symmetric, section.scale_bits, section.scale_search
-    )
+def _grid(section: QuantizeSection) -> GridSpec:
+    return GridSpec(section.bits, section.group_size, section.symmetric, section.scale_bits)
 
 
 def _check_masks(checkpoint: Checkpoint, masks: Masks) -> None:
@@ -199,9 +197,8 @@ def _quantize_linear(
     warn_damping(name, section.damping, rounded.damping)
     mask = rounded.mask
     latent = encode_latent(rounded.before_rounding, rounded.codes, mask, rounded.qparams)
-    quantized = QuantizedWeight(rounded.codes, rounded.qparams)
-    writer.write_linear(name, quantized, mask=mask, latent=latent)
-    module.weight = nn.Parameter(quantized.dequantize().to(dense.dtype), requires_grad=False)
+    writer.write_linear(name, rounded, mask=mask, latent=latent)
+    module.weight = nn.Parameter(rounded.dequantize().to(dense.dtype), requires_grad=False)
     return LayerReport.of(
         name, group, dense, weight_of(module), mask, rounded.damping, time.perf_counter() - started
     )

@@ -1,54 +1,36 @@
 """Choosing the scale of a group: the one that just covers it, or a smaller one that cuts the ends off."""
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sqft.ops import QParams, compute_qparams, dequantize, quantize
+from sqft.ops import GridSpec, QParams, compute_qparams, dequantize, quantize
 from sqft.ops.grid import round_scale
 
-__all__ = ["GridOptions", "search_qparams"]
+__all__ = ["search_qparams"]
 
 SHRINKS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
-@dataclass(frozen=True)
-class GridOptions:
-    """The grid that is asked for. search: try smaller scales, and keep the one of least squared error."""
+def search_qparams(weight: Float[Tensor, "out in"], grid: GridSpec, *, search: bool = True) -> QParams:
+    """The numbers of a grid for a weight: of each group the scale of least error.
 
-    bits: int = 4
-    group_size: int = 64
-    symmetric: bool = True
-    scale_bits: int = 8
-    search: bool = False
-
-
-def search_qparams(weight: Float[Tensor, "out in"], options: GridOptions) -> QParams:
-    """The grid of every group of a weight.
-
-    With `search`, the scale s · c of least sum of |w - fake_quantize(w)|^2.4, with c from 1 down to 0.65.
+    That is the scale s · c of least sum of |w - fake_quantize(w)|^2.4, with c from 1 down to 0.65 and s the
+    scale that just covers the group, which it is without `search`.
 
     Source: the exponent and the search are those of GPTQ's code (arXiv 2210.17323, option mse).
 
     Raises: CompressionError if the group size does not divide the width.
     """
-    full = compute_qparams(
-        weight,
-        bits=options.bits,
-        group_size=options.group_size,
-        symmetric=options.symmetric,
-        scale_bits=options.scale_bits,
-    )
-    if not options.search:
+    full = compute_qparams(weight, grid)
+    if not search:
         return full
     scale, best = full.scale.clone(), _error(weight, full)
     zero_point = full.zero_point.clone()
     for shrink in SHRINKS:
-        smaller = round_scale(full.scale * shrink, options.scale_bits)
+        smaller = round_scale(full.scale * shrink, grid.scale_bits)
         zero = full.zero_point
-        if not options.symmetric:
+        if not grid.symmetric:
             low = -(full.zero_point.float() * full.scale) * shrink
             zero = torch.round(-low / smaller).clamp(0, full.max_code).to(torch.uint8)
         trial = QParams(smaller, zero, full.bits, full.symmetric)

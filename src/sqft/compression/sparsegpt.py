@@ -6,11 +6,10 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
-from sqft.compression.gptq import Rounded, group_width
-from sqft.compression.obs import BLOCK, Grid, ObsResult, obs_pass
-from sqft.compression.scale_search import GridOptions, search_qparams
+from sqft.compression.compressed import Pruned, Rounded
+from sqft.compression.obs import BLOCK, GroupGrids, obs_pass
 from sqft.compression.statistics import Hessian
-from sqft.ops import mask_pattern, mask_rows, quantize
+from sqft.ops import GridSpec, mask_pattern, mask_rows, quantize
 from sqft.ops.pattern import parse_pattern
 
 __all__ = ["prune_and_round", "sparsegpt"]
@@ -23,8 +22,8 @@ def sparsegpt(
     sparsity: float,
     pattern: str | None = None,
     damping: float = 0.01,
-) -> tuple[ObsResult, float]:
-    """Prune a weight and update what it keeps; returns the result and the damping that was needed.
+) -> Pruned:
+    """Prune a weight and update what it keeps.
 
     scores = (w / U_jj)², from the compensated weights: in blocks of 128 columns over all rows, or, with a
     pattern, in every M columns of a row.
@@ -35,14 +34,15 @@ def sparsegpt(
     """
     factor, damping = hessian.inverse_factor(damping)
     choose, every = _mask_chooser(sparsity, pattern)
-    return obs_pass(weight, factor, choose=choose, choose_every=every), damping
+    return replace(obs_pass(weight, factor, choose=choose, choose_every=every), damping=damping)
 
 
 def prune_and_round(
     weight: Float[Tensor, "out in"],
     hessian: Hessian,
-    options: GridOptions,
+    grid: GridSpec,
     *,
+    search_scales: bool = False,
     sparsity: float,
     pattern: str | None = None,
     damping: float = 0.01,
@@ -56,16 +56,12 @@ def prune_and_round(
     Raises: CompressionError if group size or pattern do not divide the width, or the Hessian cannot be
     factorised.
     """
-    size = group_width(weight.shape[1], options)
+    grids = GroupGrids(weight, grid, search=search_scales)
     factor, damping = hessian.inverse_factor(damping)
     choose, every = _mask_chooser(sparsity, pattern)
-    grouped = replace(options, group_size=size)
-    grid = Grid(lambda values: search_qparams(values, grouped), size)
-    result = obs_pass(weight, factor, choose=choose, choose_every=every, grid=grid)
-    assert result.qparams is not None
-    return Rounded(
-        quantize(result.weight, result.qparams), result.qparams, result.weight, result.mask, damping
-    )
+    pruned = obs_pass(weight, factor, choose=choose, choose_every=every, grids=grids)
+    qparams = grids.qparams()
+    return Rounded(quantize(pruned.weight, qparams), qparams, pruned.weight, pruned.mask, damping)
 
 
 def _mask_chooser(sparsity: float, pattern: str | None) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from sqft.compression.budget import arithmetic_offsets, outlier_offsets, outlier_ratios, share_out
+from sqft.compression.compressed import Pruned
 from sqft.compression.driver import Task, compress_blocks, weight_of
 from sqft.compression.fit import check_not_quantized, choose_layers
 from sqft.compression.magnitude import magnitude_scores
@@ -32,15 +33,6 @@ from sqft.progress import SILENT, Progress
 from sqft.sections import SparsifySection
 
 __all__ = ["METHODS", "sparsify_model"]
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A pruned weight (its kept values may be updated), its mask (True = kept), and the damping it took."""
-
-    weight: Float[Tensor, "out in"]
-    mask: Bool[Tensor, "out in"]
-    damping: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,10 +60,7 @@ def _ria(weight: Tensor, statistic: Any, section: SparsifySection, sparsity: flo
 
 
 def _sparsegpt(weight: Tensor, statistic: Hessian, section: SparsifySection, sparsity: float) -> Pruned:
-    result, damping = sparsegpt(
-        weight, statistic, sparsity=sparsity, pattern=section.pattern, damping=section.damping
-    )
-    return Pruned(result.weight, result.mask, damping)
+    return sparsegpt(weight, statistic, sparsity=sparsity, pattern=section.pattern, damping=section.damping)
 
 
 METHODS: dict[str, Method] = {

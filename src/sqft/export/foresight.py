@@ -8,7 +8,7 @@ from sqft.export.model_export import formats_that_hold
 from sqft.export.table import find_format, require_runtime
 from sqft.formats.gguf_tokenizer import check_gguf_tokenizer
 from sqft.formats.planned import planned_source
-from sqft.models import GridSpec
+from sqft.ops import GridSpec
 from sqft.sections import QuantizeSection
 
 __all__ = ["check_exports"]
@@ -30,8 +30,8 @@ def check_exports(
     """
     grid = None
     if section is not None:
-        grid = GridSpec(section.bits, section.group_size, section.symmetric)
-    source = planned_source(config, quantized, grid, section.scale_bits if section else 0)
+        grid = GridSpec(section.bits, section.group_size, section.symmetric, section.scale_bits)
+    source = planned_source(config, quantized, grid)
     for name in formats:
         reason = find_format(name).refusal(source)
         if reason is not None:

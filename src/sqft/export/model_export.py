@@ -217,12 +217,9 @@ def _fit(source: ExportSource, format: str, allow_requantize: bool) -> tuple[Exp
     if not allow_requantize:
         raise ExportError(f"{format} cannot hold {reason}; formats that can: {can}; or allow requantizing")
     if target.grid is not None and source.quantized_names:
-        bits, group_size, symmetric, scale_bits = target.grid
         widths = {source.quantized(name).codes.shape[1] for name in source.quantized_names}
-        if all(width % group_size == 0 for width in widths):
-            fitted, damage = requantize_source(
-                source, bits=bits, group_size=group_size, symmetric=symmetric, scale_bits=scale_bits
-            )
+        if all(width % target.grid.group_size == 0 for width in widths):
+            fitted, damage = requantize_source(source, target.grid)
             if target.refusal(fitted) is None:
                 return fitted, damage
     if format == "safetensors":

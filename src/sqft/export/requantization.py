@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 
 from sqft.formats.dense import half_dtype, rounding_dtype
 from sqft.formats.weights import ExportSource
-from sqft.models import QuantizedWeight
-from sqft.ops import compute_qparams, quantize
+from sqft.ops import GridSpec, QuantizedWeight, compute_qparams, quantize
 
 __all__ = ["Damage", "requantize_source", "rounding_damage"]
 
@@ -25,18 +24,14 @@ class Damage:
     zeros_lost: int
 
 
-def requantize_source(
-    source: ExportSource, *, bits: int, group_size: int, symmetric: bool, scale_bits: int
-) -> tuple[ExportSource, Damage]:
+def requantize_source(source: ExportSource, grid: GridSpec) -> tuple[ExportSource, Damage]:
     """Round every quantized weight to the nearest point of a new grid."""
     replaced: dict[str, QuantizedWeight] = {}
     weights = changed = zeros_lost = 0
     error = size = 0.0
     for name in source.quantized_names:
         old = source.quantized(name).dequantize()
-        qparams = compute_qparams(
-            old, bits=bits, group_size=group_size, symmetric=symmetric, scale_bits=scale_bits
-        )
+        qparams = compute_qparams(old, grid)
         replaced[name] = QuantizedWeight(quantize(old, qparams), qparams)
         new = replaced[name].dequantize()
         weights += old.numel()
@@ -44,9 +39,9 @@ def requantize_source(
         zeros_lost += int(((old == 0) & (new != 0)).sum())
         error += float((new - old).double().square().sum())
         size += float(old.double().square().sum())
-    kind = "symmetric" if symmetric else "asymmetric"
-    grid = f"{kind} {bits}-bit, groups of {group_size}"
-    damage = Damage(grid, weights, changed, (error / max(size, 1e-300)) ** 0.5, zeros_lost)
+    kind = "symmetric" if grid.symmetric else "asymmetric"
+    told = f"{kind} {grid.bits}-bit, groups of {grid.group_size}"
+    damage = Damage(told, weights, changed, (error / max(size, 1e-300)) ** 0.5, zeros_lost)
     return replace(source, replaced=replaced), damage
 
 

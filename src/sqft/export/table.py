@@ -14,6 +14,7 @@ from sqft.formats.gguf_model import gguf_path, gguf_refusal, read_gguf, write_gg
 from sqft.formats.gptq import gptq_refusal, read_gptq, write_gptq
 from sqft.formats.openvino import XML, openvino_refusal, read_openvino, write_openvino
 from sqft.formats.weights import ExportSource, IntegerWeight
+from sqft.ops import GridSpec
 from sqft.runtimes.hf import run_transformers
 from sqft.runtimes.llama_cpp import LlamaCpp, check_tokenizer
 from sqft.runtimes.openvino import OpenVinoModel
@@ -31,7 +32,7 @@ class Format:
     refusal: why it cannot hold a model exactly, or None. write: (source, directory, head type) → types of
     all tensors. read: the stored weights in the names of transformers. run: the runtime's logits at every
     position, None where no runtime of this format runs here. gives_probabilities: of their log softmax.
-    grid: (bits, group size, symmetric, scale bits) to requantize to if allowed.
+    grid: what to requantize to if allowed.
     """
 
     holds: str
@@ -42,7 +43,7 @@ class Format:
     run: Callable[[ExportSource, Path, Items], Tensor] | None
     extra: tuple[str, str] | None = None
     gives_probabilities: bool = False
-    grid: tuple[int, int, bool, int] | None = None
+    grid: GridSpec | None = None
 
 
 def _run_transformers(source: ExportSource, directory: Path, items: Items) -> Tensor:
@@ -134,7 +135,7 @@ FORMATS: dict[str, Format] = {
         run=_run_llama_cpp,
         extra=("xllamacpp", "gguf"),
         gives_probabilities=True,
-        grid=(4, 32, True, 8),
+        grid=GridSpec(4, 32, True),
     ),
     "openvino": Format(
         holds="integer grids with scales exact in float16; plain weights",

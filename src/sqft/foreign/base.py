@@ -13,13 +13,13 @@ from sqft.formats.awq import AwqLayout
 from sqft.formats.gptq import GptqLayout
 from sqft.formats.grouped import GroupedLayout
 from sqft.formats.nf4 import Nf4Layout, round_to_nf4
-from sqft.models import GridSpec, QuantizedWeight, open_checkpoint
+from sqft.models import open_checkpoint
 from sqft.models.checkpoint import build_skeleton
 from sqft.models.checkpoint import read_config as open_config
 from sqft.models.files import ForeignFiles, read_config, write_directory
-from sqft.models.packing import pack_weight, packed_specs, quantization_config, scale_dtype
+from sqft.models.packing import pack_weight, packed_specs, quantization_config
 from sqft.models.tensorfile import TensorSpec
-from sqft.ops import QParams
+from sqft.ops import GridSpec, QParams, QuantizedWeight
 from sqft.progress import SILENT, Progress, track
 
 __all__ = ["ON_LOADING", "convert_base", "convert_training_base"]
@@ -160,7 +160,7 @@ def _shared_grid(layout: GroupedLayout, shapes: Shapes) -> GridSpec:
     if len(sizes) > 1 and not rowwise:
         raise ModelError(f"{directory} has groups of {sorted(sizes)} columns, not one size; {AS_DENSE}")
     size = -1 if rowwise else sizes.pop()
-    return GridSpec(layout.bits, size, symmetric, scale_dtype(symmetric, 8 if narrow else 11))
+    return GridSpec(layout.bits, size, symmetric, 8 if narrow else 11)
 
 
 def _shapes(skeleton: nn.Module, directory: Path, names: list[str]) -> Shapes:

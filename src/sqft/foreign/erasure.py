@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sqft.adapters.lora_files import ForeignAdapter
-from sqft.models import Checkpoint, QuantizedWeight
-from sqft.ops import dequantize, quantize
+from sqft.models import Checkpoint
+from sqft.ops import QuantizedWeight, dequantize, quantize
 
 __all__ = ["LayerErasure", "VisibleMasks", "adapted_layers", "layer_erasure", "round_update"]
 

@@ -18,8 +18,8 @@ from sqft.compression.quantize import METHODS
 from sqft.compression.statistics import Hessian
 from sqft.compression.walk import BlockWalk
 from sqft.foreign.erasure import Weight
-from sqft.models import Checkpoint, QuantizedWeight, load_model
-from sqft.ops import QParams, dequantize, fake_quantize, quantize
+from sqft.models import Checkpoint, load_model
+from sqft.ops import QParams, QuantizedWeight, dequantize, fake_quantize, quantize
 from sqft.ops.adapted import exact_float32, round_storage
 from sqft.progress import SILENT, Progress
 from sqft.sections import QuantizeSection
@@ -90,8 +90,7 @@ def walk_rung(
                         old = base.quantized(name)
                         new = feed_back(module.weight, mask, group.statistic, old.qparams)
                     else:
-                        rounded = METHODS["gptq"].round(module.weight, mask, group.statistic, section)
-                        new = QuantizedWeight(rounded.codes, rounded.qparams)
+                        new = METHODS["gptq"].round(module.weight, mask, group.statistic, section).quantized
                     module.weight = nn.Parameter(new.dequantize(), requires_grad=False)
                     yield name, new
             walk.advance(block)

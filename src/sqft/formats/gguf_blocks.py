@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sqft.errors import ExportError
 from sqft.formats.weights import IntegerWeight
-from sqft.models import QuantizedWeight
+from sqft.ops import QuantizedWeight
 
 __all__ = ["BLOCK", "Q4_0", "Q4_1", "Q8_0", "choose_block_type", "pack_blocks", "unpack_blocks"]
 

@@ -29,7 +29,7 @@ from sqft.errors import ExportError
 from sqft.formats.dense import copy_tokenizer
 from sqft.formats.grouped import GroupedLayout, to_tensor, unpack_words
 from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
-from sqft.models import QuantizedWeight
+from sqft.ops import QuantizedWeight
 
 __all__ = ["GptqLayout", "gptq_refusal", "read_gptq", "write_gptq"]
 

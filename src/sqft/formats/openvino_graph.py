@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sqft.errors import ExportError, require
 from sqft.formats.weights import ExportSource, exact_in
-from sqft.models import QuantizedWeight, load_model
+from sqft.models import load_model
+from sqft.ops import QuantizedWeight
 
 __all__ = ["MARK", "attention_windows", "make_stateful", "replace_weights", "trace_model"]
 

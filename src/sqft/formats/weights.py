@@ -11,7 +11,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sqft.models import Checkpoint, QuantizedWeight, load_tokenizer, open_checkpoint
+from sqft.models import Checkpoint, load_tokenizer, open_checkpoint
+from sqft.ops import QuantizedWeight
 
 __all__ = ["ExportSource", "IntegerWeight", "open_source"]
 

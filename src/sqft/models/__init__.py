@@ -18,7 +18,6 @@ from sqft.models.loading import (
     training_dtype,
 )
 from sqft.models.outline import ModelOutline, model_identity, model_outline
-from sqft.models.packing import GridSpec, QuantizedWeight
 from sqft.models.quantized_linear import PackedLinear, QuantizedLinear
 from sqft.models.source import resolve_model
 from sqft.models.writer import (
@@ -34,11 +33,9 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "ExistingMasks",
-    "GridSpec",
     "ModelOutline",
     "PackedLinear",
     "QuantizedLinear",
-    "QuantizedWeight",
     "StoredMasks",
     "build_trainable",
     "check_fused_groups",

@@ -20,14 +20,13 @@ from transformers.utils import logging as transformers_logging
 from sqft.errors import ModelError, first_line
 from sqft.models.blocks import decoder_blocks, is_linear
 from sqft.models.packing import (
-    GridSpec,
-    QuantizedWeight,
     packed_specs,
     read_grid,
     unpack_qparams,
     unpack_weight,
 )
 from sqft.models.sparse_packing import sparse_specs, unpack_codes
+from sqft.ops import GridSpec, QuantizedWeight
 from sqft.untrusted import check_regular
 
 __all__ = ["Checkpoint", "build_skeleton", "open_checkpoint", "quiet_transformers", "read_config"]
@@ -156,7 +155,7 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     dtype = _stored_dtype(handles, files, f"{first}.{ends[0]}")
     packed = sorted(name for name in files if name.endswith(".weight_scale"))
     if grid is not None and packed:
-        grid = replace(grid, scale_dtype=_stored_dtype(handles, files, packed[0]))
+        grid = replace(grid, stored_dtype=_stored_dtype(handles, files, packed[0]))
     names = tuple(sorted(files))
     return Checkpoint(directory, config, names, blocks, dtype, grid, trust_remote_code, files, handles)
 

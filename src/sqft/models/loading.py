@@ -11,11 +11,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from sqft.errors import ModelError, first_line
 from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transformers
-from sqft.models.packing import QuantizedWeight
 from sqft.models.quantized_linear import GridLinear, PackedLinear, QuantizedLinear
 from sqft.models.saving import save_as_packed
 from sqft.models.writer import StoredMasks, read_latents
-from sqft.ops import decode_latent, encode_latent, keep_nonzero, latent_codes
+from sqft.ops import QuantizedWeight, decode_latent, encode_latent, keep_nonzero, latent_codes
 from sqft.ops.kernel_use import computes_in_bfloat16
 from sqft.ops.mask import existing_mask
 

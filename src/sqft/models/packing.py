@@ -10,7 +10,6 @@ Source: compressed-tensors 0.20, `compressors/pack_quantized`.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,24 +20,20 @@ from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
 )
-from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sqft.errors import CompressionError, ModelError
 from sqft.models.tensorfile import TensorSpec
-from sqft.ops import QParams, dequantize
+from sqft.ops import GridSpec, QParams, QuantizedWeight
 
 __all__ = [
     "PACKED_METHOD",
     "PACKED_VERSION",
-    "GridSpec",
-    "QuantizedWeight",
     "check_packed_version",
     "pack_weight",
     "packed_specs",
     "quantization_config",
     "read_grid",
-    "scale_dtype",
     "unpack_qparams",
     "unpack_weight",
 ]
@@ -46,45 +41,6 @@ __all__ = [
 
 # What config.json calls a model whose weights `sparse_packing` packed, and the version of that format.
 PACKED_METHOD, PACKED_VERSION = "sqft_packed", 1
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """The codes of a weight, uint8 (out, in), and their grid."""
-
-    codes: UInt8[Tensor, "out in"]
-    qparams: QParams
-
-    def dequantize(self) -> Float[Tensor, "out in"]:
-        """The float32 weight."""
-        return dequantize(self.codes, self.qparams)
-
-
-@dataclass(frozen=True)
-class GridSpec:
-    """What all quantized weights of one checkpoint share. group_size -1: one group a row."""
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    scale_dtype: torch.dtype = torch.bfloat16
-
-    @classmethod
-    def of(cls, weight: QuantizedWeight, like: "GridSpec | None" = None) -> "GridSpec":
-        """The grid of a weight; one group a row is called by its width where `like` has that group size."""
-        qparams, columns = weight.qparams, weight.codes.shape[1]
-        size = qparams.group_size(columns)
-        exact = torch.equal(qparams.scale.bfloat16().float(), qparams.scale)
-        dtype = scale_dtype(qparams.symmetric, 8 if exact else 11)
-        rowwise = size == columns and not (like and like.group_size == size)
-        return cls(qparams.bits, -1 if rowwise else size, qparams.symmetric, dtype)
-
-
-def scale_dtype(symmetric: bool, scale_bits: int) -> torch.dtype:
-    """The dtype in which scales of so many significant bits are stored, and read back exactly by everyone."""
-    if not symmetric:
-        return torch.float32
-    return torch.bfloat16 if scale_bits <= 8 else torch.float16
 
 
 def packed_specs(name: str, shape: tuple[int, int], grid: GridSpec) -> dict[str, TensorSpec]:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sqft.errors import ModelError
-from sqft.models.packing import GridSpec, QuantizedWeight, pack_weight, quantization_config
+from sqft.models.packing import pack_weight, quantization_config
 from sqft.models.quantized_linear import GridLinear
+from sqft.ops import GridSpec, QuantizedWeight
 
 __all__ = ["save_as_packed"]
 
@@ -60,7 +61,7 @@ def _common_grid(weights: dict[str, QuantizedWeight]) -> GridSpec:
     """The grid that all weights are on; one group a row is a group of the others' size where it can be."""
     sizes = {w.qparams.group_size(w.codes.shape[1]) for w in weights.values() if w.qparams.scale.shape[1] > 1}
     like = GridSpec(0, sizes.pop(), True) if len(sizes) == 1 else None
-    grids = {GridSpec.of(weight, like) for weight in weights.values()}
-    if len({(grid.bits, grid.group_size, grid.symmetric) for grid in grids}) > 1:
+    grids = {weight.grid(like) for weight in weights.values()}
+    if len({grid.layout for grid in grids}) > 1:
         raise ModelError("the quantized linears share no bits, group size and symmetry, as one file needs")
     return max(grids, key=lambda grid: grid.scale_dtype != torch.bfloat16)

@@ -17,15 +17,13 @@ from sqft.artifacts import FACTS, write_json
 from sqft.errors import ModelError
 from sqft.models.checkpoint import SINGLE, SPARSE_FILE, Checkpoint
 from sqft.models.packing import (
-    GridSpec,
-    QuantizedWeight,
     pack_weight,
     packed_specs,
     quantization_config,
     unpack_weight,
 )
 from sqft.models.tensorfile import TensorFile, TensorSpec
-from sqft.ops import pack_mask, unpack_mask
+from sqft.ops import GridSpec, QuantizedWeight, pack_mask, unpack_mask
 
 __all__ = ["CheckpointWriter", "StoredMasks", "read_latents", "read_masks", "write_masks", "write_model"]
 
@@ -223,10 +221,10 @@ def write_model(
     writer = CheckpointWriter(directory, source)
     quantized = {name: weight for name, weight in linears.items() if isinstance(weight, QuantizedWeight)}
     kept = [name for name in source.quantized_names if name not in linears]
-    grids = {GridSpec.of(weight, source.grid) for weight in quantized.values()}
+    grids = {weight.grid(source.grid) for weight in quantized.values()}
     if source.grid is not None and (kept or quantized):
-        grids = {source.grid} | {g for g in grids if _layout(g) != _layout(source.grid)}
-    if len({_layout(grid) for grid in grids}) > 1:
+        grids = {source.grid} | {g for g in grids if g.layout != source.grid.layout}
+    if len({grid.layout for grid in grids}) > 1:
         raise ModelError(
             f"quantized weights of one model must share bits, group size and symmetry, not {grids}"
         )
@@ -320,7 +318,3 @@ def _mask_file(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> Tensor
     }
     sizes = {name: f"{rows},{columns}" for name, (rows, columns) in shapes.items()}
     return TensorFile(directory / MASKS, specs, {"format": "pt", **sizes})
-
-
-def _layout(grid: GridSpec) -> tuple[int, int, bool]:
-    return grid.bits, grid.group_size, grid.symmetric

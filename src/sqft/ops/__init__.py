@@ -1,13 +1,23 @@
 """The maths on tensors: masks, the integer grid, the adapted weight. No modules, no files."""
 
 from sqft.ops.adapted import adapted_codes, adapted_weight
-from sqft.ops.grid import QParams, compute_qparams, dequantize, fake_quantize, quantize
+from sqft.ops.grid import (
+    GridSpec,
+    QParams,
+    QuantizedWeight,
+    compute_qparams,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
 from sqft.ops.latent import decode_latent, encode_latent, latent_codes
 from sqft.ops.mask import keep_nonzero, mask_rows, pack_mask, unpack_mask
 from sqft.ops.pattern import mask_pattern
 
 __all__ = [
+    "GridSpec",
     "QParams",
+    "QuantizedWeight",
     "adapted_codes",
     "adapted_weight",
     "compute_qparams",

@@ -18,7 +18,9 @@ from torch import Tensor
 from sqft.errors import CompressionError
 
 __all__ = [
+    "GridSpec",
     "QParams",
+    "QuantizedWeight",
     "compute_qparams",
     "dequantize",
     "fake_quantize",
@@ -31,8 +33,50 @@ SMALLEST_SCALE = 2.0**-14  # the smallest normal float16, in which GGUF and most
 
 
 @dataclass(frozen=True)
+class GridSpec:
+    """What a grid is, before it has numbers: all quantized weights of one checkpoint share it.
+
+    bits: 2, 3, 4 or 8. group_size: columns that share a scale; -1 is one group a row. symmetric: every zero
+    point is 2^(bits-1). scale_bits: significant bits of a scale. stored_dtype: the dtype of the scales in a
+    file that was read; None: the smallest one from which every runtime reads them exactly.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_bits: int = 8
+    stored_dtype: torch.dtype | None = None
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype that scales are stored in. Asymmetric grids take float32 (`models.packing` says why)."""
+        if self.stored_dtype is not None:
+            return self.stored_dtype
+        if not self.symmetric:
+            return torch.float32
+        return torch.bfloat16 if self.scale_bits <= 8 else torch.float16
+
+    @property
+    def layout(self) -> tuple[int, int, bool]:
+        """What the weights of one file must share: bits, group size and symmetry."""
+        return self.bits, self.group_size, self.symmetric
+
+    def group_width(self, columns: int) -> int:
+        """Columns of a group in a weight of so many columns.
+
+        Raises: CompressionError if the group size does not divide them.
+        """
+        size = columns if self.group_size == -1 else self.group_size
+        if columns % size:
+            raise CompressionError(
+                f"group size {size} does not divide the width {columns}; choose one that does"
+            )
+        return size
+
+
+@dataclass(frozen=True)
 class QParams:
-    """The grid of one weight.
+    """The numbers of the grid of one weight.
 
     scale (out, groups) float32, already rounded to what is stored; zero_point (out, groups) uint8, the true
     integer in 0..2^bits-1; bits 2, 3, 4 or 8; symmetric: every zero point is 2^(bits-1).
@@ -57,6 +101,29 @@ class QParams:
         return QParams(self.scale.to(device), self.zero_point.to(device), self.bits, self.symmetric)
 
 
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The codes of a weight, and the numbers of their grid."""
+
+    codes: UInt8[Tensor, "out in"]
+    qparams: QParams
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """The float32 weight."""
+        return dequantize(self.codes, self.qparams)
+
+    def grid(self, like: GridSpec | None = None) -> GridSpec:
+        """The grid that the weight is on, with 8 or 11 bits of scale, whichever holds its scales.
+
+        A single group a row counts as group size -1, unless the groups of `like` are of that width.
+        """
+        qparams, columns = self.qparams, self.codes.shape[1]
+        size = qparams.group_size(columns)
+        exact = torch.equal(qparams.scale.bfloat16().float(), qparams.scale)
+        rowwise = size == columns and not (like and like.group_size == size)
+        return GridSpec(qparams.bits, -1 if rowwise else size, qparams.symmetric, 8 if exact else 11)
+
+
 def round_scale(scale: Tensor, scale_bits: int) -> Tensor:
     """Round to `scale_bits` significant bits, and up to the smallest normal float16."""
     return round_significant(scale, scale_bits).clamp_min(SMALLEST_SCALE)
@@ -69,30 +136,25 @@ def round_significant(values: Tensor, bits: int) -> Tensor:
     return torch.ldexp(torch.round(mantissa * steps) / steps, exponent)
 
 
-def compute_qparams(
-    weight: Float[Tensor, "out in"], *, bits: int, group_size: int, symmetric: bool, scale_bits: int = 8
-) -> QParams:
+def compute_qparams(weight: Float[Tensor, "out in"], grid: GridSpec) -> QParams:
     """The grid that just covers every group of a weight.
 
     symmetric: scale = max|w| / (2^(bits-1) - 1); asymmetric: the range, extended to hold 0, over 2^bits - 1.
-    group_size -1 means one group a row. With 8 significant bits a 4-bit symmetric grid is exact in float16
+    With 8 significant bits a 4-bit symmetric grid is exact in float16
     and its scales in bfloat16; 7 bits make an asymmetric one exact in GGUF's Q4_1.
 
     Raises: CompressionError if group_size does not divide the width.
     """
-    columns = weight.shape[1]
-    size = columns if group_size == -1 else group_size
-    if columns % size:
-        raise CompressionError(f"group size {size} does not divide the width {columns}; choose one that does")
-    groups = weight.float().unflatten(1, (-1, size))
-    if symmetric:
-        scale = round_scale(groups.abs().amax(-1) / (2 ** (bits - 1) - 1), scale_bits)
+    bits = grid.bits
+    groups = weight.float().unflatten(1, (-1, grid.group_width(weight.shape[1])))
+    if grid.symmetric:
+        scale = round_scale(groups.abs().amax(-1) / (2 ** (bits - 1) - 1), grid.scale_bits)
         zero_point = torch.full_like(scale, 2 ** (bits - 1))
     else:
         low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-        scale = round_scale((high - low) / (2**bits - 1), scale_bits)
+        scale = round_scale((high - low) / (2**bits - 1), grid.scale_bits)
         zero_point = torch.round(-low / scale).clamp(0, 2**bits - 1)
-    return QParams(scale, zero_point.to(torch.uint8), bits, symmetric)
+    return QParams(scale, zero_point.to(torch.uint8), bits, grid.symmetric)
 
 
 def quantize(weight: Float[Tensor, "out in"], qparams: QParams) -> UInt8[Tensor, "out in"]:

@@ -1,18 +1,12 @@
 """The stage `merge`."""
 
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqft.artifacts import Manifest
 from sqft.errors import CertificateError
 from sqft.pipeline.context import ADAPTER, StageContext
 from sqft.pipeline.opening import open_adapted
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sqft.adapters import MergedWeight
-    from sqft.models import QuantizedWeight
 
 __all__ = ["merge"]
 
@@ -34,7 +28,7 @@ def merge(context: StageContext) -> dict[str, Any]:
     adapter = adapter_dir / ADAPTER
     adapted = open_adapted(context.base, adapter, **context.opening).eval()
     merged = merge_adapters(adapted)
-    linears = {name: _stored_weight(weight) for name, weight in merged.items()}
+    linears = {name: weight.weight for name, weight in merged.items()}
     masks = read_masks(context.base)
     if context.adapters.low_rank:  # codes alone, which trained scales stand on, tell no mask
         existing = {name: weight.mask for name, weight in merged.items() if name not in masks}
@@ -65,15 +59,6 @@ def merge(context: StageContext) -> dict[str, Any]:
         shutil.rmtree(context.directory)
         raise CertificateError(f"the merged model is not the one that was trained: {'; '.join(failed)}")
     return {"checks": [vars(check) for check in checks]}
-
-
-def _stored_weight(weight: "MergedWeight") -> "Tensor | QuantizedWeight":
-    from sqft.models import QuantizedWeight
-
-    if weight.codes is not None and weight.qparams is not None:
-        return QuantizedWeight(weight.codes, weight.qparams)
-    assert weight.weight is not None
-    return weight.weight
 
 
 def _facts(context: StageContext) -> dict[str, Any]:

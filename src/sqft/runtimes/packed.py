@@ -22,10 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sqft.errors import ModelError
 from sqft.kernels.packed_matrix import HugePages, Layout, PackedMatrix, kernel_library
-from sqft.models import GridSpec, QuantizedWeight
 from sqft.models.checkpoint import CODES_ENDS, INDEX, KEPT, SINGLE, SPARSE_FILE
 from sqft.models.packing import PACKED_METHOD, read_grid, unpack_qparams, unpack_weight
 from sqft.models.sparse_packing import unpack_codes
+from sqft.ops import GridSpec, QuantizedWeight
 
 __all__ = ["PackedLinear", "SqftPackedConfig", "SqftPackedQuantizer", "pack_head"]
 
