@@ -26,6 +26,7 @@ from sqft.ops import (
     pack_mask,
     quantize,
 )
+from sqft.ops.head_grid import round_head
 
 ALPHA, RANKS = 16.0, [8, 4]
 
@@ -51,12 +52,17 @@ def write_merge(
     sparsity: float = 0.5,
     pattern: str | None = None,
     stored_masks: bool = True,
+    head: bool = False,
 ) -> MergedDirectories:
     """Sparsify (and quantize) the linears of a tiny dense model, adapt all but the output ones, merge.
 
-    stored_masks: False = a base as others write it, 16-bit and dense, with three zeros in one row.
+    stored_masks: False = a base as others write it, 16-bit and dense, with three zeros in one row. head:
+    embedding and head on a grid of 8 bits.
     """
     state = load_file(dense_dir / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight") if head else ():
+        if key in state:
+            state[key] = round_head(state[key])
     names = [key.removesuffix(".weight") for key in state if "_proj" in key]
     adapted = [name for name in names if not name.endswith("o_proj")]
     generator = torch.Generator().manual_seed(7)

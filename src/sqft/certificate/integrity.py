@@ -3,7 +3,8 @@
 record       the certificate is as it was written, and says that every check passed then
 digests      every certified file is there, unchanged, and no file was added
 tensors      the weight files hold every tensor, whole, and every number is finite
-codes        every code and zero point is in its range, and every scale is positive
+codes        every code and zero point is in its range, and every scale is positive; an embedding or head
+             that was put on a grid of 8 bits lies on one
 zeros        every pruned weight is exactly 0, and the pattern holds
 logits       the model, opened from these files, says what it said when it was certified
 """
@@ -27,6 +28,7 @@ from sqft.progress import SILENT, Progress
 __all__ = ["LOGIT_TOLERANCE", "check_integrity", "run_check"]
 
 FACTS = "sqft.json"
+HEAD_ROWS = 8192  # checked at a time: whole numbers of 64 bits take four times the memory
 LOGIT_TOLERANCE = 1e-5  # of the largest absolute logit
 
 
@@ -115,9 +117,27 @@ def _check_codes(directory: Path) -> str:
         if not bool((scale > 0).all()):
             raise CertificateError(f"{name} holds a scale that is not positive")
         total += codes.size
+    facts = read_json(directory / FACTS) if (directory / FACTS).exists() else {}
+    heads = [str(name) for name in facts.get("heads") or []]
+    for name in heads:
+        _check_head(name, model.tensors.values(name))
+    in_heads = f", {', '.join(heads)} on a grid of 8 bits" if heads else ""
     if not model.quantized:
-        return "no integer weights"
-    return f"{total} codes of {model.bits} bits in {len(model.quantized)} linears"
+        return f"no integer weights{in_heads}"
+    return f"{total} codes of {model.bits} bits in {len(model.quantized)} linears{in_heads}"
+
+
+def _check_head(name: str, values: NDArray[np.floating]) -> None:
+    """Every 32 neighbours are at most 127 times a number of which they all are whole multiples."""
+    for first in range(0, len(values), HEAD_ROWS):
+        multiples = np.abs(values[first : first + HEAD_ROWS].astype(np.float64)) * 2.0**24
+        if values.shape[1] % 32 or bool((multiples != np.rint(multiples)).any()):
+            raise CertificateError(f"{name} is on no grid of 8 bits")
+        groups = multiples.astype(np.int64).reshape(len(multiples), -1, 32)
+        unit = np.maximum(np.gcd.reduce(groups, axis=-1), 1)
+        outside = int((groups.max(-1) > 127 * unit).sum())
+        if outside:
+            raise CertificateError(f"{outside} groups of {name} are on no grid of 8 bits")
 
 
 def _check_zeros(directory: Path) -> str:

@@ -40,16 +40,17 @@ def inspect(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show zeros, mask, pattern, grid, error and size of the linear layers of a model."""
+    """Show zeros, mask, pattern, grid, error and size of the linear layers, embedding and head of a model."""
     from sqft.cli.messages import RichProgress
     from sqft.cli.tables import print_table
-    from sqft.models import open_checkpoint
+    from sqft.models import head_weights, open_checkpoint
     from sqft.progress import track
     from sqft.report.summary import format_bytes
 
     checkpoint = open_checkpoint(directory)
     with RichProgress() as progress:
         names = [name for name in checkpoint.linears if name.startswith(checkpoint.block_names)]
+        names += [name.removesuffix(".weight") for name in head_weights(checkpoint.skeleton())]
         facts = list(inspect_layers(checkpoint, track(names, "reading layers", progress)))
     if as_json:
         print_json({"facts": _read_facts(directory / "sqft.json"), "layers": facts})
@@ -82,8 +83,9 @@ def inspect(
 
 
 def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[LayerFacts]:
-    """The facts of the named linears, read one at a time."""
+    """The facts of the named linears, embedding and head, read one at a time."""
     from sqft.models import StoredMasks
+    from sqft.ops.head_grid import HEAD_GROUP, head_codes
     from sqft.ops.pattern import find_pattern
 
     masks = StoredMasks(checkpoint.directory)
@@ -96,6 +98,9 @@ def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[L
             grid = checkpoint.grid
             groups = "rows" if grid.group_size == -1 else f"groups of {grid.group_size}"
             stored_as = f"INT{grid.bits}, {groups}, {'symmetric' if grid.symmetric else 'asymmetric'}"
+        elif not name.startswith(checkpoint.block_names) and head_codes(weight) is not None:
+            place = "" if checkpoint.stored_as_steps(f"{name}.weight") else ", in float16"
+            stored_as = f"INT8, groups of {HEAD_GROUP}, symmetric{place}"
         yield LayerFacts(
             name,
             (weight.shape[0], weight.shape[1]),
@@ -109,10 +114,11 @@ def inspect_layers(checkpoint: "Checkpoint", names: Iterator[str]) -> Iterator[L
 
 
 def _tensor_bytes(checkpoint: "Checkpoint", name: str) -> int:
-    count = checkpoint.dtype(name).itemsize
+    steps = checkpoint.stored_as_steps(name)  # a byte each, and a scale of two bytes for every 32
+    count: float = 1 + 2 / 32 if steps else checkpoint.dtype(name).itemsize
     for size in checkpoint.shape(name):
         count *= size
-    return count
+    return int(count)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

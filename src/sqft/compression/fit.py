@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from sqft.errors import CompressionError
-from sqft.models import Checkpoint, check_fused_groups, fused_weights, target_linears
+from sqft.models import Checkpoint, check_fused_groups, fused_weights, head_weights, target_linears
+from sqft.ops.head_grid import HEAD_GROUP
 from sqft.ops.pattern import parse_pattern
 from sqft.sections import QuantizeSection, SparsifySection
 
-__all__ = ["check_not_quantized", "choose_layers"]
+__all__ = ["check_not_quantized", "choose_heads", "choose_layers"]
 
 LARGEST_FUSED = 0.25  # share of the blocks' weights that may lie outside linears before a user must agree
 
@@ -41,6 +42,23 @@ def choose_layers(
     for name in chosen:
         _check_width(name, shapes[name][1], section)
     return chosen
+
+
+def choose_heads(skeleton: nn.Module, section: QuantizeSection) -> list[str]:
+    """Full names of the weights of embedding and head that quantize.head means; none without it.
+
+    Raises: CompressionError if its groups do not divide the width.
+    """
+    if section.head is None:
+        return []
+    heads = head_weights(skeleton)
+    for name, weight in heads.items():
+        if weight.shape[1] % HEAD_GROUP:
+            raise CompressionError(
+                f"quantize.head: {name} has a width of {weight.shape[1]}, and a grid of 8 bits has groups of "
+                f"{HEAD_GROUP}; leave it out"
+            )
+    return list(heads)
 
 
 def _check_fused_weights(skeleton: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:

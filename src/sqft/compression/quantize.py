@@ -13,7 +13,7 @@ from sqft.artifacts import digest_json
 from sqft.compression.compressed import Rounded
 from sqft.compression.descent import descend
 from sqft.compression.driver import Task, compress_blocks, weight_of
-from sqft.compression.fit import check_not_quantized, choose_layers
+from sqft.compression.fit import check_not_quantized, choose_heads, choose_layers
 from sqft.compression.gptaq import ALPHA, gptaq
 from sqft.compression.gptq import gptq
 from sqft.compression.refine import fit_kept_weights
@@ -25,6 +25,7 @@ from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter
 from sqft.ops import GridSpec, encode_latent, keep_nonzero
+from sqft.ops.head_grid import round_head
 from sqft.progress import SILENT, Progress
 from sqft.sections import QuantizeSection
 
@@ -121,8 +122,9 @@ def quantize_model(
     """Write codes, grids, latent codes and masks, one block in memory at a time; close the writer yourself.
 
     checkpoint: the dense model. masks: True = kept, by linear; None keeps all. Of StoredMasks one at a time
-    is in memory. A masked linear that is not quantized is written sparse. spill: keep the calibration's
-    hidden states in memory-mapped files.
+    is in memory. A masked linear that is not quantized is written sparse. With section.head embedding and
+    head are rounded as well; calibration runs through those of the dense model. spill: keep the
+    calibration's hidden states in memory-mapped files.
 
     Raises: CompressionError if the group size does not divide a width, a mask does not fit its layer, weights
     or inputs are not finite, or the method needs calibration and has none; ModelError for an unknown module.
@@ -130,6 +132,7 @@ def quantize_model(
     method = METHODS[section.method]
     check_not_quantized(checkpoint)
     linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
+    heads = choose_heads(checkpoint.skeleton(), section)
     masks = masks or {}
     _check_masks(checkpoint, masks)
     if method.statistic is not None and calibration is None:
@@ -142,7 +145,8 @@ def quantize_model(
         spill_dir=writer.directory / "activations" if spill else None,
     )
     masked = linears if section.method == "joint" else masks
-    writer.prepare(quantized=linears, grid=_grid(section), masked=masked, latent=linears)
+    grid = _grid(section)
+    writer.prepare(quantized=linears, grid=grid, masked=masked, latent=linears, halves=heads)
 
     def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
         return _quantize_linear(group, name, module, masks.get(name), method, section, writer)
@@ -165,6 +169,10 @@ def quantize_model(
     )
     reports = compress_blocks(walk, task, writer, calibration, progress)
     walk.close()
+    for name in heads:
+        weight = checkpoint.tensor(name)
+        check_finite(name, weight)
+        writer.write_tensor(name, round_head(weight))
     return reports
 
 

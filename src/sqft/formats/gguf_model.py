@@ -22,6 +22,7 @@ from sqft.formats.gguf_names import ARCHITECTURES, gguf_name, head_size, rotary_
 from sqft.formats.gguf_tokenizer import write_tokenizer
 from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
 from sqft.models.gguf_header import open_gguf
+from sqft.ops.head_grid import head_codes
 
 __all__ = [
     "HEAD_TYPES",
@@ -166,9 +167,15 @@ def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array,
 
 
 def _plain(tensor: Tensor, wanted: str) -> tuple[Array, GGMLQuantizationType]:
-    """A tensor as stored numbers: vectors in float32, matrices in the smallest type that is exact."""
+    """A tensor as stored numbers: vectors in float32, matrices in the smallest type that is exact.
+
+    An embedding or head that was put on a grid of 8 bits (`quantize.head`) is exact in Q8_0.
+    """
     if tensor.ndim == 1:
         return tensor.float().numpy(), GGMLQuantizationType.F32
+    on_grid = head_codes(tensor) if wanted == "auto" else None
+    if on_grid is not None:
+        return pack_blocks(on_grid, Q8_0), Q8_0
     if wanted == "q8_0":
         if tensor.shape[1] % BLOCK:
             raise ExportError(f"q8_0 needs a width divisible by {BLOCK}, not {tensor.shape[1]}; use f16")

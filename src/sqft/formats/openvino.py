@@ -70,20 +70,31 @@ def read_openvino(source: ExportSource, directory: Path) -> Iterator[tuple[str, 
         if node.get_type_name() == "Constant" and node.get_friendly_name().startswith(MARK)
     }
     for name in source.quantized_names:
-        parts = {part: constants.get(f"{MARK}{name}.{part}") for part in ("codes", "scale", "zero_point")}
-        if parts["codes"] is None or parts["scale"] is None:
+        found = _integer_weight(constants, name)
+        if found is None:
             raise ExportError(f"{directory / XML} lacks the codes of {name}")
-        codes = _integers(parts["codes"])
-        zero_point = 0 if parts["zero_point"] is None else _integers(parts["zero_point"])
-        steps = (codes - zero_point).reshape(len(codes), -1).astype(np.int16)
-        scale = np.array(parts["scale"].data, dtype=np.float32).reshape(len(codes), -1)
-        yield name, IntegerWeight(steps, scale)
+        yield name, found
+    for name in source.plain_names:
+        found = _integer_weight(constants, name.removesuffix(".weight"))
+        if found is not None:  # an embedding or head on a grid of 8 bits
+            yield name, torch.from_numpy(found.steps * found.scale.repeat(found.group_size, axis=1))
     plain, tied = set(source.plain_names), source.checkpoint.tied_weights
     for key, node in constants.items():
         name = key.removeprefix(MARK)
         name = name if name in plain else tied.get(name, name)
         if name in plain:
             yield name, _floats(node)
+
+
+def _integer_weight(constants: dict[str, Any], name: str) -> IntegerWeight | None:
+    """The codes and scales of a linear or embedding; None if the graph has none for it."""
+    parts = [constants.get(f"{MARK}{name}.{part}") for part in ("codes", "scale", "zero_point")]
+    if parts[0] is None or parts[1] is None:
+        return None
+    codes = _integers(parts[0])
+    zero_point = 0 if parts[2] is None else _integers(parts[2])
+    steps = (codes - zero_point).reshape(len(codes), -1).astype(np.int16)
+    return IntegerWeight(steps, np.array(parts[1].data, dtype=np.float32).reshape(len(codes), -1))
 
 
 def _floats(node: Any) -> Tensor:

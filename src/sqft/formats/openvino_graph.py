@@ -19,6 +19,7 @@ from sqft.errors import ExportError, require
 from sqft.formats.weights import ExportSource, exact_in
 from sqft.models import load_model
 from sqft.ops import QuantizedWeight
+from sqft.ops.head_grid import head_codes
 
 __all__ = ["MARK", "attention_windows", "make_stateful", "replace_weights", "trace_model"]
 
@@ -229,9 +230,12 @@ def _integer_constant(name: str, weight: QuantizedWeight, keep: list[Array]) -> 
 
 
 def _half_constant(name: str, values: Array, keep: list[Array]) -> tuple[Any, str]:
-    """A plain matrix in the smallest type that keeps its values."""
+    """A plain matrix in the smallest type that keeps its values; with `quantize.head` that is 8 bits."""
     ov, op = require("openvino", "openvino"), require("openvino.opset13", "openvino")
     tensor = torch.from_numpy(values)
+    on_grid = head_codes(tensor.half()) if exact_in(tensor, torch.float16) else None
+    if on_grid is not None:
+        return _integer_constant(name.removesuffix(".weight"), on_grid, keep)
     if exact_in(tensor, torch.float16):
         stored = _constant(name, values.astype(np.float16), list(values.shape), ov.Type.f16, keep)
     elif exact_in(tensor, torch.bfloat16):

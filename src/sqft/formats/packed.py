@@ -16,21 +16,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 import sqft
 from sqft.artifacts import digest_file, digest_files, seal, unseal, write_json
 from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError, ModelError
-from sqft.models import Checkpoint, StoredMasks, open_checkpoint
-from sqft.models.checkpoint import INDEX, PACKED, SPARSE_FILE
+from sqft.models import Checkpoint, StoredMasks, head_weights, open_checkpoint
+from sqft.models.checkpoint import INDEX, PACKED, SPARSE_FILE, WEIGHT
 from sqft.models.packing import (
     PACKED_METHOD,
     PACKED_VERSION,
     check_packed_version,
     pack_weight,
 )
-from sqft.models.sparse_packing import pack_codes, sparse_specs, sparse_takes_less
+from sqft.models.sparse_packing import head_specs, pack_codes, pack_head, sparse_specs, sparse_takes_less
 from sqft.models.tensorfile import TensorFile, TensorSpec
 from sqft.models.writer import MASKS
 from sqft.progress import SILENT, Progress
@@ -264,16 +264,23 @@ def _write_packed(
     assert checkpoint.grid is not None
     bits, specs, packed = checkpoint.grid.bits, dict[str, TensorSpec](), []
     names = _read_header(source)[1]
+    heads = {name for name in _plain_heads(checkpoint) if name in names and _on_grid(checkpoint, name)}
     for name in names:
         linear = name.removesuffix(PACKED)
         if name.endswith(PACKED) and linear in kept:
             specs |= sparse_specs(linear, checkpoint.linears[linear], bits, kept[linear])
             packed.append(linear)
+        elif name in heads:
+            rows, columns = checkpoint.shape(name)
+            specs |= head_specs(name.removesuffix(WEIGHT), (rows, columns))
         else:
             specs[name] = (checkpoint.dtype(name), checkpoint.shape(name))
     file = TensorFile(target, specs, {"format": "pt", PACKED_METHOD: str(PACKED_VERSION)})
     for name in names:
-        if name.removesuffix(PACKED) not in packed:
+        if name in heads:
+            for part, tensor in (pack_head(name.removesuffix(WEIGHT), checkpoint.tensor(name)) or {}).items():
+                file.write(part, tensor)
+        elif name.removesuffix(PACKED) not in packed:
             file.write(name, checkpoint.tensor(name))
     for linear in packed:
         weight = checkpoint.quantized(linear)
@@ -283,6 +290,18 @@ def _write_packed(
         for name, tensor in pack_codes(linear, weight.codes, mask, bits).items():
             file.write(name, tensor)
     return len(packed)
+
+
+def _plain_heads(checkpoint: Checkpoint) -> list[str]:
+    """The weights of embedding and head where these are no more than that: some scale what they look up."""
+    model = checkpoint.skeleton()
+    modules = {name: model.get_submodule(name.removesuffix(WEIGHT)) for name in head_weights(model)}
+    return [name for name, module in modules.items() if type(module) in (nn.Embedding, nn.Linear)]
+
+
+def _on_grid(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether an embedding or head lies on a grid of 8 bits."""
+    return pack_head(name, checkpoint.tensor(name)) is not None
 
 
 def _write_texts(directory: Path, originals: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Integer
 from torch import Tensor
 
 from sqft.kernels.native_build import library_path
@@ -162,16 +162,33 @@ class PackedMatrix:
 
     def unpack(self) -> tuple[Int8[Tensor, "out in"], Float[Tensor, "out groups"]]:
         """The steps, and the scales of 32 or 64 columns each."""
+        parts = [self._unpack_row(row) for row in range(self.out_features)]
+        steps, scale = (torch.stack(part) for part in zip(*parts, strict=True))
+        return steps[:, : self.in_features].contiguous(), scale
+
+    def take_rows(self, rows: Integer[Tensor, " n"]) -> Float[Tensor, "n in"]:
+        """Rows of the weight in float32: what an embedding looks up.
+
+        Raises: IndexError for one that is not there.
+        """
+        wanted, places = rows.unique(return_inverse=True)
+        if len(wanted) and not 0 <= int(wanted[0]) <= int(wanted[-1]) < self.out_features:
+            raise IndexError(f"there are rows 0 to {self.out_features - 1}")
+        parts = [self._unpack_row(row) for row in wanted.tolist()]
+        if not parts:
+            return torch.empty(0, self.in_features)
+        steps, scale = (torch.stack(part) for part in zip(*parts, strict=True))
+        values = steps.unflatten(1, (scale.shape[1], -1)).float() * scale[..., None]
+        return values.flatten(1)[places, : self.in_features]
+
+    def _unpack_row(self, row: int) -> tuple[Tensor, Tensor]:
         library = kernel_library()
         assert library is not None
         padded = self._weight.columns
-        steps = torch.empty(self.out_features, padded, dtype=torch.int8)
-        scale = torch.empty(self.out_features, padded // self.group_size)
-        for row in range(self.out_features):
-            library.sqft_unpack_row(
-                ctypes.byref(self._weight), row, steps[row].data_ptr(), scale[row].data_ptr()
-            )
-        return steps[:, : self.in_features].contiguous(), scale
+        steps = torch.empty(padded, dtype=torch.int8)
+        scale = torch.empty(padded // self.group_size)
+        library.sqft_unpack_row(ctypes.byref(self._weight), row, steps.data_ptr(), scale.data_ptr())
+        return steps, scale
 
     @functools.cached_property
     def _weight(self) -> _Weight:

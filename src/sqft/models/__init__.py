@@ -4,6 +4,7 @@ from sqft.models.blocks import (
     check_fused_groups,
     decoder_blocks,
     fused_weights,
+    head_weights,
     matches_name,
     target_linears,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "check_fused_groups",
     "decoder_blocks",
     "fused_weights",
+    "head_weights",
     "load_model",
     "load_tokenizer",
     "load_trainable",

@@ -1,13 +1,20 @@
 """Where the decoder blocks of a model are, and which linears inside them are meant by a name."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from sqft.errors import ModelError
 
-__all__ = ["check_fused_groups", "decoder_blocks", "fused_weights", "matches_name", "target_linears"]
+__all__ = [
+    "check_fused_groups",
+    "decoder_blocks",
+    "fused_weights",
+    "head_weights",
+    "matches_name",
+    "target_linears",
+]
 
 # Runtimes fuse these into one matrix, so they are compressed alike or not at all.
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -80,6 +87,19 @@ def fused_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in block.named_parameters()
         if parameter.ndim > 1 and not is_linear(block.get_submodule(name.rpartition(".")[0]))
     }
+
+
+def head_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of token embedding and output head, by full name; of two that are tied the first."""
+    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
+    find_embedding: Callable[[], nn.Module] = model.get_input_embeddings  # type: ignore[assignment]
+    ends = [find_embedding(), find_head()]
+    found = {
+        id(module.weight): (f"{name}.weight", module.weight)
+        for name, module in reversed(list(model.named_modules()))
+        if any(module is end for end in ends)
+    }
+    return dict(reversed(found.values()))  # type: ignore[arg-type]
 
 
 def matches_name(name: str, pattern: str) -> bool:

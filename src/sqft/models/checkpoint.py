@@ -25,8 +25,9 @@ from sqft.models.packing import (
     unpack_qparams,
     unpack_weight,
 )
-from sqft.models.sparse_packing import sparse_specs, unpack_codes
+from sqft.models.sparse_packing import STEPS, head_specs, sparse_specs, unpack_codes, unpack_head
 from sqft.ops import GridSpec, QuantizedWeight
+from sqft.ops.head_grid import head_weight
 from sqft.untrusted import check_regular
 
 __all__ = ["Checkpoint", "build_skeleton", "open_checkpoint", "quiet_transformers", "read_config"]
@@ -40,13 +41,15 @@ LIMITS |= {"num_labels": 1_000_000, "vocab_size": 100_000_000}
 SPARSE_FILE = "packed"
 PACKED, KEPT = ".weight_packed", ".weight_kept"  # end the names of codes: all of them, or those that are kept
 CODES_ENDS = (PACKED, KEPT)
+WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A model directory with safetensors; open one with `open_checkpoint`.
 
-    names: every stored tensor. block_names: the decoder blocks in order, as "model.layers.0".
+    names: every stored tensor; an embedding or head in steps of 8 bits counts as its weight.
+    block_names: the decoder blocks in order, as "model.layers.0".
     storage_dtype: of the linears inside the blocks. grid: that of the quantized linears, or None.
     """
 
@@ -65,18 +68,28 @@ class Checkpoint:
 
         Raises: ModelError if it is not there.
         """
-        if name not in self._files:
-            raise ModelError(f"{self.directory} has no tensor {name}")
-        value: Tensor = _handle(self._handles, self._files[name]).get_tensor(name)
-        return value
+        if name in self._files:
+            value: Tensor = _handle(self._handles, self._files[name]).get_tensor(name)
+            return value
+        if self.stored_as_steps(name):
+            return head_weight(unpack_head(name.removesuffix(WEIGHT), self.tensor))
+        raise ModelError(f"{self.directory} has no tensor {name}")
+
+    def stored_as_steps(self, name: str) -> bool:
+        """Whether the weight of an embedding or head is stored as steps of 8 bits."""
+        return name.endswith(WEIGHT) and name.removesuffix(WEIGHT) + STEPS in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a stored tensor, read from the header."""
+        if self.stored_as_steps(name):
+            name = name.removesuffix(WEIGHT) + STEPS
         handle = _handle(self._handles, self._files[name])
         return tuple(handle.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a stored tensor, read from the header."""
+        if self.stored_as_steps(name):
+            return torch.float16
         return _stored_dtype(self._handles, self._files, name)
 
     @cached_property
@@ -156,7 +169,9 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     packed = sorted(name for name in files if name.endswith(".weight_scale"))
     if grid is not None and packed:
         grid = replace(grid, stored_dtype=_stored_dtype(handles, files, packed[0]))
-    names = tuple(sorted(files))
+    in_bytes = [name.removesuffix(STEPS) for name in files if name.endswith(STEPS)]
+    parts = {part for name in in_bytes for part in head_specs(name, (0, 0))}
+    names = tuple(sorted({*files, *(f"{name}{WEIGHT}" for name in in_bytes)} - parts))
     return Checkpoint(directory, config, names, blocks, dtype, grid, trust_remote_code, files, handles)
 
 
@@ -296,6 +311,10 @@ def _check_tensors(
                 kept = _handle(handles, files[f"{name}{KEPT}"]).get_slice(f"{name}{KEPT}").get_shape()
                 shapes = sparse_specs(name, (rows, columns), grid.bits, 0)
                 expected |= {n: shape for n, (_, shape) in shapes.items()} | {f"{name}{KEPT}": tuple(kept)}
+    for name in [n.removesuffix(STEPS) for n in files if n.endswith(STEPS)]:
+        if f"{name}{WEIGHT}" in expected:
+            rows, columns = expected.pop(f"{name}{WEIGHT}")
+            expected |= {n: shape for n, (_, shape) in head_specs(name, (rows, columns)).items()}
     missing = sorted(name for name in expected if name not in files and name not in tied)
     if missing:
         raise ModelError(f"{directory} lacks {len(missing)} tensors of its architecture, first {missing[0]}")

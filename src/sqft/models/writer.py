@@ -80,9 +80,10 @@ class CheckpointWriter:
 
     def prepare(
         self, *, quantized: Iterable[str] = (), grid: GridSpec | None = None,
-        masked: Iterable[str] = (), latent: Iterable[str] = (),
+        masked: Iterable[str] = (), latent: Iterable[str] = (), halves: Iterable[str] = (),
     ) -> None:  # fmt: skip
-        """Declare the linears that become quantized (on `grid`), and those with a stored mask or latent."""
+        """Declare the linears that become quantized (on `grid`), those with a stored mask or latent, and the
+        tensors, by full name, that become float16."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self._grid, self._quantized = grid, set(quantized)
         masked, latent = list(masked), list(latent)
@@ -95,6 +96,7 @@ class CheckpointWriter:
                 specs[name] = (self.source.dtype(name), self.source.shape(name))
         for linear in stored_packed - self._quantized:
             specs[f"{linear}.weight"] = (self.source.storage_dtype, shapes[linear])
+        specs |= {name: (torch.float16, self.source.shape(name)) for name in halves}
         if grid is not None:
             for linear in self._quantized:
                 specs |= packed_specs(linear, shapes[linear], grid)
@@ -132,7 +134,7 @@ class CheckpointWriter:
             self._latents.write(name, latent)
 
     def write_tensor(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor that is no linear's, cast to the dtype it has in the source."""
+        """Write a tensor that is no linear's, cast to its declared dtype, or that of the source."""
         if self._weights is None:
             self.prepare()
         assert self._weights is not None

@@ -37,11 +37,15 @@ def check_recipe(recipe: Recipe, outline: "ModelOutline", models_dir: Path) -> C
 
     Raises: ModelError, CompressionError, AdapterError, TrainingError, ExportError, MissingExtraError.
     """
+    from sqft.compression import choose_heads
+
     for module, extra in _needed_extras(recipe):
         if importlib.util.find_spec(module) is None:
             require(module, extra)
     quantized = set(_chosen(outline, recipe.quantize))
     tuned = _tuned(recipe, outline)
+    if recipe.quantize:
+        choose_heads(outline.skeleton, recipe.quantize)
     adapted, scaled = _trained(recipe, outline, quantized)
     modules = ChosenModules(
         frozenset(_chosen(outline, recipe.sparsify)),

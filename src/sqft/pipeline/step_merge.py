@@ -21,6 +21,7 @@ def merge(context: StageContext) -> dict[str, Any]:
     """The base and the sub-adapter → one model, re-opened and certified before it is called done."""
     from sqft.adapters import merge_adapters, merge_norms
     from sqft.certificate import certify_model
+    from sqft.compression import choose_heads
     from sqft.data import read_items
     from sqft.models import load_model, open_checkpoint, read_masks, write_model
 
@@ -35,13 +36,16 @@ def merge(context: StageContext) -> dict[str, Any]:
         masks |= {name: mask for name, mask in existing.items() if not bool(mask.all())}
     # Of data too small to be split, what was trained on serves as well: logits are compared, not answers.
     items = read_items(context.inputs["items"], "test") or read_items(context.inputs["items"], "train")
+    source = open_checkpoint(context.base, trust_remote_code=context.trusts_code)
+    section = context.recipe.quantize
+    heads = choose_heads(source.skeleton(), section) if section else []
     write_model(
         context.directory,
-        open_checkpoint(context.base, trust_remote_code=context.trusts_code),
+        source,
         linears,
         others={f"{name}.weight": weight for name, weight in merge_norms(adapted).items()},
         masks=masks,
-        facts=_facts(context),
+        facts=_facts(context, heads),
     )
     checks = certify_model(
         context.directory,
@@ -61,13 +65,14 @@ def merge(context: StageContext) -> dict[str, Any]:
     return {"checks": [vars(check) for check in checks]}
 
 
-def _facts(context: StageContext) -> dict[str, Any]:
-    """What sqft.json of a merged model says."""
+def _facts(context: StageContext, heads: list[str]) -> dict[str, Any]:
+    """What sqft.json of a merged model says. heads: the weights on a grid of 8 bits."""
     recipe = context.recipe
     return {
         "kind": "merged",
         "method": context.adapters.method,
         "pattern": recipe.pattern,
+        "heads": heads,
         "quantization": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
         "ranks": Manifest.read(context.inputs[recipe.adapter_stage]).metrics["ranks"],
         "lineage": context.lineage(recipe.adapter_stage),

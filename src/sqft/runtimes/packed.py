@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,23 +22,27 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sqft.errors import ModelError
 from sqft.kernels.packed_matrix import HugePages, Layout, PackedMatrix, kernel_library
-from sqft.models.checkpoint import CODES_ENDS, INDEX, KEPT, SINGLE, SPARSE_FILE
+from sqft.models.checkpoint import CODES_ENDS, INDEX, KEPT, SINGLE, SPARSE_FILE, WEIGHT
 from sqft.models.packing import PACKED_METHOD, read_grid, unpack_qparams, unpack_weight
-from sqft.models.sparse_packing import unpack_codes
+from sqft.models.sparse_packing import STEPS, unpack_codes, unpack_head
 from sqft.ops import GridSpec, QuantizedWeight
 
 __all__ = ["PackedLinear", "SqftPackedConfig", "SqftPackedQuantizer", "pack_head"]
 
 logger = logging.getLogger(__name__)
 
-STORED = ("weight_mask", "weight_kept", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+STORED = (
+    "weight_mask", "weight_kept", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape",
+    "byte_steps", "byte_scale",
+)  # fmt: skip
 
 
 class PackedLinear(nn.Module):
     """y = x @ weight.T + bias with a weight of packed codes; for inference on a CPU.
 
     stored: the tensors of the weight as the file has them, by the end of their name; after `prepare` there is
-    `matrix` instead, or `weight` where the kernels cannot hold the grid.
+    `matrix` instead, or `weight` where the kernels cannot hold the grid. Without any it is a head that is
+    tied to its embedding, and waits for `share`.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.is_tied = not stored
         for end, tensor in stored.items():
             self.register_buffer(end, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -64,20 +69,30 @@ class PackedLinear(nn.Module):
             assert value is not None
             return value
 
-        qparams = unpack_qparams(name, tensor, grid)
-        if f"{name}{KEPT}" in stored:
-            codes, _ = unpack_codes(name, tensor, self.in_features, grid.bits, qparams.zero_point)
+        if f"{name}{STEPS}" in stored:
+            head = unpack_head(name, tensor)
+            codes, qparams = head.codes, head.qparams
         else:
-            codes = unpack_weight(name, tensor, grid).codes
+            qparams = unpack_qparams(name, tensor, grid)
+            if f"{name}{KEPT}" in stored:
+                codes, _ = unpack_codes(name, tensor, self.in_features, grid.bits, qparams.zero_point)
+            else:
+                codes = unpack_weight(name, tensor, grid).codes
         zero = qparams.zero_point.repeat_interleave(self.in_features // qparams.zero_point.shape[1], dim=1)
         try:
             steps = codes.to(torch.int16) - zero.to(torch.int16)
-            layout: Layout | None = None if grid.bits <= 4 else "bytes"
+            layout: Layout | None = None if qparams.bits <= 4 else "bytes"
             self.matrix = PackedMatrix.pack(_as_int8(steps), qparams.scale, layout, memory)
         except (ValueError, RuntimeError) as error:
             logger.info("%s is dequantized: %s", name, error)
             weight = QuantizedWeight(codes, qparams).dequantize().to(dtype)
             self.register_buffer("weight", weight, persistent=False)
+
+    def share(self, other: "PackedLinear") -> None:
+        """Multiply with the weight of another, as a head does that is tied to its embedding."""
+        self.matrix = other.matrix
+        if other.matrix is None:
+            self.register_buffer("weight", other.weight, persistent=False)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The product, in the dtype of x."""
@@ -95,6 +110,25 @@ class PackedLinear(nn.Module):
         """What `print(model)` shows."""
         kind = "dequantized" if self.matrix is None else self.matrix.layout
         return f"{self.in_features}, {self.out_features}, layout={kind}"
+
+
+class PackedEmbedding(PackedLinear):
+    """Rows of a weight in steps of 8 bits, looked up one by one; a tied head shares the weight."""
+
+    def __init__(self, embedding: nn.Embedding, stored: dict[str, Tensor]) -> None:
+        super().__init__(embedding.embedding_dim, embedding.num_embeddings, stored, None)
+        self.dtype = torch.float32
+
+    def prepare(self, name: str, grid: GridSpec, memory: HugePages, dtype: torch.dtype) -> None:
+        """Turn the stored tensors into what rows are read from; rows come in `dtype`."""
+        super().prepare(name, grid, memory, dtype)
+        self.dtype = dtype
+
+    def forward(self, ids: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
+        """The rows of these tokens."""
+        if self.matrix is None:
+            return nn.functional.embedding(ids, self.weight)
+        return self.matrix.take_rows(ids.flatten()).to(self.dtype).view(*ids.shape, self.in_features)
 
 
 def pack_head(model: PreTrainedModel) -> None:
@@ -164,20 +198,25 @@ class SqftPackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for path in checkpoint_files:
             with safe_open(path, framework="pt") as file:
                 keys = set(file.keys())
-                names = [key.removesuffix(end) for key in keys for end in CODES_ENDS if key.endswith(end)]
+                ends = (*CODES_ENDS, STEPS)
+                names = [key.removesuffix(end) for key in keys for end in ends if key.endswith(end)]
                 for name in names:
-                    linear = model.get_submodule(name)
-                    ends = [end for end in STORED if f"{name}.{end}" in keys]
-                    stored = {end: _empty_like(file.get_slice(f"{name}.{end}")) for end in ends}
-                    packed = PackedLinear(linear.in_features, linear.out_features, stored, linear.bias)
-                    parent, _, child = name.rpartition(".")
-                    setattr(model.get_submodule(parent), child, packed)
+                    slices = {end: f"{name}.{end}" for end in STORED if f"{name}.{end}" in keys}
+                    stored = {end: _empty_like(file.get_slice(key)) for end, key in slices.items()}
+                    _replace(model, name, stored)
+        if isinstance(model.get_input_embeddings(), PackedEmbedding) and model.all_tied_weights_keys:
+            for name in model.all_tied_weights_keys:  # tied to what transformers cannot tie any more
+                _replace(model, name.removesuffix(WEIGHT), {})
+            model.config.tie_word_embeddings, model.all_tied_weights_keys = False, {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         memory, grid = HugePages(), self.quantization_config.grid
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
-                module.prepare(name, grid, memory, model.dtype)
+                if module.is_tied:
+                    module.share(model.get_input_embeddings())
+                else:
+                    module.prepare(name, grid, memory, model.dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -190,6 +229,17 @@ class SqftPackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
+def _replace(model: PreTrainedModel, name: str, stored: dict[str, Tensor]) -> None:
+    old = model.get_submodule(name)
+    new: PackedLinear
+    if isinstance(old, nn.Embedding):
+        new = PackedEmbedding(old, stored)
+    else:
+        new = PackedLinear(old.in_features, old.out_features, stored, old.bias)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
 def _as_int8(steps: Tensor) -> Tensor:
     if bool((steps.abs() > 127).any()):
         raise ValueError("a step does not fit 8 bits")
@@ -198,7 +248,7 @@ def _as_int8(steps: Tensor) -> Tensor:
 
 def _empty_like(stored: Any) -> Tensor:
     dtypes = {
-        "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64,
+        "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
         "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
     }  # fmt: skip
     return torch.empty(stored.get_shape(), dtype=dtypes[stored.get_dtype()], device="meta")

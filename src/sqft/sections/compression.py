@@ -130,6 +130,10 @@ class QuantizeSection(Section):
     pattern: Pattern | None = Field(None, description="As in sparsify, for method joint only.")
     target_modules: list[str] | None = Field(None, description="As in sparsify.")
     skip_modules: list[str] = Field([], description="Names, ends or patterns of linears to leave in 16 bits.")
+    head: Literal["int8"] | None = Field(
+        None,
+        description="int8: embedding and output head in 8 bits, exact in GGUF's Q8_0; else they keep 16.",
+    )
     target: QuantizeTarget | None = Field(
         None, description="The format to serve in; fixes the grid such that its codes are exact there."
     )
