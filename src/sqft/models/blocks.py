@@ -99,7 +99,7 @@ def head_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, module in reversed(list(model.named_modules()))
         if any(module is end for end in ends)
     }
-    return dict(reversed(found.values()))  # type: ignore[arg-type]
+    return dict(reversed(found.values()))
 
 
 def matches_name(name: str, pattern: str) -> bool:
