@@ -52,7 +52,7 @@ from sqft.sections import ModelSection, QuantizeSection, SparsifySection
 
 GRID: dict[str, Any] = {"bits": 4, "group_size": 64}
 WINDOW, HELD_OUT = 512, 256  # tokens
-ROWS = ["best", "gptq", "sparsegpt", "joint", "others", "dense"]
+ROWS = ["best", "gptq", "masked", "sparsegpt", "joint", "others", "dense"]
 BEST_SPARSE: dict[str, Any] = {"method": "wanda", "refit": 10}
 BEST_INT4: dict[str, Any] = GRID | {
     "method": "gptq",
@@ -180,6 +180,7 @@ class Bench:
             self.sparsify(level, "sparsegpt", method="sparsegpt")
         if "gptq" in methods:
             self.quantize(level, "wanda, then gptq", masks=wanda, source=wanda, **GRID)
+        if "gptq" in methods or "masked" in methods:
             self.quantize(level, "wanda mask, gptq", masks=wanda, **GRID)
         if "joint" in methods:
             self.quantize(level, "joint", masks=None, method="joint", **GRID, **shape)
@@ -274,7 +275,9 @@ def main() -> None:
     parser = make_parser(__doc__, quick="50 % only, fewer tokens and rows", json_required=True)
     parser.add_argument("data", type=Path, nargs="?", metavar="DATA_DIR")
     parser.add_argument("--levels", nargs="+")
-    parser.add_argument("--methods", nargs="*", help="rows, beside Wanda: " + " ".join(ROWS))
+    parser.add_argument(
+        "--methods", nargs="*", help="rows, beside Wanda: " + " ".join(ROWS) + "; masked: of gptq the second"
+    )
     parser.add_argument("--model", default=SMALL_MODEL)
     parser.add_argument("--sequences", type=int, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of a calibration sequence")

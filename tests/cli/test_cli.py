@@ -45,6 +45,27 @@ def test_doctor_names_versions_and_extras(capsys: pytest.CaptureFixture[str]) ->
     assert all(word in shown for word in ("torch", "memory", "disk", "openvino", "lm-evaluation-harness"))
 
 
+def test_doctor_says_which_kernels_there_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shown() -> str:
+        assert run_command_line(["doctor"]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr("sqft.kernels.native_build.find_library", lambda: Path("sqft_cpu.so"))
+    monkeypatch.setattr("sqft.kernels.packed_matrix.instruction_set", lambda: "avx2")
+    assert "avx2, sqft_cpu.so" in shown()
+    monkeypatch.setattr("sqft.kernels.packed_matrix.instruction_set", lambda: None)
+    assert "sqft_cpu.so cannot be used" in shown()
+    monkeypatch.setattr("sqft.kernels.native_build.find_library", lambda: None)
+    monkeypatch.setattr("sqft.kernels.native_build.find_compiler", lambda: "/usr/bin/gcc")
+    assert "none yet; /usr/bin/gcc compiles them" in shown()
+    monkeypatch.setattr("sqft.kernels.native_build.find_compiler", lambda: None)
+    assert "they need gcc or clang" in shown()
+    monkeypatch.setattr("sqft.cli.doctor._version", lambda name: "1")
+    assert "and 1 is installed" in shown()
+
+
 def test_doctor_says_how_to_get_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

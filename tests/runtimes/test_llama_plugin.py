@@ -14,11 +14,12 @@ from sqft.errors import ExportError
 from sqft.formats.gguf_model import write_gguf
 from sqft.formats.weights import open_source
 from sqft.kernels.native_build import find_compiler
+from sqft.kernels.native_build import BUILT_FOR
 from sqft.runtimes import llama_plugin
 from tests.merged_models import write_merge
 
 pytest.importorskip("xllamacpp")
-FITS = importlib.metadata.version("xllamacpp") == llama_plugin.BUILT_FOR
+FITS = importlib.metadata.version("xllamacpp") == BUILT_FOR
 runs = pytest.mark.skipif(not FITS or find_compiler() is None, reason="the plug-in cannot be built for this")
 SCRIPT = """
 import json, sys
@@ -64,7 +65,7 @@ def test_packed_products_give_the_same_answers(tiny_model_dir: Callable[..., Pat
 def test_another_version_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     llama_plugin._plugin.cache_clear()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2027.1")
-    with pytest.raises(ExportError, match=f"fit xllamacpp {llama_plugin.BUILT_FOR}, and 2027.1 is installed"):
+    with pytest.raises(ExportError, match=f"fit xllamacpp {BUILT_FOR}, and 2027.1 is installed"):
         llama_plugin.use_packed_products()
 
 

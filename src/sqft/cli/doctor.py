@@ -19,18 +19,20 @@ EXTRAS = {
     "gguf": ("xllamacpp", "export to GGUF, checked in llama.cpp"),
     "openvino": ("openvino", "export to OpenVINO, and running it there"),
     "tensorboard": ("tensorboard", "train.arguments: {report_to: tensorboard}"),
+    "zstd": ("zstandard", "sqft pack --zstd, the download form"),
     "triton": ("triton", "the fused kernels on an NVIDIA GPU"),
 }
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Show versions, device, memory and disk, and which extras are installed."""
+    """Show versions, device, kernels, memory and disk, and which extras are installed."""
     from sqft.cli.tables import print_table
     from sqft.report.summary import format_bytes
 
     rows = [["python", platform.python_version()]]
     rows += [[name, _version(name) or "MISSING"] for name in PACKAGES]
     rows += [["device", _device()], ["cores", str(_cores())]]
+    rows += [["CPU kernels", _cpu_kernels()], ["kernels in llama.cpp", _llama_kernels()]]
     memory = _memory_bytes()
     if memory is not None:
         rows.append(["memory available", format_bytes(memory)])
@@ -69,6 +71,35 @@ def _device() -> str:
         return f"cpu ({torch.get_num_threads()} threads)"
     names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return ", ".join(f"cuda:{i} {name}" for i, name in enumerate(names))
+
+
+def _cpu_kernels() -> str:
+    """Whether packed models are multiplied by compiled kernels, and with which instructions."""
+    if not _found("torch"):
+        return "unknown (torch is missing)"
+    from sqft.kernels.native_build import find_compiler, find_library
+    from sqft.kernels.packed_matrix import instruction_set
+
+    path = find_library()
+    if path is not None:
+        used = instruction_set()
+        return f"{used}, {path.name}" if used else f"{path} cannot be used; remove it"
+    compiler = find_compiler()
+    if compiler is not None:
+        return f"none yet; {compiler} compiles them at their first use"
+    return "none; they need gcc or clang, and packed models are dequantized without them"
+
+
+def _llama_kernels() -> str:
+    """Whether llama.cpp can take the kernels for sparse weights (`sqft bench --sparse`)."""
+    from sqft.kernels.native_build import BUILT_FOR
+
+    found = _version("xllamacpp")
+    if found is None:
+        return "not used; xllamacpp is missing"
+    if found != BUILT_FOR:
+        return f"not used; they fit xllamacpp {BUILT_FOR}, and {found} is installed"
+    return "in use with `sqft bench --sparse`" if platform.system() == "Linux" else "not used; only on Linux"
 
 
 def _cores() -> int:

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-__all__ = ["compile_library", "find_compiler", "library_path", "native_sources"]
+__all__ = ["BUILT_FOR", "compile_library", "find_compiler", "find_library", "library_path", "native_sources"]
 
 HERE = Path(__file__).parent
 SOURCES = HERE / "native"
@@ -22,6 +22,8 @@ FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", 
 COMPILERS = ("gcc", "clang", "cc")
 # What is compiled beside the C files, by the library's name: nothing, or what hooks them into llama.cpp.
 LIBRARIES: dict[str, tuple[str, ...]] = {"cpu": (), "llama": ("llama_plugin.cpp",)}
+
+BUILT_FOR = "2026.10.11549"  # the xllamacpp whose structures llama_plugin.cpp knows
 
 
 def native_sources(library: str = "cpu") -> list[Path]:
@@ -42,14 +44,19 @@ def library_path(library: str = "cpu") -> Path | None:
 
     Raises: OSError if there is a compiler and it fails.
     """
-    name = _library_name(library)
-    for folder in (HERE, _cache_dir()):
-        if (folder / name).is_file():
-            return folder / name
+    found = find_library(library)
+    if found is not None:
+        return found
     compiler = find_compiler()
     if compiler is None or platform.system() == "Windows":
         return None
     return compile_library(_cache_dir(), compiler, library)
+
+
+def find_library(library: str = "cpu") -> Path | None:
+    """The compiled library, from the wheel or of an earlier use; None if there is none yet."""
+    name = _library_name(library)
+    return next((folder / name for folder in (HERE, _cache_dir()) if (folder / name).is_file()), None)
 
 
 def compile_library(folder: Path, compiler: str, library: str = "cpu") -> Path:

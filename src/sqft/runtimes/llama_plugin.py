@@ -10,12 +10,11 @@ import importlib.metadata
 from pathlib import Path
 
 from sqft.errors import ExportError, require
-from sqft.kernels.native_build import library_path
+from sqft.kernels.native_build import BUILT_FOR, library_path
 from sqft.kernels.packed_matrix import LAYOUTS
 
-__all__ = ["BUILT_FOR", "packed_tensors", "use_packed_products"]
+__all__ = ["packed_tensors", "use_packed_products"]
 
-BUILT_FOR = "2026.10.11549"  # the xllamacpp whose structures the plug-in knows
 # What the plug-in calls, in the order of its `struct host_functions`.
 FUNCTIONS = (
     "_Z39ggml_backend_cpu_get_extra_buffer_typesv",
