@@ -13,8 +13,7 @@ import pytest
 from sqft.errors import ExportError
 from sqft.formats.gguf_model import write_gguf
 from sqft.formats.weights import open_source
-from sqft.kernels.native_build import find_compiler
-from sqft.kernels.native_build import BUILT_FOR
+from sqft.kernels.native_build import BUILT_FOR, find_compiler
 from sqft.runtimes import llama_plugin
 from tests.merged_models import write_merge
 
