@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from sqft.pipeline import load_recipe
+from sqft.pipeline.sweep import load_sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,6 +63,12 @@ def test_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
     assert f"`{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[!p]*/*.yaml")), ids=lambda p: p.stem)
+def test_sweeps_are_valid(path: Path) -> None:
+    assert len(load_sweep(path).cells) > 1
+    assert f"`{path.parent.name}/{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 
 
 def test_examples_run(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:

@@ -1,6 +1,7 @@
 """Sweeps that run: shared stages, failing cells, going on, and two processes at one sweep."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,13 +76,16 @@ def test_a_missing_file_is_told_before_anything_runs(values: dict[str, Any]) -> 
 
 
 PROGRAM = """
-import json, sys
+import json, os, signal, sys
+from dataclasses import replace
 from sqft.pipeline.sweep import expand_sweep
 from sqft.pipeline.sweep_run import run_sweep
 import sqft.pipeline.runner as runner
 made, real = [], runner._run
 def noting(stage, *rest):
     made.append(stage.name)
+    if made[-1] == sys.argv[2]:  # its directory is begun, nothing is in it yet
+        stage = replace(stage, step=lambda context: os.kill(os.getpid(), signal.SIGKILL))
     return real(stage, *rest)
 runner._run = noting
 result = run_sweep(expand_sweep(json.loads(sys.argv[1])))
@@ -89,16 +93,24 @@ print(json.dumps({"made": made, "done": sorted(result.done), "failed": result.fa
 """
 
 
-def test_two_processes_share_a_sweep(values: dict[str, Any]) -> None:
+def test_two_processes_share_a_sweep_that_a_killed_one_began(values: dict[str, Any]) -> None:
     values["quantize"]["bits"] = 4
+    stages = Path(values["runtime"]["workspace"]) / "stages"
     command = [sys.executable, "-c", PROGRAM, json.dumps(values)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    killed = subprocess.run([*command, "quantize"], capture_output=True, check=False, timeout=300)
+    assert killed.returncode == -signal.SIGKILL
+    (begun,) = stages.glob("*.partial")
+    before = {path.name for path in stages.iterdir()} - {begun.name}
+    assert {name.rsplit("-", 1)[0] for name in before} == {"sparsify"}
+    processes = [subprocess.Popen([*command, "none"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     found = [json.loads(process.communicate(timeout=300)[0].splitlines()[-1]) for process in processes]
     sweep = expand_sweep(values)
     for one in found:
         assert one["failed"] == {}
         assert one["done"] == sorted(cell.name for cell in sweep.cells)
-    assert sum(len(one["made"]) for one in found) == plan_sweep(sweep).distinct  # nothing was made twice
+    left = plan_sweep(sweep).distinct - len(before)
+    assert sum(len(one["made"]) for one in found) == left  # nothing was made twice, before the kill or after
+    assert not list(stages.glob("*.partial"))
     assert not list((Path(values["runtime"]["workspace"]) / ".locks").iterdir())
 
 

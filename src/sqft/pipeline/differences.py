@@ -10,9 +10,14 @@ from sqft.pipeline.recipe import Recipe
 __all__ = ["SEEDS", "differing_settings", "edge_notes", "flat_settings", "is_untold"]
 
 # Settings by which runs are repeated, not told apart.
-SEEDS = ("seed", "train.seed")
+SEEDS = ("seed", "tune.seed", "train.seed")
 UNTOLD = ("name", "runtime", "evaluate", *SEEDS)
-RATES = ("train.learning_rate", "train.scale_learning_rate", "train.norm_learning_rate")
+RATES = (
+    "tune.learning_rate",
+    "train.learning_rate",
+    "train.scale_learning_rate",
+    "train.norm_learning_rate",
+)
 
 Values = Mapping[str, Any]
 
