@@ -38,6 +38,7 @@ def attach_adapters(
         hybrid_steps=section.hybrid_steps,
         kernels=section.kernels,
         target_modules=section.target_modules,
+        exclude_modules=section.skip_modules or None,
         rank_groups=section.rank_groups,
         identity=dict(identity or {}),
         storage_dtype=None if storage_dtype is None else str(storage_dtype).removeprefix("torch."),

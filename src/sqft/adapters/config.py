@@ -46,8 +46,10 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     dropout, dropout_kind: column = whole columns of lora_A, drawn once a step from (seed, step);
         token = the published dropout of the input, which costs a second product and keeps the update
         for backward.
-    target_modules: name ends that match whole components; full names once the adapter is attached. Of
-        method scales: the linears whose scales are trained, by default all quantized ones.
+    target_modules: name ends that match whole components; or one text, all-linear or a regular expression for
+        full names; full names once the adapter is attached. Of method scales: the linears whose scales are
+        trained, by default all quantized ones.
+    exclude_modules: what to leave out of them, named in the same way; None once the adapter is attached.
     scale_modules, norm_modules: the linears and norms that are trained, by full name; set when attached.
     scale_bits, norm_dtype: the significant bits of a trained scale, and the dtype that a trained norm is
         stored in: those of the base, set when it is attached.
@@ -72,7 +74,8 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     alpha: float = 32.0
     dropout: float = 0.0
     dropout_kind: Literal["column", "token"] = "column"
-    target_modules: list[str] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
     scale_modules: list[str] = field(default_factory=list)
     norm_modules: list[str] = field(default_factory=list)
     scale_bits: int | None = None
@@ -123,8 +126,6 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
             self.modules_to_save = list(
                 dict.fromkeys([*(self.modules_to_save or []), *TASK_HEADS[self.task_type]])
             )
-        if isinstance(self.target_modules, str):
-            self.target_modules = [self.target_modules]
 
     def _resolve_trained(self) -> None:
         """What is trained beside, or in the place of, a low-rank update."""
@@ -182,5 +183,6 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the JSON file."""
         values: dict[str, Any] = super().to_dict()
-        values["target_modules"] = sorted(self.target_modules or []) or None
+        if not isinstance(self.target_modules, str):
+            values["target_modules"] = sorted(self.target_modules or []) or None
         return values

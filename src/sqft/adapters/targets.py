@@ -7,19 +7,21 @@ from torch import nn
 
 from sqft.adapters.config import DEFAULT_RANK_GROUPS, DEFAULT_TARGETS
 from sqft.errors import AdapterError
-from sqft.models.blocks import is_linear, matches_name
+from sqft.models.blocks import is_linear, matches_name, select_names
 
 __all__ = ["find_quantized", "find_targets", "rank_groups"]
 
 BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
-def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
-    """The linear layers inside repeated blocks whose names end with one of the patterns, by full name.
+def find_targets(
+    model: nn.Module, patterns: Sequence[str] | str | None, skip: Sequence[str] | str = ()
+) -> dict[str, nn.Module]:
+    """The linear layers inside repeated blocks that `patterns` names and `skip` does not, by full name.
 
-    None takes q, k, v, up and down, or the fused forms of them.
+    Both are as `select_names` takes them; None takes q, k, v, up and down, or the fused forms of them.
 
-    Raises: AdapterError if a given pattern, or every default one, matches nothing.
+    Raises: AdapterError if a given pattern, or every default one, matches nothing, or nothing is left.
     """
     wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
     inside = tuple(name + "." for name in wrapped)
@@ -28,23 +30,27 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, 
         for name, module in model.named_modules()
         if BLOCK.match(name) and not name.startswith(inside) and (is_linear(module) or name in wrapped)
     }
-    wanted = DEFAULT_TARGETS if patterns is None else tuple(patterns)
-    found = {name: module for name, module in linears.items() if any(matches_name(name, p) for p in wanted)}
-    missing = [p for p in wanted if not any(matches_name(name, p) for name in found)]
-    if not found or (patterns is not None and missing):
+    found, missing = select_names(linears, DEFAULT_TARGETS if patterns is None else patterns)
+    skipped, not_skipped = select_names(linears, skip)
+    if not found or (patterns is not None and missing) or not_skipped:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-        raise AdapterError(
-            f"no linear layer is called {', '.join(missing)}; the blocks of this model have: {there}"
-        )
-    return found
+        unknown = missing if not found or patterns is not None else []
+        names = ", ".join([*unknown, *not_skipped])
+        raise AdapterError(f"no linear layer is called {names}; the blocks of this model have: {there}")
+    left = {name: linears[name] for name in found if name not in skipped}
+    if not left:
+        raise AdapterError("skip_modules leaves no linear layer to adapt; name fewer")
+    return left
 
 
-def find_quantized(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Module]:
+def find_quantized(
+    model: nn.Module, patterns: Sequence[str] | str | None, skip: Sequence[str] | str = ()
+) -> dict[str, nn.Module]:
     """The linears inside repeated blocks whose group scales can be trained, by full name; None takes all.
 
     Raises: AdapterError if a pattern matches nothing, or there is no quantized linear.
     """
-    layers = find_targets(model, ["*"] if patterns is None else patterns)
+    layers = find_targets(model, ["*"] if patterns is None else patterns, skip)
     quantized = {name: layer for name, layer in layers.items() if is_quantized(layer)}
     if not quantized:
         raise AdapterError("trained scales need a quantized base, and this one is not; quantize it first")

@@ -51,7 +51,8 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         Raises: AdapterError if a target is missing, or the adapter was trained on another base.
         """
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
-        low_rank = find_targets(model, config.target_modules) if config.low_rank else {}
+        left_out = config.exclude_modules or ()
+        low_rank = find_targets(model, config.target_modules, left_out) if config.low_rank else {}
         scaled = self._find_scaled(model, config)
         norms = find_norms(model, config.norm_modules or None) if config.train_norms else {}
         rank_groups(low_rank, config.rank_groups)
@@ -72,7 +73,7 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
             config.norm_dtype = norm_dtype(norms.values())
         config.scale_modules, config.norm_modules = list(scaled), list(norms)
         self.low_rank_modules = set(low_rank)
-        config.target_modules = list({**low_rank, **scaled, **norms})
+        config.target_modules, config.exclude_modules = list({**low_rank, **scaled, **norms}), None
         _cast_other_linears(model, {*low_rank.values(), *scaled.values()})
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT shortens long lists of names to their ends.
@@ -82,9 +83,9 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         """The linears whose scales are trained: of method scales the targets, else every quantized linear."""
         if not config.train_scales:
             return {}
-        return find_quantized(
-            model, config.scale_modules or (None if config.low_rank else config.target_modules)
-        )
+        if config.scale_modules or config.low_rank:
+            return find_quantized(model, config.scale_modules or None)
+        return find_quantized(model, config.target_modules, config.exclude_modules or ())
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge every layer, or none of them.

@@ -1,11 +1,13 @@
 """Where the decoder blocks of a model are, and which linears inside them are meant by a name."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from sqft.errors import ModelError
+from sqft.untrusted import time_limit
 
 __all__ = [
     "check_fused_groups",
@@ -13,9 +15,13 @@ __all__ = [
     "fused_weights",
     "head_weights",
     "matches_name",
+    "select_names",
     "target_linears",
 ]
 
+ALL = "all-linear"
+PLAIN = re.compile(r"[\w.]+")
+SECONDS = 5.0  # for a regular expression
 # Runtimes fuse these into one matrix, so they are compressed alike or not at all.
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -43,11 +49,11 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def target_linears(
-    model: nn.Module, targets: list[str] | None, skip: list[str], *, prefix: str = ""
+    model: nn.Module, targets: Sequence[str] | str | None, skip: Sequence[str] | str, *, prefix: str = ""
 ) -> dict[str, nn.Module]:
     """The linears inside the decoder blocks that `targets` names and `skip` does not, by full name.
 
-    model: a whole model, or one block together with its name as `prefix`. Names match as `matches_name` says:
+    model: a whole model, or one block together with its name as `prefix`. Names match as `select_names` says:
     "up_proj" and "mlp.up_proj" mean model.layers.0.mlp.up_proj and never mlp.gate_up_proj, "layers.0.*" all
     of block 0. targets None means every linear.
 
@@ -60,19 +66,15 @@ def target_linears(
         for name, module in block.named_modules()
         if is_linear(module)
     }
-    for pattern in [*(targets or []), *skip]:
-        if not any(matches_name(name, pattern) for name in linears):
-            ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ModelError(
-                f"no linear in the decoder blocks is called '{pattern}'; there are {', '.join(ends)}"
-                f"{_block_hint(pattern, linears)}"
-            )
-    return {
-        name: module
-        for name, module in linears.items()
-        if (targets is None or any(matches_name(name, t) for t in targets))
-        and not any(matches_name(name, s) for s in skip)
-    }
+    chosen, unknown = select_names(linears, ALL if targets is None else targets)
+    skipped, also_unknown = select_names(linears, skip)
+    for pattern in (*unknown, *also_unknown):
+        ends = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise ModelError(
+            f"no linear in the decoder blocks is called '{pattern}'; there are {', '.join(ends)}"
+            f"{_block_hint(pattern, linears)}"
+        )
+    return {name: linears[name] for name in chosen if name not in skipped}
 
 
 def fused_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -100,6 +102,29 @@ def head_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         if any(module is end for end in ends)
     }
     return dict(reversed(found.values()))
+
+
+def select_names(names: Iterable[str], wanted: Sequence[str] | str) -> tuple[list[str], list[str]]:
+    """The names that are wanted, and what of `wanted` means none of them.
+
+    wanted: a list of what `matches_name` takes; or one text, as PEFT has it: "all-linear", every name, or a
+    regular expression for whole names. A text that could be a name is one.
+
+    Raises: ModelError for an expression that is none, or that takes too long.
+    """
+    names = list(names)
+    if wanted == ALL:
+        return names, []
+    if not isinstance(wanted, str) or PLAIN.fullmatch(wanted):
+        patterns = [wanted] if isinstance(wanted, str) else wanted
+        chosen = [name for name in names if any(matches_name(name, pattern) for pattern in patterns)]
+        return chosen, [p for p in patterns if not any(matches_name(name, p) for name in chosen)]
+    try:
+        with time_limit(SECONDS):
+            chosen = [name for name in names if re.fullmatch(wanted, name)]
+    except (re.error, TimeoutError) as error:
+        raise ModelError(f"the regular expression {wanted!r} cannot be used: {error}") from None
+    return chosen, [] if chosen else [wanted]
 
 
 def matches_name(name: str, pattern: str) -> bool:

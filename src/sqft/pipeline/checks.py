@@ -114,7 +114,7 @@ def _tuned(recipe: Recipe, outline: "ModelOutline") -> set[str]:
         return set()
     if section.adapter is not None:
         return _fitting(Path(section.adapter), outline)
-    targets = set(find_targets(outline.skeleton, section.target_modules))
+    targets = set(find_targets(outline.skeleton, section.target_modules, section.skip_modules))
     _check_rank(outline, targets, section.rank, "tune.rank")
     return targets
 
@@ -159,13 +159,15 @@ def _trained(recipe: Recipe, outline: "ModelOutline", quantized: set[str]) -> tu
         return set(), set()
     from sqft.adapters.targets import find_targets
 
-    everywhere = not section.low_rank and section.target_modules is None
-    targets = quantized if everywhere else set(find_targets(outline.skeleton, section.target_modules))
+    if section.low_rank or section.target_modules is not None:
+        targets = set(find_targets(outline.skeleton, section.target_modules, section.skip_modules))
+    else:
+        targets = quantized & set(find_targets(outline.skeleton, "all-linear", section.skip_modules))
     off_grid = sorted(targets - quantized)
     if section.method in ("qa_sparse_peft", "scales") and off_grid:
         raise AdapterError(
             f"{section.method} needs a quantized base, and {off_grid[0]} is not; quantize it, or leave "
-            "it out of adapters.target_modules"
+            "it out of adapters.target_modules (or name it in adapters.skip_modules)"
         )
     if not section.low_rank:
         return set(), targets

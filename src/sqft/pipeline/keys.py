@@ -11,6 +11,10 @@ __all__ = ["nearest_key", "section_defaults", "takes_text"]
 
 # What other tools call these.
 ALIASES = {
+    "early_stopping_patience": "early_stopping",
+    "exclude_modules": "skip_modules",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "load_best_model_at_end": "keep",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "lr": "learning_rate",
@@ -20,6 +24,7 @@ ALIASES = {
     "per_device_train_batch_size": "batch_size",
     "r": "ranks",
     "rank": "ranks",
+    "save_steps": "checkpoint_steps",
     "seq_len": "sequence_length",
 }
 

@@ -262,9 +262,9 @@ def adapter_stage(recipe: Recipe, model: ReportedModel) -> str | None:
 
 
 def dense_adapters(section: AdapterSection) -> AdapterSection:
-    """The adapters of the dense reference: plain LoRA of the maximal rank on the same modules."""
+    """The dense reference: plain LoRA of the maximal rank, on the same modules if they have low-rank updates."""
     plain = {"method": "lora", "gradient": "exact", "train_scales": None, "train_norms": None}
-    targets = {} if section.low_rank else {"target_modules": None}  # linears whose scales are trained
+    targets: dict[str, Any] = {} if section.low_rank else {"target_modules": None, "skip_modules": []}
     return section.model_copy(update=plain | targets | {"ranks": [max(section.ranks)]})
 
 

@@ -117,7 +117,9 @@ def _tune_stage(recipe: Recipe) -> Stage:
     if not section.trains:
         given = {"tune": "adapter" if section.adapter else "model"}
         return Stage("tune", ("model", "tuned"), given, tune, resumes=True)
-    low_rank = section.model_dump(mode="json", include={"rank", "alpha", "dropout", "target_modules"})
+    low_rank = section.model_dump(
+        mode="json", include={"rank", "alpha", "dropout", "target_modules", "skip_modules"}
+    )
     settings = _trainer_settings(recipe, section, recipe.tuning_seed)
     return Stage("tune", ("model", "items"), {"tune": low_rank} | settings, tune, resumes=True)
 
@@ -167,7 +169,9 @@ def _trainer_settings(recipe: Recipe, section: TrainingSection, seed: int) -> di
     """What a training depends on beside what is trained."""
     rates = {"scale_learning_rate", "norm_learning_rate"} if isinstance(section, TrainSection) else set()
     fields = set(TrainingSection.model_fields) | rates
-    settings = section.model_dump(mode="json", include=fields - {"checkpoint_steps", "seed"})
+    watching = set() if section.selects else {"eval_steps", "early_stopping", "keep"}
+    ignored = {"checkpoint_steps", "seed"} | watching
+    settings = section.model_dump(mode="json", include=fields - ignored)
     settings["arguments"] = {k: v for k, v in section.arguments.items() if k not in REPORTING}
     return {"train": settings, "loss_on": recipe.data.loss_on if recipe.data else None, "seed": seed}
 

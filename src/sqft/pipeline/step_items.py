@@ -36,6 +36,12 @@ def check_splits(recipe: Recipe, splits: "Splits") -> None:
             "search.method hill_climb compares sub-adapters on search items, and the data is too small to be "
             "split; give data.search, more items, or take search.method median"
         )
+    for training in (recipe.tune, recipe.train):
+        if training and training.selects and not splits.search:
+            raise DataError(
+                f"{training.place}.early_stopping and keep go by search items, and the data is too small to "
+                "be split; give data.search or more items, or leave them out"
+            )
     evaluate = recipe.evaluate
     if evaluate and not (getattr(splits, evaluate.split) or evaluate.perplexity or evaluate.tasks):
         raise DataError(

@@ -51,6 +51,7 @@ def train_on(
         set_ranks,
     )
     from sqft.data import read_items
+    from sqft.evaluation import evaluate_loss
     from sqft.models import ExistingMasks, load_trainable, open_checkpoint, training_dtype
     from sqft.training import train_adapters
 
@@ -71,15 +72,17 @@ def train_on(
     if context.recipe.base_stage == "model" and section.method != "lora":
         tell_kept_zeros(len(ExistingMasks(stored)))
     space = SearchSpace.of(adapted)
+    loss_on, held_out = context.data.loss_on, read_items(context.inputs["items"], "search")
     record = train_adapters(
         adapted,
         read_items(context.inputs["items"], "train"),
         training,
-        loss_on=context.data.loss_on,
+        loss_on=loss_on,
         seed=seed,
         output_dir=context.directory / CHECKPOINTS,
         space=space,
         watch_dir=context.directory,
+        measure=(lambda: evaluate_loss(adapted, held_out, loss_on=loss_on).loss) if held_out else None,
         progress=context.progress,
     )
     digests: dict[str, str] = {}

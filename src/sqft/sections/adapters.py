@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sqft.sections.base import PathText, Positive, Section
+from sqft.sections.base import ModuleNames, PathText, Positive, Section
 
 __all__ = [
     "AdapterMethod",
@@ -52,11 +52,12 @@ class AdapterSection(Section):
         description="auto: what was measured to be faster on the card, torch on a CPU (docs/gpu.md); triton: "
         "on an NVIDIA GPU (extra: triton), elsewhere torch.",
     )
-    target_modules: list[str] | None = Field(
+    target_modules: ModuleNames | None = Field(
         None,
-        description="Name ends; default q, k, v, up, down and fused forms; with method scales every "
+        description="As in sparsify; default q, k, v, up, down and fused forms; with method scales every "
         "quantized linear.",
     )
+    skip_modules: ModuleNames = Field([], description="Linears to leave out, named as in sparsify.")
     rank_groups: list[list[str]] | None = Field(
         None,
         description="Name ends that share a rank inside a block; default q, k, v together, others alone.",
@@ -152,8 +153,41 @@ class TrainingSection(Section):
         description="Of the adapters' start, the order of items and the drawn ranks, where it is not the "
         "recipe's: runs that differ in it share splits and compression.",
     )
+    eval_steps: int = Field(
+        50,
+        ge=0,
+        description="Optimizer steps between measurements of the loss on the search items, at the median "
+        "ranks; also after the last one. 0: never.",
+    )
+    early_stopping: Positive | None = Field(
+        None, description="End after so many measurements in a row without a lower loss on the search items."
+    )
+    keep: Literal["last", "best"] | None = Field(
+        None,
+        description="best: the measured step with the lowest loss on the search items. Default: best with "
+        "early_stopping, else last.",
+    )
     checkpoint_steps: Positive = Field(50, description="Optimizer steps between checkpoints to resume from.")
     arguments: dict[str, Any] = Field({}, description="Any further field of transformers.TrainingArguments.")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best measured step is kept, and not the last one."""
+        return self.keep == "best" or (self.keep is None and self.early_stopping is not None)
+
+    @property
+    def selects(self) -> bool:
+        """Whether what is measured while training decides what comes out of it."""
+        return self.keeps_best or self.early_stopping is not None
+
+    @model_validator(mode="after")
+    def _measured(self) -> "TrainingSection":
+        if self.selects and not self.eval_steps:
+            name = "early_stopping" if self.early_stopping else "keep: best"
+            raise ValueError(
+                f"{name} goes by what is measured every eval_steps steps; set eval_steps above 0"
+            )
+        return self
 
 
 class TrainSection(TrainingSection):
@@ -175,9 +209,10 @@ class TuneSection(TrainingSection):
     rank: Positive = Field(16, description="Of the low-rank updates.")
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the update only, never of the model.")
-    target_modules: list[str] | None = Field(
-        None, description="Name ends; default q, k, v, up, down and fused forms."
+    target_modules: ModuleNames | None = Field(
+        None, description="As in sparsify; default q, k, v, up, down and fused forms."
     )
+    skip_modules: ModuleNames = Field([], description="Linears to leave out, named as in sparsify.")
     adapter: PathText | None = Field(
         None, description="A folder with a LoRA that exists already, in PEFT's files; nothing is trained."
     )
@@ -200,6 +235,7 @@ class TuneSection(TrainingSection):
             alpha=self.alpha,
             dropout=self.dropout,
             target_modules=self.target_modules,
+            skip_modules=self.skip_modules,
         )
 
     def without_effect(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What all sections share: frozen values, unknown keys refused, settings without effect refused."""
 
+import re
 from os.path import expanduser
 from typing import Annotated, Any, Self
 
@@ -13,11 +14,24 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["Fraction", "PathText", "Positive", "Section"]
+__all__ = ["Fraction", "ModuleNames", "PathText", "Positive", "Section"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 PathText = Annotated[str, AfterValidator(expanduser)]  # of a file or folder; ~ is the user's home
+
+
+def _check_names(value: list[str] | str) -> list[str] | str:
+    try:
+        if isinstance(value, str):
+            re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}; names go into a list") from None
+    return value
+
+
+# Linears: their names, ends of names or patterns; or one text: all-linear, or a regular expression.
+ModuleNames = Annotated[list[str] | str, AfterValidator(_check_names)]
 
 
 class Section(BaseModel):

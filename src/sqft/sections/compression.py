@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sqft import patterns
-from sqft.sections.base import Fraction, Section
+from sqft.sections.base import Fraction, ModuleNames, Section
 
 __all__ = ["QuantizeSection", "SparsifySection"]
 
@@ -40,12 +40,12 @@ class SparsifySection(Section):
     target: SparsifyTarget | None = Field(
         None, description="cpu: the pattern that CPUs decode fastest, at sparsity 0.5, 0.625 or 0.75."
     )
-    target_modules: list[str] | None = Field(
+    target_modules: ModuleNames | None = Field(
         None,
-        description="Names or name ends of linears, or patterns such as layers.0.* or *_proj; default all in "
-        "the blocks.",
+        description="Names or name ends of linears, or patterns such as layers.0.* or *_proj; in place of "
+        "the list, a regular expression over whole names, or all-linear. Default all in the blocks.",
     )
-    skip_modules: list[str] = Field([], description="Names, ends or patterns of linears to leave dense.")
+    skip_modules: ModuleNames = Field([], description="Linears to leave dense, named as in target_modules.")
     budget: Literal["uniform", "arithmetic", "owl"] = Field(
         "uniform", description="How blocks share the zeros; arithmetic: more with depth; owl: by outliers."
     )
@@ -128,8 +128,8 @@ class QuantizeSection(Section):
     )
     sparsity: Fraction = Field(0.5, description="Fraction of zeros, for method joint only.")
     pattern: Pattern | None = Field(None, description="As in sparsify, for method joint only.")
-    target_modules: list[str] | None = Field(None, description="As in sparsify.")
-    skip_modules: list[str] = Field([], description="Names, ends or patterns of linears to leave in 16 bits.")
+    target_modules: ModuleNames | None = Field(None, description="As in sparsify.")
+    skip_modules: ModuleNames = Field([], description="Linears to leave in 16 bits, named as in sparsify.")
     head: Literal["int8"] | None = Field(
         None,
         description="int8: embedding and output head in 8 bits, exact in GGUF's Q8_0; else they keep 16.",

@@ -33,6 +33,11 @@ ELSEWHERE = {
     "gradient_checkpointing": "gradient_checkpointing",
     "activation_checkpointing": "gradient_checkpointing",
     "save_steps": "checkpoint_steps",
+    "eval_strategy": "eval_steps",
+    "eval_steps": "eval_steps",
+    "load_best_model_at_end": "keep: best",
+    "metric_for_best_model": "keep: best",
+    "greater_is_better": "keep: best",
 }
 OUTSIDE = {
     "seed": "seed",
@@ -42,7 +47,7 @@ OUTSIDE = {
 }
 FIXED = {"save_strategy", "save_only_model", "remove_unused_columns", "resume_from_checkpoint",
          "logging_nan_inf_filter", "ignore_data_skip", "do_train", "disable_tqdm", "label_smoothing_factor",
-         "load_best_model_at_end", "eval_strategy", "auto_find_batch_size"}  # fmt: skip
+         "auto_find_batch_size"}  # fmt: skip
 UPLOADS = ("push_to_hub", "hub_")
 
 

@@ -33,13 +33,17 @@ PREFIX = "checkpoint-"
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step: its loss in nats a counted token, the rank of each group, and its wall time."""
+    """One optimizer step: its loss in nats a counted token, the rank of each group, and its wall time.
+
+    eval_loss: on items that are not trained on, after the steps at which it was measured; not in `seconds`.
+    """
 
     step: int
     loss: float
     ranks: list[int]
     seconds: float
     tokens: int
+    eval_loss: float | None = None
 
 
 @dataclass
@@ -47,7 +51,8 @@ class TrainingRecord:
     """A training: the rank groups, every step, the peak memory, and where it was resumed.
 
     resumed: one entry for each resume, {"step": the step it went on from, "differences": what differs in the
-    environment since the checkpoint was written, by name: [then, now]}.
+    environment since the checkpoint was written, by name: [then, now]}. kept_step: the step whose weights the
+    training ended with. stopped_early: whether it ended because the loss on held-out items fell no more.
     """
 
     groups: list[str]
@@ -55,6 +60,8 @@ class TrainingRecord:
     peak_bytes: int = 0
     resumed: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    kept_step: int | None = None
+    stopped_early: bool = False
 
     @property
     def losses(self) -> list[float]:
@@ -78,6 +85,9 @@ class TrainingRecord:
             "num_steps": len(self.steps),
             "first_loss": self.losses[0] if self.steps else None,
             "last_loss": sum(last) / len(last) if last else None,
+            "eval_curve": [(step.step, step.eval_loss) for step in self.steps if step.eval_loss is not None],
+            "kept_step": self.kept_step,
+            "stopped_early": self.stopped_early,
             "seconds": self.seconds,
             "tokens": tokens,
             "tokens_per_second": tokens / self.seconds if self.seconds else None,
@@ -91,7 +101,9 @@ def describe_steps(steps: list[StepRecord]) -> str:
     last = steps[-SHOWN_STEPS:]
     seconds = sum(step.seconds for step in last)
     speed = f", {sum(step.tokens for step in last) / seconds:.0f} tokens/s" if seconds else ""
-    return f"loss {sum(step.loss for step in last) / len(last):.3f}{speed}"
+    measured = [step.eval_loss for step in steps if step.eval_loss is not None]
+    held_out = f", eval loss {measured[-1]:.3f} (best {min(measured):.3f})" if measured else ""
+    return f"loss {sum(step.loss for step in last) / len(last):.3f}{held_out}{speed}"
 
 
 class Journal:
@@ -119,6 +131,8 @@ class Journal:
                 "tokens": step.tokens,
                 "seconds": step.seconds,
             }
+            if step.eval_loss is not None:
+                figures["eval_loss"] = step.eval_loss
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
 

@@ -3,9 +3,8 @@
 import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -23,14 +22,16 @@ from sqft.errors import TrainingError
 from sqft.progress import SILENT, Progress
 from sqft.sections import TrainingSection
 from sqft.training.arguments import refusals, training_arguments
+from sqft.training.best import best_step, is_exhausted
 from sqft.training.cores import warn_of_busy_cores
 from sqft.training.record import Journal, TrainingRecord, environment, peak_bytes, reset_peak
+from sqft.training.trackers import reporting_into
 from sqft.training.trainer import ElasticTrainer, StepCallback
 
 __all__ = ["train_adapters"]
 
 logger = logging.getLogger(__name__)
-METRICS, LOGS = "metrics.jsonl", "tensorboard"
+METRICS = "metrics.jsonl"
 
 
 def train_adapters(
@@ -43,6 +44,7 @@ def train_adapters(
     output_dir: Path,
     space: SearchSpace | None = None,
     watch_dir: Path | None = None,
+    measure: Callable[[], float] | None = None,
     progress: Progress = SILENT,
 ) -> TrainingRecord:
     """Train the parameters of `model` that require gradients, and leave the model at its largest ranks.
@@ -52,7 +54,9 @@ def train_adapters(
     finds some there goes on from the last whole one and ends with the same bits as a training that was never
     interrupted, on the same device kind, threads, dtype and versions (a difference is logged and recorded).
     watch_dir: gets metrics.jsonl, one line a step, and what TensorBoard reads where `section.arguments`
-    reports to it.
+    reports to it. measure: the loss of `model` as it is, on items that are not trained on; called every
+    `section.eval_steps` steps with the median ranks active, and after the last one. It decides what is kept,
+    and when the training ends, where the section says so.
 
     Raises: TrainingError for wrong `section.arguments`, no items, a loss or gradient that is not a number
     (naming the step), and checkpoints of another training.
@@ -63,6 +67,8 @@ def train_adapters(
     """
     if not examples:
         raise TrainingError("there is no item to train on")
+    if section.selects and measure is None:
+        raise TrainingError("train.keep and train.early_stopping go by a loss that nothing measures here")
     device = next(model.parameters()).device
     arguments = training_arguments(section, seed=seed, output_dir=output_dir, device=device)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -75,19 +81,29 @@ def train_adapters(
     total = section.max_steps or math.ceil(math.ceil(len(examples) / section.batch_size) * section.epochs)
     reset_peak(device)
     with _quiet(), progress.task("train", total) as advance:
-        callback = StepCallback(model, space, seed, journal, facts, advance, section.place)
+        callback = StepCallback(model, space, seed, journal, facts, advance, section, measure)
         callback.steps, callback.checkpoint = record.steps, checkpoint
         advance(len(record.steps))
-        if checkpoint is not None and _is_final(checkpoint):  # Trainer itself would add a step
+        ended = checkpoint is not None and (
+            _is_final(checkpoint) or is_exhausted(record.steps, section.early_stopping)
+        )
+        if checkpoint is not None and ended:  # Trainer itself would add a step
             model.load_adapter(str(checkpoint), model.active_adapters[0], is_trainable=True)
             load_unrounded(model, checkpoint)
+            callback.best.load(checkpoint)
         else:
-            with refusals(section), _logging_into(watch_dir):
-                trainer = ElasticTrainer(model, arguments, examples, loss_on, callback, section)
-            with _repeatable(device):
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with reporting_into(watch_dir):
+                with refusals(section):
+                    trainer = ElasticTrainer(model, arguments, examples, loss_on, callback, section)
+                with _repeatable(device):
+                    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     record.peak_bytes = peak_bytes(device)
+    last, best = record.steps[-1].step, best_step(record.steps)
+    record.stopped_early = last < total and is_exhausted(record.steps, section.early_stopping)
+    record.kept_step = best.step if best and section.keeps_best else last
+    if record.kept_step != last:
+        callback.best.restore()
     if space is not None:
         set_ranks(model, space.maximal())
     model.eval()
@@ -131,7 +147,7 @@ def _identity(
 ) -> str:
     trained = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     items = [[example.prompt_ids, example.answer_ids, example.earlier_answers] for example in examples]
-    settings = section.model_dump(exclude={"checkpoint_steps"})
+    settings = section.model_dump(exclude={"checkpoint_steps", *([] if section.selects else ["eval_steps"])})
     adapters = {
         name: {
             k: sorted(v) if isinstance(v, set) else v
@@ -141,20 +157,6 @@ def _identity(
         for name, config in getattr(model, "peft_config", {}).items()
     }
     return digest_json([trained, items, settings, loss_on, seed, adapters])
-
-
-@contextmanager
-def _logging_into(directory: Path | None) -> Iterator[None]:
-    """While it lasts, TensorBoard's callback is made to write here, unless the user says where."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    if directory is None or name in os.environ:
-        yield
-        return
-    os.environ[name] = str(directory / LOGS)
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """transformers.Trainer with one sub-adapter a step, a loss over counted tokens, and a journal of steps."""
 
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from sqft.adapters import SearchSpace
+from sqft.adapters import SearchSpace, set_ranks
 from sqft.adapters.unrounded import check_trained, load_unrounded, save_unrounded
 from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
@@ -21,6 +21,7 @@ from sqft.ops.cross_entropy import chunk_elements, chunked_cross_entropy
 from sqft.progress import Advance
 from sqft.sections import TrainingSection
 from sqft.training.arguments import refusals
+from sqft.training.best import BestState, best_step, is_exhausted
 from sqft.training.head import separable_head, without_head
 from sqft.training.ranks import begin_step
 from sqft.training.rates import rate_names, split_by_rate
@@ -111,6 +112,8 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # makes Trainer count the step's labels for compute_loss
         self.lengths = [len(example.token_ids) for example in examples]
         self.journal = callback
+        if args.report_to:
+            callback.tell = self.log
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer. Raises: MissingExtraError or TrainingError for an optimizer that cannot be made."""
@@ -168,7 +171,11 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
-    """Sets each step's ranks before it, checks its gradients, and writes it to the journal after it."""
+    """Sets each step's ranks before it, checks its gradients, and writes it to the journal after it.
+
+    measure: the loss on items that are not trained on; None measures nothing. tell: takes what was measured,
+    for those that a training reports to.
+    """
 
     def __init__(
         self,
@@ -178,11 +185,13 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         journal: Journal,
         facts: dict[str, Any],
         advance: Advance,
-        place: str,
+        section: TrainingSection,
+        measure: Callable[[], float] | None,
     ) -> None:
-        self.place = place  # the section that messages name
         self.model, self.space, self.seed, self.journal = model, space, seed, journal
-        self.facts, self.advance = facts, advance
+        self.facts, self.advance, self.section, self.measure = facts, advance, section, measure
+        self.best = BestState(model)
+        self.tell: Callable[[dict[str, float]], None] | None = None
         self.checkpoint: Path | None = None
         self.steps: list[StepRecord] = []
         self.ranks: list[int] = []
@@ -194,7 +203,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         Raises: TrainingError if its loss is not a finite number.
         """
         if loss != loss or loss in (float("inf"), float("-inf")):
-            rates = rate_names(self.model, self.place)
+            rates = self._rates()
             raise TrainingError(f"the loss of step {self.step} is {loss}; lower {rates}, or check the data")
         self.loss += loss
         self.tokens += tokens
@@ -205,6 +214,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         """Go on with the scales and norms of the checkpoint as they were, not as they are served."""
         if self.checkpoint is not None:
             load_unrounded(self.model, self.checkpoint)
+            self.best.load(self.checkpoint)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -221,32 +231,59 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm) and not args.fp16:  # the fp16 scaler skips such a step itself
-            raise TrainingError(
-                f"the gradient of step {self.step} is not finite; lower {rate_names(self.model, self.place)}"
-            )
+            raise TrainingError(f"the gradient of step {self.step} is not finite; lower {self._rates()}")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuse scales that no grid can have, and journal the step."""
+        """Refuse scales that no grid can have, measure where it is time, and journal the step."""
         try:
             check_trained(self.model)
         except AdapterError as error:
-            message = f"after step {state.global_step} {error}; lower {rate_names(self.model, self.place)}"
+            message = f"after step {state.global_step} {error}; lower {self._rates()}"
             raise TrainingError(message) from None
         seconds = time.perf_counter() - self.started
-        step = StepRecord(state.global_step, self.loss, self.ranks, seconds, self.tokens)
+        last = state.global_step >= state.max_steps
+        eval_loss = self._measure() if self._is_due(state.global_step, last) else None
+        if self.tell is not None and eval_loss is not None:
+            told = control.should_log
+            self.tell({"eval_loss": eval_loss})
+            control.should_log = told  # of the step's own figures, which Trainer takes for told now
+        step = StepRecord(state.global_step, self.loss, self.ranks, seconds, self.tokens, eval_loss)
         self.steps.append(step)
+        if self.section.keeps_best and best_step(self.steps) is step:
+            self.best.keep()
+        if not last and is_exhausted(self.steps, self.section.early_stopping):
+            control.should_training_stop = control.should_save = True
         if state.is_world_process_zero:
             self.journal.append(step, rate=float(kwargs["optimizer"].param_groups[0]["lr"]))
         self.advance(1, describe_steps(self.steps))
+
+    def _rates(self) -> str:
+        return rate_names(self.model, self.section.place)
+
+    def _is_due(self, step: int, last: bool) -> bool:
+        every = self.section.eval_steps
+        return self.measure is not None and every > 0 and (last or step % every == 0)
+
+    def _measure(self) -> float:
+        """The loss at the median ranks, without dropout; the next step draws ranks of its own."""
+        assert self.measure is not None
+        if self.space is not None:
+            set_ranks(self.model, self.space.median())
+        self.model.eval()
+        loss = self.measure()
+        self.model.train()
+        return loss
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Mark the checkpoint as whole, once every process has written its part of it."""
         if state.is_world_process_zero:
-            save_unrounded(self.model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_unrounded(self.model, checkpoint)
+            self.best.save(checkpoint)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
