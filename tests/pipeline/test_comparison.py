@@ -98,7 +98,8 @@ def test_a_rate_whose_best_lies_at_the_edge_is_told(run: Run) -> None:
 
 
 def test_what_differs_is_told_in_the_fewest_words(run: Run) -> None:
-    trained = {"train": {"max_steps": 10, "batch_size": 8}, "adapters": {"method": "lora", "ranks": [16]}}
+    lora = {"method": "lora", "ranks": [8], "gradient": "exact"}
+    trained = {"train": {"max_steps": 10, "batch_size": 8}, "adapters": lora}
     grid = {"quantize": {"method": "gptq", "bits": 3}, "evaluate": {"models": ["base"]}}
     other = {"train": {"max_steps": 20, "batch_size": 8}, "adapters": {"method": "scales"}}
     runs = [run("lora", recipe=trained), run("grid", 0.1, recipe=other | grid)]
@@ -106,7 +107,7 @@ def test_what_differs_is_told_in_the_fewest_words(run: Run) -> None:
     assert data.differing == {
         "train.max_steps": ["10", "20"],
         "adapters.method": ["lora", "scales"],
-        "adapters.ranks": ["16", "-"],
+        "adapters.ranks": ["8", "-"],  # and not the gradient: scales have none, lora has the default
         "quantize": ["-", "gptq, bits 3"],
     }
     assert differing_table(data)[0] == ["setting", "lora", "grid"]  # as narrow as it can be

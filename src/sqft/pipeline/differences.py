@@ -33,9 +33,12 @@ def differing_settings(recipes: Sequence[Values]) -> dict[str, list[str]]:
         if any(isinstance(part, Mapping) for part in parts) and None in parts:
             rows[name] = ["-" if part is None else _brief(name, part) for part in parts]
             continue
-        flat = [flat_settings({name: part}) for part in parts]
+        flat, defaults = [flat_settings({name: part}) for part in parts], section_defaults(Recipe, name)
         for key in dict.fromkeys(key for part in flat for key in part if not is_untold(key)):
-            rows[key] = [_shown(part.get(key)) for part in flat]
+            values = [part[key] for part in flat if key in part]
+            settled = len(values) < len(flat) and all(v == defaults.get(key.split(".")[-1]) for v in values)
+            if not settled:  # some have no such setting, and the others leave it as it is
+                rows[key] = [_shown(part.get(key)) for part in flat]
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
