@@ -18,11 +18,27 @@ from typing import Any
 from sqft.errors import WorkspaceError
 
 __all__ = [
+    "CERTIFICATE",
     "ENVIRONMENT",
+    "EXPORT_RECORD",
     "FACTS",
+    "ITEM_FIGURES",
+    "LATENT",
     "LAYERS",
     "MANIFEST",
+    "MASKS",
+    "MERGE_RECORD",
+    "METRICS",
+    "PACK_RECORD",
+    "REFERENCE",
+    "REPORT",
+    "REPORT_PAGE",
+    "SUB_ADAPTER",
+    "SWEEP",
     "TEMPORARY",
+    "TRAINING_RECORD",
+    "TRIALS",
+    "UNROUNDED",
     "Manifest",
     "digest_file",
     "digest_files",
@@ -36,12 +52,30 @@ __all__ = [
     "write_json",
 ]
 
-MANIFEST = "manifest.json"
+# The names of our own files. The certificate's readers that share no code with the library repeat theirs.
+MANIFEST = "manifest.json"  # of a finished stage
 ENVIRONMENT = ".environment.json"  # what an unfinished stage was begun in
-SEAL = "sha256"
-TEMPORARY = ".tmp"  # ends the name of a file that is being written
-FACTS = "sqft.json"  # of a merged model or an adapter: what it is, and how its prompts were made
 LAYERS = "sqft_layers.json"  # of a compressed model: what was done to each layer
+MASKS = "sqft_masks.safetensors"  # which weights are kept, bit by bit
+LATENT = "sqft_latent.safetensors"  # codes with fractional bits: what training starts from
+UNROUNDED = "sqft_unrounded.safetensors"  # of a training checkpoint: what is trained, before it is rounded
+TRAINING_RECORD = "training.json"  # how a training went
+METRICS = "metrics.jsonl"  # its loss and speed, step by step
+TRIALS = "trials.log"  # of a search
+SUB_ADAPTER = "sub_adapter.json"  # what a search chose
+FACTS = "sqft.json"  # of a merged model or an adapter: what it is, and how its prompts were made
+REFERENCE = "sqft_reference.safetensors"  # token ids, and the logits that the trained model gives for them
+CERTIFICATE = "sqft_certificate.json"
+MERGE_RECORD = "sqft_merge.json"  # of an adapter trained elsewhere: how it was merged, and what survived
+EXPORT_RECORD = "sqft_export.json"  # what was written, and how it was compared
+PACK_RECORD = "sqft_packed.json"  # of a download form: the files that it unpacks to
+ITEM_FIGURES = "items.json"  # of every item of an evaluation
+REPORT = "report.json"
+REPORT_PAGE = "report.html"
+SWEEP = "sweep.json"  # of a sweep: its variants and their figures
+
+SEAL = "sha256"  # under which a sealed value keeps its own digest
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
 @dataclass(frozen=True)

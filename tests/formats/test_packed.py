@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sqft.artifacts import digest_files, seal
+from sqft.artifacts import PACK_RECORD, digest_files, seal
 from sqft.errors import ExportError, ModelError, SqftError
 from sqft.formats import packed as packed_format
-from sqft.formats.packed import RECORD, check_packed, pack_model, unpack_model
+from sqft.formats.packed import check_packed, pack_model, unpack_model
 from sqft.models import load_model, open_checkpoint, read_masks, read_quantized
 from tests.merged_models import write_merge
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_packed_is_refused(merged: Callable[..., Path], tmp_path:
     with pytest.raises(ExportError, match="sparse enough"):
         pack_model(merged(sparsity=0.0), tmp_path / "no")
     assert not (tmp_path / "no").exists()
-    assert not (tmp_path / "no.partial").exists() or not (tmp_path / "no.partial" / RECORD).exists()
+    assert not (tmp_path / "no.partial").exists() or not (tmp_path / "no.partial" / PACK_RECORD).exists()
 
 
 def test_a_pruned_weight_that_is_not_zero_is_told(merged: Callable[..., Path], tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def packed(merged: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def test_versions_to_come_are_told(packed: Path, tmp_path: Path) -> None:
-    path = packed / RECORD
+    path = packed / PACK_RECORD
     record = {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
     path.write_text(json.dumps(seal(record | {"version": 2})))
     with pytest.raises(ModelError, match="packed in version 2 of the format, this sqft reads version 1"):
@@ -177,7 +177,7 @@ def test_versions_to_come_are_told(packed: Path, tmp_path: Path) -> None:
 
 
 def test_records_that_point_elsewhere_are_refused(packed: Path, tmp_path: Path) -> None:
-    path = packed / RECORD
+    path = packed / PACK_RECORD
     record = {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
     outside = tmp_path / "outside.json"
     for name in ("../outside.json", str(outside), "a/../../outside.json"):
@@ -188,7 +188,7 @@ def test_records_that_point_elsewhere_are_refused(packed: Path, tmp_path: Path) 
         assert not outside.exists()
 
 
-@pytest.mark.parametrize("file", ["packed.safetensors", "config.json", RECORD, "tokenizer.json"])
+@pytest.mark.parametrize("file", ["packed.safetensors", "config.json", PACK_RECORD, "tokenizer.json"])
 def test_damage_is_told_in_one_line(packed: Path, tmp_path: Path, file: str) -> None:
     """Truncation at many places and single bits, in every kind of file: never a traceback, never a result."""
     path = packed / file
@@ -215,7 +215,7 @@ def test_what_was_hashed_anew_after_a_change_does_not_come_back_as_the_original(
     packed: Path, tmp_path: Path
 ) -> None:
     """Random bytes in the weights, with digests that say nothing happened: the original's digest tells."""
-    path, record = packed / "packed.safetensors", packed / RECORD
+    path, record = packed / "packed.safetensors", packed / PACK_RECORD
     whole = path.read_bytes()
     values = {k: v for k, v in json.loads(record.read_text()).items() if k != "sha256"}
     start = 8 + int.from_bytes(whole[:8], "little")
@@ -225,7 +225,7 @@ def test_what_was_hashed_anew_after_a_change_does_not_come_back_as_the_original(
         for place in torch.randint(start, len(whole), (3,), generator=generator).tolist():
             changed[place] ^= 0x55
         path.write_bytes(changed)
-        files = {name: digest for name, digest in digest_files(packed).items() if name != RECORD}
+        files = {name: digest for name, digest in digest_files(packed).items() if name != PACK_RECORD}
         record.write_text(json.dumps(seal(values | {"files": files})))
         with pytest.raises(ModelError, match="fetch"):
             unpack_model(packed, tmp_path / "back")

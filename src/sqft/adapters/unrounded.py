@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sqft.artifacts import UNROUNDED
 from sqft.errors import AdapterError
 
 __all__ = ["check_trained", "load_unrounded", "save_unrounded", "trained_in_place"]
 
-UNROUNDED = "sqft_unrounded.safetensors"
 PARTS = ("sqft_scale", "sqft_norm")
 
 

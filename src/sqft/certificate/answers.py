@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import LAYERS, digest_file
+from sqft.artifacts import CERTIFICATE, FACTS, LAYERS, MANIFEST, MASKS, REFERENCE, digest_file
 from sqft.certificate.stored import StoredModel, read_json
 from sqft.errors import CertificateError
 from sqft.marks import EVALUATIONS, MARK, list_names
@@ -17,15 +17,14 @@ from sqft.marks import EVALUATIONS, MARK, list_names
 __all__ = ["SIGNATURE", "check_files", "check_settings", "hidden_names"]
 
 SIGNATURE = "sqft_certificate.json.sig"
-FACTS = "sqft.json"
 TEXTS = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "merges.txt",
     "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
     "vocab.txt",
 )  # fmt: skip
 OURS = {
-    "config.json", "model.safetensors.index.json", FACTS, LAYERS, "sqft_masks.safetensors",
-    "sqft_certificate.json", "sqft_reference.safetensors", SIGNATURE, "README.md", "manifest.json", MARK,
+    "config.json", "model.safetensors.index.json", FACTS, LAYERS, MASKS,
+    CERTIFICATE, REFERENCE, SIGNATURE, "README.md", MANIFEST, MARK,
     ".environment.json",
 }  # fmt: skip
 OF_NO_EFFECT = {"_name_or_path", "transformers_version"}

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from sqft.adapters import codes_digest
-from sqft.artifacts import seal, write_json
-from sqft.certificate.checks import CERTIFICATE, Check, file_digests, run_check
+from sqft.artifacts import CERTIFICATE, seal, write_json
+from sqft.certificate.checks import Check, file_digests, run_check
 from sqft.certificate.integrity import LOGIT_TOLERANCE, check_integrity
 from sqft.certificate.provenance import check_provenance
 from sqft.certificate.reference import (

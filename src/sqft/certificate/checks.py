@@ -4,17 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqft.artifacts import digest_files
+from sqft.artifacts import CERTIFICATE, MANIFEST, digest_files
 from sqft.certificate.answers import SIGNATURE
 from sqft.errors import CertificateError, SqftError
 
-__all__ = ["CERTIFICATE", "Check", "file_digests", "require_passed", "run_check"]
+__all__ = ["Check", "file_digests", "require_passed", "run_check"]
 
-CERTIFICATE = "sqft_certificate.json"
 UNCERTIFIED = {
     CERTIFICATE,
     SIGNATURE,
-    "manifest.json",
+    MANIFEST,
     "README.md",
 }  # written after the certificate, and no part of a model
 

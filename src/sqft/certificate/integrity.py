@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sqft.artifacts import SEAL, unseal
+from sqft.artifacts import CERTIFICATE, FACTS, SEAL, unseal
 from sqft.certificate.answers import hidden_names
-from sqft.certificate.checks import CERTIFICATE, Check, file_digests, run_check
+from sqft.certificate.checks import Check, file_digests, run_check
 from sqft.certificate.reference import compute_logits, largest_difference, read_reference
 from sqft.certificate.stored import StoredModel, read_json
 from sqft.errors import CertificateError
@@ -27,7 +27,6 @@ from sqft.progress import SILENT, Progress
 
 __all__ = ["LOGIT_TOLERANCE", "check_integrity", "run_check"]
 
-FACTS = "sqft.json"
 HEAD_ROWS = 8192  # checked at a time: whole numbers of 64 bits take four times the memory
 LOGIT_TOLERANCE = 1e-5  # of the largest absolute logit
 

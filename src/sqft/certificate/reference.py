@@ -8,11 +8,11 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sqft.artifacts import REFERENCE
 from sqft.certificate.stored import StoredTensors
 from sqft.errors import CertificateError
 
 __all__ = [
-    "REFERENCE",
     "compute_logits",
     "largest_difference",
     "read_reference",
@@ -20,7 +20,6 @@ __all__ = [
     "write_reference",
 ]
 
-REFERENCE = "sqft_reference.safetensors"
 POSITIONS = 4  # positions kept of every item: the last ones, which depend on the whole item
 PROBE_LENGTH = 16
 

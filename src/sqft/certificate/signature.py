@@ -9,13 +9,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from sqft.artifacts import CERTIFICATE, EXPORT_RECORD
 from sqft.errors import CertificateError, MissingExtraError
 
 __all__ = ["check_signature", "sign_record", "signed_record"]
 
 NAMESPACE = "sqft"
 SIGNER = "signer"
-RECORDS = ("sqft_export.json", "sqft_certificate.json")  # the files that hold the digests of all others
+RECORDS = (EXPORT_RECORD, CERTIFICATE)  # the files that hold the digests of all others
 SECONDS = 300  # a passphrase is typed, a hardware key touched
 
 

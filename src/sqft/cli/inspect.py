@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqft.artifacts import FACTS
 from sqft.cli.options import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -53,12 +54,12 @@ def inspect(
         names += [name.removesuffix(".weight") for name in head_weights(checkpoint.skeleton())]
         facts = list(inspect_layers(checkpoint, track(names, "reading layers", progress)))
     if as_json:
-        print_json({"facts": _read_facts(directory / "sqft.json"), "layers": facts})
+        print_json({"facts": _read_facts(directory / FACTS), "layers": facts})
         return
     total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     kind, blocks = checkpoint.config.model_type, len(checkpoint.block_names)
     print(f"{directory}: {kind}, {blocks} blocks, {format_bytes(total)}")
-    for key, value in _read_facts(directory / "sqft.json").items():
+    for key, value in _read_facts(directory / FACTS).items():
         if isinstance(value, str | int | float):
             print(f"{key}: {value}")
     groups: dict[str, list[LayerFacts]] = {}

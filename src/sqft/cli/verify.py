@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sqft.artifacts import EXPORT_RECORD, PACK_RECORD
 from sqft.cli.options import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ def verify(
             raise CertificateError(f"there is no directory {path}")
     if (base is None) != (adapter is None):
         raise CertificateError("give both --base and --adapter, or neither")
-    exported = (directory / "sqft_export.json").is_file()
-    packed = (directory / "sqft_packed.json").is_file()
+    exported = (directory / EXPORT_RECORD).is_file()
+    packed = (directory / PACK_RECORD).is_file()
     if merged is not None and not exported:
         raise CertificateError(f"{directory} was not written by sqft export, so --merged does not apply")
     with RichProgress() as progress:
@@ -88,8 +89,9 @@ def _export_checks(directory: Path, merged: Path | None) -> list["Check"]:
 
 def _pack_checks(directory: Path) -> list["Check"]:
     """Of a packed directory: its files are unchanged, and give back what was certified."""
+    from sqft.artifacts import CERTIFICATE
     from sqft.certificate import Check
-    from sqft.certificate.checks import CERTIFICATE, run_check
+    from sqft.certificate.checks import run_check
     from sqft.certificate.stored import read_json
     from sqft.errors import CertificateError
     from sqft.formats.packed import check_packed, check_restored

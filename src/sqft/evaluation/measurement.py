@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sqft.adapters.identity import base_weight
-from sqft.artifacts import digest_json
+from sqft.artifacts import LATENT, MASKS, REFERENCE, digest_json
 from sqft.data import Example
 from sqft.evaluation.harness import evaluate_tasks, main_figure
 from sqft.evaluation.items import evaluate_items
@@ -22,7 +22,7 @@ from sqft.sections import EvaluateSection
 __all__ = ["compare_models", "measure_model", "size_on_disk"]
 
 WEIGHTS = ("*.safetensors",)
-NOT_SERVED = ("sqft_latent.safetensors", "sqft_masks.safetensors", "sqft_reference.safetensors")
+NOT_SERVED = (LATENT, MASKS, REFERENCE)
 
 
 def measure_model(

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
+from sqft.artifacts import REFERENCE
 from sqft.errors import ExportError
 from sqft.formats.weights import ExportSource, IntegerWeight
 from sqft.models import load_model
@@ -23,7 +24,6 @@ __all__ = [
     "reference_logits",
 ]
 
-REFERENCE = "sqft_reference.safetensors"
 MAX_POSITIONS = 32
 PROBE_LENGTH = 16
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft.artifacts import digest_files, write_json
+from sqft.artifacts import EXPORT_RECORD, digest_files, write_json
 from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.export.fidelity import (
@@ -31,7 +31,6 @@ from sqft.progress import SILENT, Progress
 from sqft.runtimes.commands import serving_commands
 
 __all__ = [
-    "EXPORT",
     "ExportPlan",
     "check_stored",
     "export_model",
@@ -40,7 +39,6 @@ __all__ = [
     "write_export",
 ]
 
-EXPORT = "sqft_export.json"
 LARGEST_SHARE = 1e-4  # of the largest logit, for runtimes that compute in float32
 LARGEST_KL = 0.02  # nats, for llama.cpp, which rounds activations to 8 bits
 
@@ -165,7 +163,7 @@ def write_export(
         )
         (directory / "README.md").write_text(card, encoding="utf-8")
         record = {"head_option": plan.head_type, "files": digest_files(directory)}
-        write_json(directory / EXPORT, result.as_dict() | record)
+        write_json(directory / EXPORT_RECORD, result.as_dict() | record)
         advance(1)
     return result
 

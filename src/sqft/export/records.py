@@ -6,19 +6,18 @@ from typing import Any
 
 __all__ = ["model_records", "read_certificate"]
 
-CERTIFICATE = "sqft_certificate.json"
 
 Rows = list[dict[str, Any]]
 
 
 def model_records(directory: Path) -> tuple[dict[str, Any] | None, Rows | None]:
     """The recipe and the evaluation that a model directory, or the report of the run beside it, tells of."""
-    report = _read(directory.parent / "report.json")
+    report = _read(directory.parent / REPORT)
     if Path(str(report.get("merged_dir"))).name != directory.resolve().name:
         report = {}
-    recipe = _read(directory / "sqft.json").get("recipe") or report.get("recipe")
+    recipe = _read(directory / FACTS).get("recipe") or report.get("recipe")
     rows = list(report.get("models") or [])
-    merge = _read(directory / "sqft_merge.json")
+    merge = _read(directory / MERGE_RECORD)
     for name in ("base", "unmerged", "trained_on"):
         if merge.get(f"{name}_loss") is not None:
             rows.append({"name": name, "loss": merge[f"{name}_loss"]})

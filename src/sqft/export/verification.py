@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import digest_file, digest_files
+from sqft.artifacts import EXPORT_RECORD, MANIFEST, MASKS, digest_file, digest_files
 from sqft.certificate.answers import hidden_names
 from sqft.errors import ExportError, SqftError
-from sqft.export.model_export import EXPORT, check_stored
+from sqft.export.model_export import check_stored
 from sqft.export.table import find_format
 from sqft.formats.gguf_model import changed_tokenizer_keys, gguf_path
 from sqft.formats.weights import open_source
@@ -18,8 +18,7 @@ from sqft.models import load_tokenizer
 
 __all__ = ["Finding", "check_export"]
 
-MASKS = "sqft_masks.safetensors"
-NOT_CHECKED = (EXPORT, f"{EXPORT}.sig", "README.md", "manifest.json")  # the record, and documents
+NOT_CHECKED = (EXPORT_RECORD, f"{EXPORT_RECORD}.sig", "README.md", MANIFEST)  # the record, and documents
 OF_NO_EFFECT = ("_name_or_path", "transformers_version")
 
 
@@ -56,7 +55,7 @@ def check_export(directory: Path, merged_dir: Path | None = None) -> list[Findin
 
 
 def _check_digests(directory: Path) -> str:
-    recorded = json.loads((directory / EXPORT).read_text(encoding="utf-8"))["files"]
+    recorded = json.loads((directory / EXPORT_RECORD).read_text(encoding="utf-8"))["files"]
     found = digest_files(directory)
     for ours in NOT_CHECKED:
         recorded.pop(ours, None)
@@ -149,7 +148,7 @@ def _same_file(first: Path, second: Path) -> bool:
 
 def _model_record(directory: Path) -> dict[str, Any]:
     """What an export wrote of itself. Raises: ExportError if it is an adapter's."""
-    record: dict[str, Any] = json.loads((directory / EXPORT).read_text(encoding="utf-8"))
+    record: dict[str, Any] = json.loads((directory / EXPORT_RECORD).read_text(encoding="utf-8"))
     if record.get("adapter"):
         raise ExportError("an adapter is no merged model; verify it without --merged")
     return record

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from sqft.adapters.lora_files import ForeignAdapter
+from sqft.artifacts import FACTS, MASKS
 from sqft.foreign.erasure import Weight, adapted_layers, round_update
 from sqft.foreign.rungs import polish_weights, walk_rung
 from sqft.models import Checkpoint, CheckpointWriter, load_model, open_checkpoint
@@ -137,7 +138,7 @@ def _write_rung(
     if directory.exists():
         shutil.rmtree(directory)
     writer = CheckpointWriter(directory, base)
-    stored = masks if (base.directory / "sqft_masks.safetensors").is_file() else {}
+    stored = masks if (base.directory / MASKS).is_file() else {}
     writer.prepare(quantized=base.quantized_names, grid=base.grid, masked=stored)
     written = set()
     for name, weight in weights:
@@ -149,7 +150,7 @@ def _write_rung(
             written.add(name)
     for name in set(stored) - written:
         writer.write_mask(name, stored[name])
-    facts = base.directory / "sqft.json"
+    facts = base.directory / FACTS
     writer.close()
     if facts.is_file():
         shutil.copyfile(facts, directory / facts.name)

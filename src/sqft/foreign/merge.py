@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
-from sqft.artifacts import digest_file, write_json
+from sqft.artifacts import MERGE_RECORD, digest_file, write_json
 from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.foreign.base import convert_base, convert_training_base
@@ -34,7 +34,6 @@ from sqft.sections import MergeSection
 __all__ = ["SAME_ITEMS", "MergeObserver", "MergeResult", "merge_foreign"]
 
 NEEDS_GRID = {"feedback", "refit"}
-MERGE = "sqft_merge.json"
 SAME_ITEMS = (
     "the rung was chosen on the items that its retention was measured on, so it is reported slightly "
     "optimistically"
@@ -176,7 +175,7 @@ def merge_foreign(
             skipped,
             {"base": _digests(base_dir), "adapter": _digests(adapter_dir)},
         )
-        write_json(partial / MERGE, result.as_dict())
+        write_json(partial / MERGE_RECORD, result.as_dict())
     return result
 
 

@@ -8,12 +8,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sqft.artifacts import FACTS, MASKS
 from sqft.formats.dense import copy_tokenizer
 from sqft.formats.weights import ExportSource, IntegerWeight, open_source
 
 __all__ = ["compressed_refusal", "copy_model", "read_compressed"]
 
-MODEL_FILES = ("config.json", "sqft.json", "sqft_masks.safetensors")
+MODEL_FILES = ("config.json", FACTS, MASKS)
 
 
 def compressed_refusal(source: ExportSource) -> str | None:

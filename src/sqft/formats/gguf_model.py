@@ -16,6 +16,7 @@ from gguf.quants import quantize as quantize_blocks
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sqft.artifacts import FACTS
 from sqft.errors import ExportError
 from sqft.formats.gguf_blocks import BLOCK, Q4_0, Q4_1, Q8_0, choose_block_type, pack_blocks, unpack_blocks
 from sqft.formats.gguf_names import ARCHITECTURES, gguf_name, head_size, rotary_order, tied_head
@@ -231,7 +232,7 @@ def _write_metadata(writer: GGUFWriter, source: ExportSource, arch: MODEL_ARCH) 
     writer.add_quantization_version(2)
     first = choose_block_type(source.quantized(source.quantized_names[0])) if source.quantized_names else None
     writer.add_file_type(LlamaFileType.MOSTLY_F16 if first is None else FILE_TYPES[first])
-    facts = source.directory / "sqft.json"
+    facts = source.directory / FACTS
     if facts.is_file():
         writer.add_string("sqft.facts", json.dumps(json.loads(facts.read_text(encoding="utf-8"))))
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import sqft
-from sqft.artifacts import digest_file, digest_files, seal, unseal, write_json
+from sqft.artifacts import MASKS, PACK_RECORD, digest_file, digest_files, seal, unseal, write_json
 from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError, ModelError
 from sqft.models import Checkpoint, StoredMasks, head_weights, open_checkpoint
@@ -32,11 +32,9 @@ from sqft.models.packing import (
 )
 from sqft.models.sparse_packing import head_specs, pack_codes, pack_head, sparse_specs, sparse_takes_less
 from sqft.models.tensorfile import TensorFile, TensorSpec
-from sqft.models.writer import MASKS
 from sqft.progress import SILENT, Progress
 
 __all__ = [
-    "RECORD",
     "PackResult",
     "check_packed",
     "check_restored",
@@ -46,7 +44,6 @@ __all__ = [
     "unpack_model",
 ]
 
-RECORD = "sqft_packed.json"
 CONFIG = "config.json"
 HEADER_LIMIT = 100_000_000  # bytes, as safetensors has it
 
@@ -74,7 +71,7 @@ def pack_model(directory: Path, output_dir: Path, progress: Progress = SILENT) -
     model.
     """
     checkpoint = open_checkpoint(directory)
-    if (directory / RECORD).is_file():
+    if (directory / PACK_RECORD).is_file():
         raise ExportError(f"{directory} is packed already")
     if not checkpoint.quantized_names:
         raise ExportError(
@@ -103,7 +100,7 @@ def pack_model(directory: Path, output_dir: Path, progress: Progress = SILENT) -
         record["files"] = digest_files(partial)
         written = [partial / _packed_name(path.name) for path in weights]
         record["bytes"] = {path.name: path.stat().st_size for path in written}
-        write_json(partial / RECORD, seal(record))
+        write_json(partial / PACK_RECORD, seal(record))
         for name, original in record["originals"].items():
             if _digest(_restored(partial, name, original)) != original["sha256"]:
                 raise ExportError(f"{name} would not come back bit for bit; sqft did not write it")
@@ -130,7 +127,7 @@ def unpack_model(directory: Path, output_dir: Path, progress: Progress = SILENT)
     originals = record["originals"]
     with new_directory(output_dir) as partial, progress.task("unpack", len(originals)) as advance:
         for path in list_files(directory):
-            if path.name not in {*map(_packed_name, originals), RECORD}:
+            if path.name not in {*map(_packed_name, originals), PACK_RECORD}:
                 _copy(path, partial / path.relative_to(directory))
         for name, original in originals.items():
             with (partial / name).open("wb") as file:
@@ -142,9 +139,9 @@ def unpack_model(directory: Path, output_dir: Path, progress: Progress = SILENT)
 
 def read_record(directory: Path) -> dict[str, Any]:
     """What sqft_packed.json says. Raises: ModelError if it is missing, damaged or of another version."""
-    path = directory / RECORD
+    path = directory / PACK_RECORD
     if not path.is_file():
-        raise ModelError(f"{directory} is not packed: it has no {RECORD}")
+        raise ModelError(f"{directory} is not packed: it has no {PACK_RECORD}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(values, dict):
@@ -168,7 +165,7 @@ def check_packed(directory: Path) -> dict[str, Any]:
     """
     record = read_record(directory)
     expected = record["files"]
-    found = {name: digest for name, digest in digest_files(directory).items() if name != RECORD}
+    found = {name: digest for name, digest in digest_files(directory).items() if name != PACK_RECORD}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
     problems += [f"{name} was added" for name in sorted(found.keys() - expected.keys())]
     changed = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sqft.artifacts import FACTS, write_json
+from sqft.artifacts import FACTS, LATENT, MASKS, write_json
 from sqft.errors import ModelError
 from sqft.models.checkpoint import SINGLE, SPARSE_FILE, Checkpoint
 from sqft.models.packing import (
@@ -27,8 +27,6 @@ from sqft.ops import GridSpec, QuantizedWeight, pack_mask, unpack_mask
 
 __all__ = ["CheckpointWriter", "StoredMasks", "read_latents", "read_masks", "write_masks", "write_model"]
 
-MASKS = "sqft_masks.safetensors"
-LATENT = "sqft_latent.safetensors"
 STATE = "resume.safetensors"
 KEPT_FILES = (
     "generation_config.json",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import digest_json
+from sqft.artifacts import ITEM_FIGURES, REPORT, digest_json
 from sqft.errors import DataError, WorkspaceError
 from sqft.marks import EVALUATIONS
 from sqft.pipeline.differences import SEEDS, differing_settings, edge_notes, flat_settings, is_untold
@@ -19,8 +19,6 @@ from sqft.report.comparison import ComparedRow, ComparisonData, Estimate, Gap, i
 from sqft.report.summary import label_model, loss_unit
 
 __all__ = ["Measured", "compare_runs", "find_measured"]
-
-ITEMS = "items.json"
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def compare_runs(
 def _measured_in(path: Path) -> list[Measured]:
     if path.is_file():
         return [_merged([_read_evaluation(path)])]
-    if (path / "report.json").is_file():
+    if (path / REPORT).is_file():
         return _run(path)
     files = [file for file in (path / EVALUATIONS).glob("*.json") if not file.name.startswith(".")]
     if files:
@@ -123,13 +121,16 @@ def _measured_in(path: Path) -> list[Measured]:
 def _run(directory: Path) -> list[Measured]:
     report: ReportData = read_report(directory)
     try:
-        items = json.loads((directory / ITEMS).read_text(encoding="utf-8"))
+        items = json.loads((directory / ITEM_FIGURES).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WorkspaceError(
-            f"{directory} has no {ITEMS}, so nothing can be paired; run its recipe again (what is done stays)"
+            f"{directory} has no {ITEM_FIGURES}, so nothing can be paired; "
+            "run its recipe again (what is done stays)"
         ) from None
     except ValueError as error:
-        raise WorkspaceError(f"{directory / ITEMS} is damaged ({error}); run the recipe again") from error
+        raise WorkspaceError(
+            f"{directory / ITEM_FIGURES} is damaged ({error}); run the recipe again"
+        ) from error
     rows = [row for row in report.models if row.name in items]
     return [
         Measured(str(directory), row, items[row.name], report.recipe, last=row is rows[-1]) for row in rows

@@ -9,11 +9,10 @@ from sqft.pipeline.recipe import Recipe
 from sqft.progress import Progress
 from sqft.sections import AdapterSection, DataSection
 
-__all__ = ["ADAPTER", "ITEM_FIGURES", "TRAINING", "StageContext"]
+__all__ = ["ADAPTER", "TRAINING", "StageContext"]
 
 ADAPTER = "adapter"  # where train and search keep theirs
 TRAINING = "training"  # where tune keeps what it merged, and how that was trained
-ITEM_FIGURES = "items.json"  # of every item of an evaluation
 CHAIN = ("model", "tuned", "tune", "sparsify", "quantize", "train", "search")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sqft.artifacts import FACTS, digest_json
+from sqft.artifacts import FACTS, REPORT, digest_json
 from sqft.directories import write_files
 from sqft.errors import AdapterError, DataError, ModelError
 from sqft.formats.openvino import XML
@@ -56,7 +56,7 @@ def recorded_prompt(path: Path) -> dict[str, Any] | None:
     prompt = _read_json(folder / FACTS).get("prompt")
     if isinstance(prompt, dict):
         return prompt
-    data = _read_json(folder.parent / "report.json").get("recipe", {}).get("data")
+    data = _read_json(folder.parent / REPORT).get("recipe", {}).get("data")
     try:
         return DataSection.model_validate(data).rendering() if isinstance(data, dict) else None
     except ValueError:  # of another version

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
+from sqft.artifacts import REPORT
 from sqft.errors import RecipeError, WorkspaceError
 from sqft.pipeline.comparison import Measured, find_measured
 from sqft.pipeline.recipe import read_recipe_values, set_value
@@ -99,7 +100,7 @@ def reproduction_rows(name: str, sweep: Sweep, directory: Path) -> list[Row]:
 
 
 def _is_run(place: Path) -> bool:
-    return (place / "report.json").is_file()
+    return (place / REPORT).is_file()
 
 
 def _published() -> dict[str, Any]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import digest_file, digest_json
+from sqft.artifacts import ITEM_FIGURES, LATENT, digest_file, digest_json
 from sqft.directories import claim_folder, free_place, new_directory, remove_partial
 from sqft.marks import EVALUATIONS, Mark, changed_since, is_directory, read_mark
-from sqft.pipeline.context import ADAPTER, ITEM_FIGURES, TRAINING
+from sqft.pipeline.context import ADAPTER, TRAINING
 from sqft.pipeline.recipe import Recipe, stage_name
 from sqft.pipeline.runner import FinishedStage, damaged_stage
 from sqft.report import ReportData, write_report
@@ -22,7 +22,7 @@ __all__ = ["RunResult", "write_results"]
 logger = logging.getLogger(__name__)
 
 # Parts of a stage directory that only a later stage or a resumed run reads.
-NOT_PUBLISHED = ("sqft_latent.safetensors", TRAINING)
+NOT_PUBLISHED = (LATENT, TRAINING)
 
 
 @dataclass(frozen=True)

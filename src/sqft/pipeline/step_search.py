@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from sqft.artifacts import FACTS, Manifest, digest_json, write_json
+from sqft.artifacts import FACTS, SUB_ADAPTER, TRIALS, Manifest, digest_json, write_json
 from sqft.errors import CertificateError
 from sqft.pipeline.context import ADAPTER, StageContext
 from sqft.pipeline.opening import open_adapted
@@ -34,7 +34,7 @@ def search(context: StageContext) -> dict[str, Any]:
         objective,
         section,
         seed=context.recipe.seed,
-        storage=context.directory / "trials.log",
+        storage=context.directory / TRIALS,
         progress=context.progress,
     )
     extract_sub_adapter(adapted, result.best, context.directory / ADAPTER)
@@ -46,7 +46,7 @@ def search(context: StageContext) -> dict[str, Any]:
             set_ranks(adapted, sub_adapter)
             digest = codes_digest(adapted)
             _check_digest(digest, trained.get(digest_json(sub_adapter)))
-    write_json(context.directory / "sub_adapter.json", asdict(result))
+    write_json(context.directory / SUB_ADAPTER, asdict(result))
     return {"ranks": result.best, "codes_digest": digest, "num_trials": len(result.trials)}
 
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifacts import digest_json, write_json
+from sqft.artifacts import TRAINING_RECORD, digest_json, write_json
 from sqft.pipeline.context import ADAPTER, StageContext
 from sqft.pipeline.opening import tell_kept_zeros
 from sqft.pipeline.recipe import dense_adapters
@@ -92,7 +92,7 @@ def train_on(
             set_ranks(adapted, sub_adapter)
             digests[digest_json(sub_adapter)] = codes_digest(adapted)
         differing = count_differing_codes(adapted)
-    write_json(context.directory / "training.json", record.as_dict())
+    write_json(context.directory / TRAINING_RECORD, record.as_dict())
     curve = [(step.step, step.loss) for step in record.steps]
     chosen = {} if section.low_rank else {"ranks": {}, "codes_digest": digests[digest_json({})]}
     return adapted, {

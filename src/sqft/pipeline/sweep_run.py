@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import MANIFEST, Manifest
+from sqft.artifacts import MANIFEST, SWEEP, Manifest
 from sqft.directories import write_files
 from sqft.errors import SqftError, WorkspaceError, is_out_of_memory
 from sqft.pipeline.locks import StageBusyError
@@ -159,4 +159,4 @@ def _record(sweep: Sweep, directory: Path, done: dict[str, Path], failed: dict[s
         for cell in sweep.cells
     ]
     text = json.dumps({"name": sweep.name, "cells": cells}, indent=1, ensure_ascii=False) + "\n"
-    write_files(directory, {"sweep.json": text.encode()})
+    write_files(directory, {SWEEP: text.encode()})

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqft.artifacts import REPORT
 from sqft.errors import WorkspaceError
 
 __all__ = [
@@ -135,7 +136,7 @@ def read_report(directory: Path) -> ReportData:
 
     Raises: WorkspaceError if there is none, or it is damaged.
     """
-    path = directory / "report.json"
+    path = directory / REPORT
     try:
         return ReportData.from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from sqft.artifacts import ITEM_FIGURES, REPORT, REPORT_PAGE
 from sqft.directories import write_files
 from sqft.report.comparison import ComparisonData, compare_table, differing_table
 from sqft.report.content import ModelRow, ReportData, finite_values
@@ -26,9 +27,9 @@ def write_report(
 
     items: what every item gave, by model; becomes items.json, which comparisons are made from.
     """
-    contents = {"report.json": _json(data.to_json()), "report.html": render_page(data).encode()}
+    contents = {REPORT: _json(data.to_json()), REPORT_PAGE: render_page(data).encode()}
     if items:
-        contents["items.json"] = _json(finite_values(items))
+        contents[ITEM_FIGURES] = _json(finite_values(items))
     json_path, html_path, *_ = write_files(directory, contents)
     return json_path, html_path
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sqft.artifacts import PACK_RECORD
 from sqft.errors import ExportError
 from sqft.formats.openvino import XML
 from sqft.progress import SILENT, Progress
@@ -75,7 +76,7 @@ def open_artefact(
         if adapter is not None:
             raise ExportError("an adapter beside an OpenVINO model is not measured; use its merged form")
         return Artefact(name, path, "openvino")
-    if (path / "sqft_packed.json").is_file():
+    if (path / PACK_RECORD).is_file():
         if adapter is not None:
             raise ExportError("an adapter beside a packed model is not measured; use its merged form")
         return Artefact(name, path, "transformers + sqft")

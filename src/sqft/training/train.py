@@ -16,7 +16,7 @@ from torch import nn
 
 from sqft.adapters import SearchSpace, set_ranks
 from sqft.adapters.unrounded import load_unrounded
-from sqft.artifacts import digest_json
+from sqft.artifacts import METRICS, digest_json
 from sqft.data import Example
 from sqft.errors import TrainingError
 from sqft.progress import SILENT, Progress
@@ -31,7 +31,6 @@ from sqft.training.trainer import ElasticTrainer, StepCallback
 __all__ = ["train_adapters"]
 
 logger = logging.getLogger(__name__)
-METRICS = "metrics.jsonl"
 
 
 def train_adapters(
