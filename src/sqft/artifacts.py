@@ -84,7 +84,7 @@ class Manifest:
 
     stage: str
     key: str
-    section: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
@@ -96,7 +96,10 @@ class Manifest:
         """Raises: WorkspaceError if the manifest is missing or damaged."""
         path = directory / MANIFEST
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if "section" in values:  # as release 0.1.0 called the settings
+                values["settings"] = values.pop("section")
+            return cls(**values)
         except FileNotFoundError:
             raise WorkspaceError(
                 f"{directory} has no {MANIFEST}; it was not written by sqft, or not finished"

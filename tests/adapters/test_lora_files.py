@@ -96,7 +96,7 @@ def test_a_loss_that_is_not_finite_is_never_best(merged_dir: MergedDir, tmp_path
     assert not (tmp_path / "bad").exists()
 
 
-@pytest.mark.parametrize("rung", ["round", "feedback", "refit", "polish"])
+@pytest.mark.parametrize("rung", ["round", "feedback", "rescale", "polish"])
 def test_every_rung_keeps_the_update_of_a_head_without_a_grid(
     merged_dir: MergedDir, tmp_path: Path, rung: str
 ) -> None:

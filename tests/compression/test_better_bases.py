@@ -66,7 +66,7 @@ def test_sparsegpt_against_a_slow_one(pattern: str | None) -> None:
     columns = 160
     x, weight = inputs(500, columns), torch.randn(6, columns)
     hessian = hessian_of(x)
-    result = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
+    result = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern, damping=0.01)
     assert result.damping == 0.01
     expected = slow_sparsegpt(weight, hessian.matrix(), 0.01, result.mask)
     assert torch.allclose(result.weight, expected, rtol=1e-2, atol=1e-2)
@@ -82,12 +82,12 @@ def test_sparsegpt_against_a_slow_one(pattern: str | None) -> None:
 def test_joint_is_better_than_one_after_the_other(pattern: str | None) -> None:
     x, weight = inputs(500, 192), torch.randn(16, 192)
     hessian, options = hessian_of(x), GridSpec(3, 32, True)
-    joint = prune_and_round(weight, hessian, options, sparsity=0.5, pattern=pattern)
+    joint = prune_and_round(weight, hessian, options, sparsity=0.5, pattern=pattern, damping=0.01)
     assert joint.mask is not None
     assert pattern is None or fits_pattern(joint.mask, pattern)
     value = dequantize(joint.codes, joint.qparams)
     assert (value[~joint.mask] == 0).all()
-    pruned = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern)
+    pruned = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern, damping=0.01)
     qparams = compute_qparams(pruned.weight, GridSpec(3, 32, True))
     assert loss(value, weight, x) < loss(fake_quantize(pruned.weight, qparams), weight, x)
 
@@ -97,7 +97,7 @@ def test_descent_ends_where_no_single_code_can_improve(masked: bool) -> None:
     x, weight = inputs(500, 192), torch.randn(6, 192)
     mask = mask_rows(weight.abs(), 0.5) if masked else None
     hessian = hessian_of(x)
-    rounded = gptq(weight, mask, hessian, GridSpec(3, 32, True))
+    rounded = gptq(weight, mask, hessian, GridSpec(3, 32, True), damping=0.01)
     matrix = hessian.damped(0.01)
     better = descend(weight, rounded, matrix, sweeps=30)
 
@@ -122,7 +122,7 @@ def test_descent_ends_where_no_single_code_can_improve(masked: bool) -> None:
 def test_fitted_scales_are_the_least_squares_solution() -> None:
     x, weight = inputs(500, 192), torch.randn(6, 192)
     hessian = hessian_of(x)
-    rounded = gptq(weight, mask_rows(weight.abs(), 0.5), hessian, GridSpec(3, 32, True))
+    rounded = gptq(weight, mask_rows(weight.abs(), 0.5), hessian, GridSpec(3, 32, True), damping=0.01)
     matrix = hessian.damped(0.01)
     fitted = fit_scales(weight, rounded.codes, rounded.qparams, matrix, scale_bits=24)
 

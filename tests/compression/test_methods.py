@@ -113,6 +113,7 @@ def test_gptq_against_obq(symmetric: bool, bits: int, group_size: int, activatio
         mask,
         hessian,
         replace(grid, group_size=group_size),
+        damping=0.01,
         activation_order=activation_order,
     )
     order = (
@@ -139,7 +140,7 @@ def test_gptq_beats_rounding(bits: int) -> None:
     x, weight = inputs(400, 64), torch.randn(16, 64)
     options = GridSpec(bits, 32, True)
     nearest = rtn(weight, None, options)
-    best = gptq(weight, None, hessian_of(x), options)
+    best = gptq(weight, None, hessian_of(x), options, damping=0.01)
     losses = [
         ((dequantize(r.codes, r.qparams) - weight) @ x.T).square().sum().item() for r in (best, nearest)
     ]
@@ -154,7 +155,7 @@ def test_rtn_keeps_the_mask() -> None:
 
 
 def test_width_that_no_group_divides() -> None:
-    for method in (rtn, lambda w, m, o: gptq(w, m, hessian_of(inputs()), o)):
+    for method in (rtn, lambda w, m, o: gptq(w, m, hessian_of(inputs()), o, damping=0.01)):
         with pytest.raises(CompressionError, match="group size 16 does not divide the width 24"):
             method(torch.randn(2, 24), None, GridSpec(4, 16, True))
 
@@ -164,6 +165,6 @@ def test_dead_inputs_do_no_harm() -> None:
     x[:, 3] = 0
     hessian, weight = hessian_of(x), torch.randn(4, 24)
     assert hessian.num_dead == 1
-    rounded = gptq(weight, None, hessian, GridSpec(4, 8, True))
+    rounded = gptq(weight, None, hessian, GridSpec(4, 8, True), damping=0.01)
     assert torch.isfinite(rounded.before_rounding).all()
     assert rounded.before_rounding[0, 3] == weight[0, 3]

@@ -75,7 +75,7 @@ def test_the_ladder_climbs_and_keeps_grid_and_mask(
         polish_steps=20,
     )  # fmt: skip
     losses = {rung.name: rung.loss for rung in result.rungs if rung.loss is not None}
-    assert list(losses) == ["round", "feedback", "refit", "polish"]
+    assert list(losses) == ["round", "feedback", "rescale", "polish"]
     assert result.unmerged_loss is not None
     assert result.base_loss is not None
     assert result.unmerged_loss < result.base_loss - 0.1
@@ -238,9 +238,9 @@ def test_rungs_without_what_they_need_are_named(merged_dir: MergedDir, tmp_path:
         adapter_dir,
         tmp_path / "out",
         calibration=TOKENS,
-        rungs=["refit", "round"],
+        rungs=["rescale", "round"],
     )
-    assert dense.skipped == {"refit": "the base has no grid"}
+    assert dense.skipped == {"rescale": "the base has no grid"}
     assert dense.chosen == "round"
 
 

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from sqft.errors import AdapterError
 from sqft.ops.adapted_linear import GRADIENTS, check_choice
 from sqft.ops.kernel_use import KERNELS
+from sqft.sections import AdapterSection
 
 __all__ = ["DEFAULT_TARGETS", "METHODS", "PEFT_TYPE", "SqftConfig"]
 
@@ -30,6 +31,7 @@ TASK_HEADS = {
 METHODS = ("lora", "sparse_peft", "qa_sparse_peft", "scales")
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_up_proj", "down_proj")
 STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULTS = AdapterSection()
 DEFAULT_RANK_GROUPS = (("q_proj", "k_proj", "v_proj"),)
 
 
@@ -66,14 +68,14 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     init_seed: lora_A is a function of this seed and of the module's name.
     """
 
-    method: str = "sparse_peft"
+    method: str = "sparse_peft"  # not the recipe's default, which needs a quantized base
     train_scales: bool | None = None
     train_norms: bool | None = None
-    ranks: list[int] = field(default_factory=lambda: [16])
+    ranks: list[int] = field(default_factory=lambda: list(DEFAULTS.ranks))
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha: float = 32.0
-    dropout: float = 0.0
-    dropout_kind: Literal["column", "token"] = "column"
+    alpha: float = DEFAULTS.alpha
+    dropout: float = DEFAULTS.dropout
+    dropout_kind: Literal["column", "token"] = DEFAULTS.dropout_kind
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     scale_modules: list[str] = field(default_factory=list)
@@ -81,9 +83,9 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     scale_bits: int | None = None
     norm_dtype: str | None = None
     rank_groups: list[list[str]] | None = None
-    gradient: Literal["exact", "lowrank", "hybrid"] = "exact"
-    hybrid_steps: int = 4
-    kernels: Literal["auto", "torch", "triton"] = "auto"
+    gradient: Literal["exact", "lowrank", "hybrid"] = DEFAULTS.gradient
+    hybrid_steps: int = DEFAULTS.hybrid_steps
+    kernels: Literal["auto", "torch", "triton"] = DEFAULTS.kernels
     storage_dtype: str | None = None
     modules_to_save: list[str] | None = None
     identity: dict[str, str] = field(default_factory=dict)

@@ -22,7 +22,7 @@ def gptaq(
     grid: GridSpec,
     *,
     search_scales: bool = False,
-    damping: float = 0.01,
+    damping: float,
     activation_order: bool = False,
 ) -> Rounded:
     """Quantize as `gptq` does; columns to come also make up for the inputs that compression has changed.

@@ -22,7 +22,7 @@ def gptq(
     grid: GridSpec,
     *,
     search_scales: bool = False,
-    damping: float = 0.01,
+    damping: float,
     activation_order: bool = False,
     carry: Callable[[Tensor, Tensor | None], Tensor] | None = None,
 ) -> Rounded:

@@ -13,12 +13,12 @@ from sqft.artifacts import digest_json
 from sqft.compression.compressed import Rounded
 from sqft.compression.descent import descend
 from sqft.compression.driver import Task, compress_blocks, weight_of
-from sqft.compression.fit import check_not_quantized, choose_heads, choose_layers
 from sqft.compression.gptaq import ALPHA, gptaq
 from sqft.compression.gptq import gptq
 from sqft.compression.refine import fit_kept_weights
 from sqft.compression.reports import LayerReport, check_finite, warn_damping
 from sqft.compression.rtn import rtn
+from sqft.compression.selection import check_not_quantized, choose_heads, choose_layers
 from sqft.compression.sparsegpt import prune_and_round
 from sqft.compression.statistics import DenseTargetHessian, Hessian
 from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor

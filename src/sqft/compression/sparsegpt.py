@@ -21,7 +21,7 @@ def sparsegpt(
     *,
     sparsity: float,
     pattern: str | None = None,
-    damping: float = 0.01,
+    damping: float,
 ) -> Pruned:
     """Prune a weight and update what it keeps.
 
@@ -45,7 +45,7 @@ def prune_and_round(
     search_scales: bool = False,
     sparsity: float,
     pattern: str | None = None,
-    damping: float = 0.01,
+    damping: float,
 ) -> Rounded:
     """Prune and quantize in one pass, with one factorisation: later columns make up for both.
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from sqft.compression.budget import arithmetic_offsets, outlier_offsets, outlier_ratios, share_out
 from sqft.compression.compressed import Pruned
 from sqft.compression.driver import Task, compress_blocks, weight_of
-from sqft.compression.fit import check_not_quantized, choose_layers
 from sqft.compression.magnitude import magnitude_scores
 from sqft.compression.obs import obs_pass
 from sqft.compression.refine import fit_kept_weights, swap_mask
 from sqft.compression.reports import LayerReport, check_finite, warn_damping
 from sqft.compression.ria import ria_scores
+from sqft.compression.selection import check_not_quantized, choose_layers
 from sqft.compression.sparsegpt import sparsegpt
 from sqft.compression.statistics import DenseTargetHessian, Hessian, InputNorm
 from sqft.compression.walk import BlockWalk, InputGroup

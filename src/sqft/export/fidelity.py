@@ -61,19 +61,19 @@ def compare_codes(
     Raises: ExportError if a weight of the model is not among them.
     """
     codes = changed = weights = weights_changed = 0
-    seen = set()
+    seen = set[str]()
     for name, found in stored:
-        seen |= {name, f"{name}.weight"}
+        seen.add(name)
         if isinstance(found, IntegerWeight):
             expected = IntegerWeight.of(source.quantized(name.removesuffix(".weight")))
             codes += expected.steps.size
             changed += expected.changed(found)
         else:
-            plain = source.weight(name).float()
+            plain = source.tensor(name).float()
             weights += plain.numel()
             weights_changed += int((plain != found.float()).sum())
     tied = source.checkpoint.tied_weights
-    needed = (n for n in source.weight_names() if n not in tied and not n.endswith("rotary_emb.inv_freq"))
+    needed = (n for n in source.tensor_names() if n not in tied and not n.endswith("rotary_emb.inv_freq"))
     lacking = [name for name in needed if name not in seen]
     if lacking:
         raise ExportError(f"{len(lacking)} weights of the model are not in the artefact, first {lacking[0]}")

@@ -185,7 +185,7 @@ def check_stored(
         nonlocal in_heads
         for name, found in FORMATS[format].read(source, directory):
             if name in heads and isinstance(found, Tensor):
-                own = source.weight(name)
+                own = source.tensor(name)
                 if not torch.equal(round_head(own, head_type).float(), found.float()):
                     raise ExportError(f"{name} is not the model's, rounded to {head_type}")
                 in_heads += int((own.float() != found.float()).sum())

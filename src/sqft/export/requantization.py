@@ -49,8 +49,8 @@ def rounding_damage(source: ExportSource) -> Damage:
     """What 16 bits change: the weights that neither 16-bit type holds are rounded."""
     weights = changed = zeros_lost = 0
     error = size = 0.0
-    for name in source.weight_names():
-        old = source.weight(name).float()
+    for name in source.tensor_names():
+        old = source.tensor(name).float()
         dtype = half_dtype(source, name) or rounding_dtype(source)
         new = old.to(dtype).float()
         weights += old.numel()

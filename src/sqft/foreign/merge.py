@@ -33,7 +33,7 @@ from sqft.sections import MergeSection
 
 __all__ = ["SAME_ITEMS", "MergeObserver", "MergeResult", "merge_foreign"]
 
-NEEDS_GRID = {"feedback", "refit"}
+NEEDS_GRID = {"feedback", "rescale"}
 SAME_ITEMS = (
     "the rung was chosen on the items that its retention was measured on, so it is reported slightly "
     "optimistically"
@@ -122,12 +122,12 @@ def merge_foreign(
 ) -> MergeResult:
     """Merge a LoRA, rsLoRA or DoRA adapter into a GPTQ, AWQ, compressed-tensors or 16-bit (sparse) base.
 
-    calibration: token ids for feedback, refit and polish. measure: the loss of a model, lower is better;
+    calibration: token ids for feedback, rescale and polish. measure: the loss of a model, lower is better;
     without it only the first rung is climbed, and refused where plain rounding keeps less than `least` of
     the update itself, as it does of an ordinary adapter on an integer grid. The ladder ends at the first rung
     that retains `enough` of the adapter's gain, which is measured on `trained_on` where that is another base;
     the best rung is written, unless it retains less than `least`.
-    Converting, round and writing hold one linear in memory, feedback and refit one block; polish and
+    Converting, round and writing hold one linear in memory, feedback and rescale one block; polish and
     measuring hold whole models.
 
     Raises: AdapterError if the adapter does not fit; ModelError if a base is not understood or its grid

@@ -2,7 +2,7 @@
 
 round     keep the grid and round
 feedback  keep the grid; later columns make up for the rounding of earlier ones (GPTQ)
-refit     GPTQ with scales fitted anew to the adapted weights
+rescale   GPTQ with scales fitted anew to the adapted weights
 polish    start from the best so far and train the weights before rounding against the unmerged model
 """
 
@@ -34,7 +34,7 @@ def feed_back(
     mask: Bool[Tensor, "out in"] | None,
     hessian: Hessian,
     qparams: QParams,
-    damping: float = 0.01,
+    damping: float,
 ) -> QuantizedWeight:
     """Round onto a grid that is given, each column making up for the errors of those before it.
 
@@ -66,14 +66,14 @@ def walk_rung(
     calibration: Int[Tensor, "n length"],
     progress: Progress = SILENT,
 ) -> Iterator[tuple[str, QuantizedWeight]]:
-    """The rungs feedback and refit: one block in memory, each seeing the outputs of the blocks before it.
+    """The rungs feedback and rescale: one block in memory, each seeing the outputs of the blocks before it.
 
-    adapted: the unmerged model's weights, dense. refit makes every quantized linear anew, so that all share
+    adapted: the unmerged model's weights, dense. rescale makes every quantized linear anew, so that all share
     one kind of grid; feedback those of them in `names`.
     """
     assert base.grid is not None
     grid, quantized = base.grid, list(base.quantized_names)
-    wanted = quantized if rung == "refit" else [name for name in names if name in set(quantized)]
+    wanted = quantized if rung == "rescale" else [name for name in names if name in set(quantized)]
     section = QuantizeSection(bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric)
     walk = BlockWalk(adapted, calibration)
     with progress.task(rung, len(walk.blocks)) as advance:
@@ -88,7 +88,7 @@ def walk_rung(
                     module, mask = modules[name], masks.get(name)
                     if rung == "feedback":
                         old = base.quantized(name)
-                        new = feed_back(module.weight, mask, group.statistic, old.qparams)
+                        new = feed_back(module.weight, mask, group.statistic, old.qparams, section.damping)
                     else:
                         new = METHODS["gptq"].round(module.weight, mask, group.statistic, section).quantized
                     module.weight = nn.Parameter(new.dequantize(), requires_grad=False)

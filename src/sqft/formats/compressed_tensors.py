@@ -52,7 +52,7 @@ def copy_model(source: ExportSource, directory: Path) -> dict[str, str]:
 
 
 def read_compressed(directory: Path) -> Iterator[tuple[str, IntegerWeight | Tensor]]:
-    """The weights of a directory: integers by the name of their linear, plain ones by their full name."""
+    """The weights of a directory, by tensor name."""
     written = open_source(directory)
     yield from written.integers()
     for name in written.plain_names:

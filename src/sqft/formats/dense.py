@@ -25,7 +25,7 @@ __all__ = [
 
 def plain_refusal(source: ExportSource) -> str | None:
     """Why 16 bits cannot hold a model exactly; None if they can."""
-    for name in source.weight_names():
+    for name in source.tensor_names():
         if half_dtype(source, name) is None:
             return f"{name}, which is exact in neither float16 nor bfloat16"
     return None
@@ -33,7 +33,7 @@ def plain_refusal(source: ExportSource) -> str | None:
 
 def half_dtype(source: ExportSource, name: str) -> torch.dtype | None:
     """The 16-bit type that holds a weight exactly, the model's own first; None if neither does."""
-    weight, stored = source.weight(name), source.checkpoint.storage_dtype
+    weight, stored = source.tensor(name), source.checkpoint.storage_dtype
     own = [stored] if stored.itemsize == 2 else []
     return next((d for d in (*own, torch.float16, torch.bfloat16) if exact_in(weight, d)), None)
 
@@ -45,9 +45,9 @@ def write_plain(source: ExportSource, directory: Path, dtype: torch.dtype | None
     with tiny numbers bfloat16. Opened in float32 that is exact; in one 16-bit type the others are rounded.
     """
     tensors = {}
-    for name in source.weight_names():
+    for name in source.tensor_names():
         kind = dtype or half_dtype(source, name) or rounding_dtype(source)
-        tensors[name] = source.weight(name).to(kind).contiguous()
+        tensors[name] = source.tensor(name).to(kind).contiguous()
     if source.config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

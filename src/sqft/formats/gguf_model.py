@@ -108,7 +108,7 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
     """
     stored = {tensor.name: tensor for tensor in open_gguf(path).tensors}
     tied = tied_head(source)
-    for name in source.weight_names():
+    for name in source.tensor_names():
         if name == tied:
             continue
         stored_name = gguf_name(source, name)
@@ -148,7 +148,7 @@ def round_head(tensor: Tensor, head_type: str) -> Tensor:
 
 def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array, GGMLQuantizationType]]:
     tied = tied_head(source)
-    for name in source.weight_names():
+    for name in source.tensor_names():
         if name == tied:
             continue
         stored_name, order = gguf_name(source, name), rotary_order(source, name)
@@ -159,7 +159,7 @@ def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array,
             assert kind is not None, name
             data: Array = pack_blocks(weight, kind)
         else:
-            tensor = source.weight(name)
+            tensor = source.tensor(name)
             data, kind = _plain(tensor, head_type if stored_name in HEADS else "auto")
         yield stored_name, data if order is None else np.ascontiguousarray(data[order]), kind
     factors = _rope_factors(source.config)

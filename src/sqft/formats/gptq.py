@@ -73,7 +73,7 @@ def write_gptq(source: ExportSource, directory: Path) -> dict[str, str]:
 
 
 def read_gptq(source: ExportSource, directory: Path) -> Iterator[tuple[str, IntegerWeight | torch.Tensor]]:
-    """The weights of a GPTQ checkpoint, whichever version it states.
+    """The weights of a GPTQ checkpoint by tensor name, whichever version it states.
 
     Raises: ExportError if a tensor is missing or g_idx is not that of plain groups.
     """
@@ -94,7 +94,10 @@ def read_gptq(source: ExportSource, directory: Path) -> Iterator[tuple[str, Inte
             if not np.array_equal(parts["g_idx"], np.arange(columns) // (columns // groups)):
                 raise ExportError(f"{directory}: the groups of {name} are out of order")
             steps = codes - zero_point.repeat(columns // groups, axis=1)
-            yield name, IntegerWeight(steps.astype(np.int16, copy=False), np.ascontiguousarray(scale))
+            yield (
+                f"{name}.weight",
+                IntegerWeight(steps.astype(np.int16, copy=False), np.ascontiguousarray(scale)),
+            )
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         for name in source.plain_names:
             if name not in stored:

@@ -58,7 +58,7 @@ def write_openvino(source: ExportSource, directory: Path) -> dict[str, str]:
 
 
 def read_openvino(source: ExportSource, directory: Path) -> Iterator[tuple[str, IntegerWeight | Tensor]]:
-    """The weights of an IR on disk: integers by the name of their linear, plain ones by their full name.
+    """The weights of an IR on disk, by tensor name.
 
     Raises: ExportError if one is missing.
     """
@@ -73,7 +73,7 @@ def read_openvino(source: ExportSource, directory: Path) -> Iterator[tuple[str, 
         found = _integer_weight(constants, name)
         if found is None:
             raise ExportError(f"{directory / XML} lacks the codes of {name}")
-        yield name, found
+        yield f"{name}.weight", found
     for name in source.plain_names:
         found = _integer_weight(constants, name.removesuffix(".weight"))
         if found is not None:  # an embedding or head on a grid of 8 bits

@@ -50,7 +50,11 @@ class IntegerWeight:
 
 @dataclass(frozen=True)
 class ExportSource:
-    """An opened model directory, with some quantized weights replaced where a format needs another grid."""
+    """An opened model directory, with some quantized weights replaced where a format needs another grid.
+
+    A linear goes by its module's full name, as in `Checkpoint`; a tensor by the name under which a model that
+    is not quantized stores it, which of a linear is LINEAR.weight.
+    """
 
     checkpoint: Checkpoint
     replaced: Mapping[str, QuantizedWeight] = field(default_factory=dict)
@@ -97,18 +101,18 @@ class ExportSource:
         return self.replaced.get(name) or self.checkpoint.quantized(name)
 
     def integers(self) -> Iterator[tuple[str, IntegerWeight]]:
-        """Every quantized linear, one at a time."""
+        """The tensors of the quantized linears, one at a time."""
         for name in self.quantized_names:
-            yield name, IntegerWeight.of(self.quantized(name))
+            yield f"{name}.weight", IntegerWeight.of(self.quantized(name))
 
-    def weight(self, name: str) -> Float[Tensor, "..."]:
-        """A stored tensor, or the float32 weight of a quantized linear, by its full name with `.weight`."""
+    def tensor(self, name: str) -> Float[Tensor, "..."]:
+        """A stored tensor, or the float32 weight of a quantized linear."""
         linear = name.removesuffix(".weight")
         if linear in self.quantized_names:
             return self.quantized(linear).dequantize()
         return self.checkpoint.tensor(name)
 
-    def weight_names(self) -> list[str]:
+    def tensor_names(self) -> list[str]:
         """Tensors of the model were it not quantized."""
         return sorted([*self.plain_names, *(f"{name}.weight" for name in self.quantized_names)])
 

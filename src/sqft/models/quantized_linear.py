@@ -74,8 +74,9 @@ class GridLinear(nn.Module, ABC):
 class QuantizedLinear(GridLinear):
     """Codes together with what rounding lost, on which quantization-aware training builds.
 
-    Buffer `latent` (out, in): uint8 up to 4 bits and int16 for 8 (`ops.latent`), or float32, the decoded
-    base. The integer base costs a byte a weight; the float32 base 4 bytes, and saves decoding.
+    Buffer `latent` (out, in), the weights before rounding: uint8 up to 4 bits and int16 for 8 (`ops.latent`),
+    or the float32 numbers that those decode to. Integers cost a byte a weight; float32 costs 4 and saves
+    decoding.
     """
 
     def __init__(

@@ -217,7 +217,7 @@ def _run(stage: Stage, key: str, keys: dict[str, str], context: StageContext) ->
         manifest = Manifest(
             stage=stage.name,
             key=key,
-            section=stage.settings,
+            settings=stage.settings,
             inputs={name: keys[name] for name in stage.inputs},
             metrics=metrics,
             environment=now,

@@ -8,14 +8,14 @@ from sqft.sections.base import Positive, Section
 
 __all__ = ["MergeRung", "MergeSection"]
 
-MergeRung = Literal["round", "feedback", "refit", "polish"]
+MergeRung = Literal["round", "feedback", "rescale", "polish"]
 
 
 class MergeSection(Section):
     """How far a merge climbs, and what it takes the base for."""
 
     rungs: list[MergeRung] = Field(
-        ["round", "feedback", "refit", "polish"], min_length=1, description="Rungs to climb, in order."
+        ["round", "feedback", "rescale", "polish"], min_length=1, description="Rungs to climb, in order."
     )
     enough: float = Field(0.95, description="Stop at the first rung that retains this share of the gain.")
     least: float = Field(

@@ -111,7 +111,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # makes Trainer count the step's labels for compute_loss
         self.lengths = [len(example.token_ids) for example in examples]
-        self.journal = callback
+        self.step_callback = callback
         if args.report_to:
             callback.tell = self.log
 
@@ -120,7 +120,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         with refusals(self.section):
             optimizer = super().create_optimizer(*args, **kwargs)
         optimizer.param_groups[:] = list(
-            split_by_rate(optimizer.param_groups, self.journal.model, self.section)
+            split_by_rate(optimizer.param_groups, self.step_callback.model, self.section)
         )
         return optimizer
 
@@ -151,7 +151,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         labels = inputs.pop("labels")
         counted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
         targets = labels[:, counted + 1].flatten()
-        head = None if return_outputs else separable_head(self.journal.model)
+        head = None if return_outputs else separable_head(self.step_callback.model)
         if head is not None and targets.numel() * head.out_features > chunk_elements(targets.device.type):
             with without_head(head):
                 outputs = model(**inputs, logits_to_keep=counted)
@@ -166,7 +166,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         loss = total / num_items_in_batch
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
-        self.journal.add(float(loss.detach()), int(inputs["attention_mask"].sum()))
+        self.step_callback.add(float(loss.detach()), int(inputs["attention_mask"].sum()))
         return (loss, outputs) if return_outputs else loss
 
 
