@@ -13,6 +13,7 @@ TIERS = [
         "errors",
         "progress",
         "artifacts",
+        "checks",
         "marks",
         "directories",
         "patterns",
@@ -32,7 +33,7 @@ TIER = {name: place for place, names in enumerate(TIERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
 # Plain values and errors that everything of the lowest tier may share.
 FOUNDATION = {
-    "errors", "progress", "artifacts", "marks", "directories", "patterns", "sections", "untrusted",
+    "errors", "progress", "artifacts", "checks", "marks", "directories", "patterns", "sections", "untrusted",
 }  # fmt: skip
 # sqft itself, and `python -m sqft`, stand above all: they only hand on.
 ENTRANCES = {SOURCE / "__init__.py", SOURCE / "__main__.py"}
@@ -109,7 +110,7 @@ def test_what_recomputes_a_merge_shares_no_code_with_what_made_it(reader: str) -
             path = SOURCE.joinpath(*parts).with_suffix(".py")
             waiting += imported_modules(path if path.is_file() else SOURCE.joinpath(*parts, "__init__.py"))
     elsewhere = {name for name in reached if not name.startswith("sqft.certificate.")}
-    assert elsewhere <= {f"sqft.{name}" for name in ("errors", "progress", "artifacts", "marks")}
+    assert elsewhere <= {f"sqft.{name}" for name in ("errors", "progress", "artifacts", "checks", "marks")}
 
 
 def test_circles_are_found() -> None:

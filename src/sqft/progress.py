@@ -4,11 +4,12 @@ Functions that may run for more than two seconds take `progress: Progress = SILE
 passes one that draws bars with the time left.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
-__all__ = ["SILENT", "Advance", "Progress", "track"]
+__all__ = ["SILENT", "Advance", "Progress", "errors_only", "track"]
 
 Item = TypeVar("Item")
 
@@ -46,3 +47,14 @@ def track(items: Sequence[Item], description: str, progress: Progress) -> Iterat
         for item in items:
             yield item
             advance(1)
+
+
+@contextmanager
+def errors_only(level: Callable[[], int], set_level: Callable[[int], None]) -> Iterator[None]:
+    """Keep a library's messages off the screen for a while, but not its errors, by its own two functions."""
+    before = level()
+    set_level(logging.ERROR)
+    try:
+        yield
+    finally:
+        set_level(before)

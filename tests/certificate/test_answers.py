@@ -9,7 +9,7 @@ import pytest
 
 from sqft.artifacts import unseal
 from sqft.certificate import check_integrity, check_provenance, write_certificate
-from sqft.certificate.checks import file_digests
+from sqft.certificate.coverage import file_digests
 from tests.merged_models import MergedDirectories
 
 Merge = Callable[..., MergedDirectories]

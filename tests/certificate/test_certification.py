@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from sqft.adapters import codes_digest
 from sqft.certificate import certify_model, check_integrity, check_provenance
-from sqft.certificate.checks import Check
+from sqft.checks import Check
 from sqft.models import load_model, load_trainable
 from tests.merged_models import MergedDirectories
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from sqft.adapters import attach_adapters, codes_digest, merge_adapters, merge_norms
 from sqft.certificate import check_provenance
 from sqft.certificate.adapter import read_adapter
-from sqft.certificate.checks import Check, file_digests
+from sqft.certificate.coverage import file_digests
 from sqft.certificate.in_place import merged_digest
 from sqft.certificate.stored import StoredModel
+from sqft.checks import Check
 from sqft.models import load_trainable, open_checkpoint, read_masks, write_model
 from sqft.sections import AdapterSection
 from tests.merged_models import MergedDirectories

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from sqft.certificate import check_provenance, write_certificate
 from sqft.certificate.adapter import Adapter
-from sqft.certificate.checks import Check, file_digests
+from sqft.certificate.coverage import file_digests
 from sqft.certificate.in_place import merged_digest
 from sqft.certificate.provenance import _base_weight, _round_storage
 from sqft.certificate.stored import StoredModel
+from sqft.checks import Check
 from tests.merged_models import MergedDirectories
 
 Merge = Callable[..., MergedDirectories]

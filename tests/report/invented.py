@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from sqft.report.content import CheckRow, LayerRow, LineageRow, ModelRow, ReportData
+from sqft.checks import Check
+from sqft.report.content import LayerRow, LineageRow, ModelRow, ReportData
 
 KINDS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"]
 
@@ -26,8 +27,8 @@ def invent_report(**changes: Any) -> ReportData:
             ModelRow("merged", 0.5, 0.44, 0.56, 0.71, 0.66, 0.76, 300, 98_000_000, 0.5, 4),
         ],
         "checks": [
-            CheckRow("codes in range", True, "0 of 9 outside"),
-            CheckRow("zeros cover the mask", True),
+            Check("codes in range", True, "0 of 9 outside"),
+            Check("zeros cover the mask", True),
         ],
         "stage_seconds": {"sparsify": 20.0, "train": 300.0},
         "layers": [

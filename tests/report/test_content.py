@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from sqft.checks import Check
 from sqft.errors import WorkspaceError
-from sqft.report.content import CheckRow, ModelRow, ReportData, read_report
+from sqft.report.content import ModelRow, ReportData, read_report
 from sqft.report.page import write_report
 
 from .invented import invent_report
@@ -40,11 +41,11 @@ def test_reading_gives_back_what_was_written(tmp_path: Path) -> None:
     [
         (None, None),
         ([], False),
-        ([CheckRow("a", True)], True),
-        ([CheckRow("a", True), CheckRow("b", False)], False),
+        ([Check("a", True)], True),
+        ([Check("a", True), Check("b", False)], False),
     ],
 )
-def test_certificate_passes_only_if_all_checks_do(checks: list[CheckRow] | None, passed: bool | None) -> None:
+def test_certificate_passes_only_if_all_checks_do(checks: list[Check] | None, passed: bool | None) -> None:
     data = invent_report(checks=checks)
     assert data.passed is passed
     certificate = data.to_json()["certificate"]

@@ -2,7 +2,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from sqft.report.content import CheckRow, ModelRow
+from sqft.checks import Check
+from sqft.report.content import ModelRow
 from sqft.report.page import render_page, write_report
 
 from .invented import invent_report
@@ -55,7 +56,7 @@ def test_plots_follow_the_colours_of_the_page() -> None:
 
 
 def test_a_failed_check_is_shown() -> None:
-    page = render_page(invent_report(checks=[CheckRow("zeros", False, "17 are missing")]))
+    page = render_page(invent_report(checks=[Check("zeros", False, "17 are missing")]))
     assert "certificate FAILED: 0 of 1 checks" in page
     assert "17 are missing" in page
 

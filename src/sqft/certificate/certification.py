@@ -7,7 +7,7 @@ from torch import nn
 
 from sqft.adapters import codes_digest
 from sqft.artifacts import CERTIFICATE, seal, write_json
-from sqft.certificate.checks import Check, file_digests, run_check
+from sqft.certificate.coverage import file_digests
 from sqft.certificate.integrity import LOGIT_TOLERANCE, check_integrity
 from sqft.certificate.provenance import check_provenance
 from sqft.certificate.reference import (
@@ -17,6 +17,7 @@ from sqft.certificate.reference import (
     reference_items,
     write_reference,
 )
+from sqft.checks import Check, run_check
 from sqft.errors import CertificateError
 from sqft.progress import SILENT, Progress
 

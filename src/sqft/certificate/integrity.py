@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from sqft.artifacts import CERTIFICATE, FACTS, SEAL, unseal
 from sqft.certificate.answers import hidden_names
-from sqft.certificate.checks import Check, file_digests, run_check
+from sqft.certificate.coverage import file_digests
 from sqft.certificate.reference import compute_logits, largest_difference, read_reference
 from sqft.certificate.stored import StoredModel, read_json
+from sqft.checks import Check, require_unchanged, run_check
 from sqft.errors import CertificateError
 from sqft.models import load_model
 from sqft.progress import SILENT, Progress
@@ -71,15 +72,7 @@ def _check_record(directory: Path) -> str:
 
 def _check_digests(directory: Path) -> str:
     recorded = read_json(directory / CERTIFICATE).get("files", {})
-    found = file_digests(directory)
-    problems = [f"{name} is missing" for name in sorted(recorded.keys() - found.keys())]
-    problems += [f"{name} was added" for name in sorted(found.keys() - recorded.keys())]
-    problems += [f"{name} was added, hidden" for name in hidden_names(directory)]
-    shared = sorted(recorded.keys() & found.keys())
-    problems += [f"{name} was changed" for name in shared if recorded[name] != found[name]]
-    if problems or not recorded:
-        raise CertificateError(", ".join(problems) or "no digests are recorded")
-    return f"{len(recorded)} files unchanged"
+    return require_unchanged(recorded, file_digests(directory), hidden_names(directory))
 
 
 def _check_tensors(directory: Path) -> str:

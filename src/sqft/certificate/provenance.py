@@ -33,9 +33,10 @@ from numpy.typing import NDArray
 from sqft.artifacts import CERTIFICATE
 from sqft.certificate.adapter import ADAPTER_CONFIG, Adapter, read_adapter
 from sqft.certificate.answers import check_files, check_settings
-from sqft.certificate.checks import Check, file_digests, run_check
+from sqft.certificate.coverage import file_digests
 from sqft.certificate.in_place import check_in_place, digest_arrays, merged_digest
 from sqft.certificate.stored import StoredModel, read_json
+from sqft.checks import Check, run_check
 from sqft.errors import CertificateError
 from sqft.progress import SILENT, Progress
 

@@ -40,8 +40,8 @@ def verify(
     Exits with 1 if a check fails.
     """
     from sqft.certificate import check_integrity, check_provenance
-    from sqft.certificate.checks import run_check
     from sqft.certificate.signature import check_signature
+    from sqft.checks import run_check
     from sqft.cli.messages import RichProgress
     from sqft.errors import CertificateError
 
@@ -81,18 +81,16 @@ def verify(
 
 
 def _export_checks(directory: Path, merged: Path | None) -> list["Check"]:
-    from sqft.certificate import Check
     from sqft.export.verification import check_export
 
-    return [Check(found.name, found.passed, found.detail) for found in check_export(directory, merged)]
+    return check_export(directory, merged)
 
 
 def _pack_checks(directory: Path) -> list["Check"]:
     """Of a packed directory: its files are unchanged, and give back what was certified."""
     from sqft.artifacts import CERTIFICATE
-    from sqft.certificate import Check
-    from sqft.certificate.checks import run_check
     from sqft.certificate.stored import read_json
+    from sqft.checks import run_check
     from sqft.errors import CertificateError
     from sqft.formats.packed import check_packed, check_restored
 
@@ -111,5 +109,4 @@ def _pack_checks(directory: Path) -> list["Check"]:
         ("originals", lambda: f"{len(check_restored(directory))} files come back bit for bit"),
         ("certificate", certified),
     ]
-    found: list[Check] = [run_check(name, step) for name, step in steps]
-    return found
+    return [run_check(name, step) for name, step in steps]

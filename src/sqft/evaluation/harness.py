@@ -1,8 +1,8 @@
 """lm-evaluation-harness on a model in memory, offline where its tasks are local."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sqft.evaluation.harness_models import wrap_model
 from sqft.evaluation.scoring import Scorable
 from sqft.evaluation.task_data import local_files, with_local_data
 from sqft.evaluation.task_files import read_task, sandboxed_templates
-from sqft.progress import SILENT, Progress
+from sqft.progress import SILENT, Progress, errors_only
 
 __all__ = ["evaluate_tasks", "find_task_data", "main_figure"]
 
@@ -74,7 +74,8 @@ def evaluate_tasks(
         specs.append(fields if task in files else _with_data(fields, path, data_dir))
     templates = sandboxed_templates() if files and not trust_remote_code else nullcontext()
     whole_index = any(isinstance(spec, str) for spec in specs)
-    with _quiet(), templates:
+    logger = logging.getLogger("lm_eval")
+    with errors_only(logger.getEffectiveLevel, logger.setLevel), templates:
         manager = manager_module.TaskManager(include_defaults=whole_index)
         try:
             results = lm_eval.simple_evaluate(
@@ -191,14 +192,3 @@ def _items(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 def _plain(value: Any) -> Any:
     """NumPy numbers as Python's, for JSON."""
     return value.item() if hasattr(value, "item") else value
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sqft.artifacts import CERTIFICATE, FACTS, MERGE_RECORD, REPORT
+
 __all__ = ["model_records", "read_certificate"]
 
 

@@ -3,35 +3,26 @@
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqft.artifacts import EXPORT_RECORD, MANIFEST, MASKS, digest_file, digest_files
 from sqft.certificate.answers import hidden_names
-from sqft.errors import ExportError, SqftError
+from sqft.checks import Check, require_unchanged, run_check
+from sqft.errors import ExportError
 from sqft.export.model_export import check_stored
 from sqft.export.table import find_format
 from sqft.formats.gguf_model import changed_tokenizer_keys, gguf_path
 from sqft.formats.weights import open_source
 from sqft.models import load_tokenizer
 
-__all__ = ["Finding", "check_export"]
+__all__ = ["check_export"]
 
 NOT_CHECKED = (EXPORT_RECORD, f"{EXPORT_RECORD}.sig", "README.md", MANIFEST)  # the record, and documents
 OF_NO_EFFECT = ("_name_or_path", "transformers_version")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What was checked, whether it held, and the figures behind it."""
-
-    name: str
-    passed: bool
-    detail: str
-
-
-def check_export(directory: Path, merged_dir: Path | None = None) -> list[Finding]:
+def check_export(directory: Path, merged_dir: Path | None = None) -> list[Check]:
     """Check an artefact's files against the digests taken when it was exported.
 
     merged_dir: the model that was exported; then every code is read back and compared with it too, and so
@@ -43,15 +34,7 @@ def check_export(directory: Path, merged_dir: Path | None = None) -> list[Findin
         steps.append(("tokenizer", lambda: _check_tokenizer(directory, merged_dir)))
         steps.append(("masks", lambda: _check_masks(directory, merged_dir)))
         steps.append(("made anew", lambda: _check_made_anew(directory, merged_dir)))
-    findings = []
-    for name, step in steps:
-        try:
-            findings.append(Finding(name, True, step()))
-        except SqftError as error:
-            findings.append(Finding(name, False, str(error)))
-        except Exception as error:  # a damaged file makes libraries raise anything, and is no pass
-            findings.append(Finding(name, False, f"{type(error).__name__}: {error}".splitlines()[0]))
-    return findings
+    return [run_check(name, step) for name, step in steps]
 
 
 def _check_digests(directory: Path) -> str:
@@ -60,15 +43,7 @@ def _check_digests(directory: Path) -> str:
     for ours in NOT_CHECKED:
         recorded.pop(ours, None)
         found.pop(ours, None)
-    problems = [f"{name} is missing" for name in sorted(recorded.keys() - found.keys())]
-    problems += [f"{name} was added" for name in sorted(found.keys() - recorded.keys())]
-    problems += [f"{name} was added, hidden" for name in hidden_names(directory)]
-    problems += [
-        f"{n} was changed" for n in sorted(recorded.keys() & found.keys()) if recorded[n] != found[n]
-    ]
-    if problems or not recorded:
-        raise ExportError(", ".join(problems) or "no digests are recorded")
-    return f"{len(recorded)} files unchanged"
+    return require_unchanged(recorded, found, hidden_names(directory))
 
 
 def _check_codes(directory: Path, merged_dir: Path) -> str:

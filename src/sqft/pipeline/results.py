@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sqft.artifacts import ITEM_FIGURES, LATENT, digest_file, digest_json
+from sqft.checks import Check
 from sqft.directories import claim_folder, free_place, new_directory, remove_partial
 from sqft.marks import EVALUATIONS, Mark, changed_since, is_directory, read_mark
 from sqft.pipeline.context import ADAPTER, TRAINING
 from sqft.pipeline.recipe import Recipe, stage_name
 from sqft.pipeline.runner import FinishedStage, damaged_stage
 from sqft.report import ReportData, write_report
-from sqft.report.content import CheckRow, LayerRow, LineageRow, ModelRow
+from sqft.report.content import LayerRow, LineageRow, ModelRow
 
 __all__ = ["RunResult", "write_results"]
 
@@ -87,7 +88,7 @@ def report_data(
 
     metrics = {stage.name: stage.manifest.metrics for stage in stages}
     rows = [ModelRow(**metrics[stage_name("evaluate", name)]["row"]) for name in recipe.reported_models()]
-    checks = [CheckRow(**check) for check in metrics["merge"]["checks"]] if "merge" in metrics else None
+    checks = [Check(**check) for check in metrics["merge"]["checks"]] if "merge" in metrics else None
     layers = metrics.get("quantize", metrics.get("sparsify", {})).get("layers", [])
     training = metrics.get("train", metrics.get("tune", {}))
     return ReportData(

@@ -4,6 +4,7 @@ import shutil
 from typing import Any
 
 from sqft.artifacts import Manifest
+from sqft.checks import require_passed
 from sqft.errors import CertificateError
 from sqft.pipeline.context import ADAPTER, StageContext
 from sqft.pipeline.opening import open_adapted
@@ -58,10 +59,11 @@ def merge(context: StageContext) -> dict[str, Any]:
         trust_remote_code=context.trusts_code,
         progress=context.progress,
     )
-    failed = [f"{check.name} ({check.detail})" for check in checks if not check.passed]
-    if failed:
+    try:
+        require_passed(checks, "the merged model is not the one that was trained")
+    except CertificateError:
         shutil.rmtree(context.directory)
-        raise CertificateError(f"the merged model is not the one that was trained: {'; '.join(failed)}")
+        raise
     return {"checks": [vars(check) for check in checks]}
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sqft.artifacts import REPORT
+from sqft.checks import Check
 from sqft.errors import WorkspaceError
 
 __all__ = [
-    "CheckRow",
     "LayerRow",
     "LineageRow",
     "ModelRow",
@@ -42,15 +42,6 @@ class ModelRow:
     bits: int | None = None
     perplexity: float | None = None
     tasks: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CheckRow:
-    """One check of the certificate."""
-
-    name: str
-    passed: bool
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,7 @@ class ReportData:
     recipe: dict[str, Any]
     versions: dict[str, str]
     elapsed_seconds: float
-    checks: list[CheckRow] | None = None
+    checks: list[Check] | None = None
     stage_seconds: dict[str, float] = field(default_factory=dict)
     layers: list[LayerRow] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
@@ -126,7 +117,7 @@ class ReportData:
             "layers": [LayerRow(**row) for row in values.pop("layers", [])],
             "lineage": [LineageRow(**row) for row in values.pop("lineage", [])],
             "training": [(int(step), float(loss)) for step, loss in training if loss is not None],
-            "checks": None if certificate is None else [CheckRow(**row) for row in certificate["checks"]],
+            "checks": None if certificate is None else [Check(**row) for row in certificate["checks"]],
         }
         return cls(**rows, **values)
 

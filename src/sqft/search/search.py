@@ -4,8 +4,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from optuna.trial import TrialState
 from sqft.adapters import SearchSpace, SubAdapter
 from sqft.artifacts import digest_json, sync_path
 from sqft.errors import TrainingError, WorkspaceError
-from sqft.progress import SILENT, Progress
+from sqft.progress import SILENT, Progress, errors_only
 from sqft.search.hill_climb import HillClimb
 from sqft.search.result import SearchResult, Trial
 from sqft.sections import SearchSection
@@ -77,7 +76,8 @@ def _hill_climb(
 ) -> SearchResult:
     sampler = HillClimb(space, seed, section.neighbours)
     wanted = min(section.num_trials, len(space.ranks) ** len(space.groups))
-    with _quiet(), progress.task("search", wanted) as advance:
+    quiet = errors_only(optuna.logging.get_verbosity, optuna.logging.set_verbosity)
+    with quiet, progress.task("search", wanted) as advance:
         study = _open_study(storage, sampler, space, seed)
         advance(min(wanted, len(_finished(study, space))))
         while len(_finished(study, space)) < wanted:
@@ -171,13 +171,3 @@ def _finished(study: optuna.Study, space: SearchSpace) -> list[Trial]:
         Trial(number, {group: trial.params[group] for group in space.groups}, float(trial.value))
         for number, trial in enumerate(trials)
     ]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)

@@ -19,7 +19,7 @@ from sqft.adapters.unrounded import load_unrounded
 from sqft.artifacts import METRICS, digest_json
 from sqft.data import Example
 from sqft.errors import TrainingError
-from sqft.progress import SILENT, Progress
+from sqft.progress import SILENT, Progress, errors_only
 from sqft.sections import TrainingSection
 from sqft.training.arguments import refusals, training_arguments
 from sqft.training.best import best_step, is_exhausted
@@ -79,7 +79,9 @@ def train_adapters(
     checkpoint = _last_checkpoint(journal, facts, record)
     total = section.max_steps or math.ceil(math.ceil(len(examples) / section.batch_size) * section.epochs)
     reset_peak(device)
-    with _quiet(), progress.task("train", total) as advance:
+    messages = transformers.logging
+    quiet = errors_only(messages.get_verbosity, messages.set_verbosity)
+    with quiet, progress.task("train", total) as advance:
         callback = StepCallback(model, space, seed, journal, facts, advance, section, measure)
         callback.steps, callback.checkpoint = record.steps, checkpoint
         advance(len(record.steps))
@@ -180,14 +182,3 @@ def _repeatable(device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fills
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' messages, but not its errors."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
