@@ -262,7 +262,7 @@ def adapter_stage(recipe: Recipe, model: ReportedModel) -> str | None:
 
 
 def dense_adapters(section: AdapterSection) -> AdapterSection:
-    """The dense reference: plain LoRA of the maximal rank, on the same modules if they have low-rank updates."""
+    """The dense reference: plain LoRA of the maximal rank, on the same modules where these have updates."""
     plain = {"method": "lora", "gradient": "exact", "train_scales": None, "train_norms": None}
     targets: dict[str, Any] = {} if section.low_rank else {"target_modules": None, "skip_modules": []}
     return section.model_copy(update=plain | targets | {"ranks": [max(section.ranks)]})
