@@ -73,7 +73,8 @@ def sparse_rows(rows: Rows) -> None:
     ):
         name = f"sparse_peft {gradient} {kernels}"
         both(rows, name, adapted, gradient=gradient, kernels=kernels)
-    both(rows, "sparse_peft exact nls", adapted, space=SearchSpace.of(adapted), gradient="exact")
+    elastic = SearchSpace.of(adapted)
+    both(rows, "sparse_peft exact nls torch", adapted, space=elastic, gradient="exact", kernels="torch")
 
 
 def quantized_rows(rows: Rows) -> None:
