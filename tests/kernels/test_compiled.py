@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+KERNELS = "_weight_kernel", "_gradient_kernel"
 SHARED_BYTES = {80: 166912, 90: 232448}  # what one program may use on an A100, on an H100
 
 
@@ -25,7 +26,13 @@ def test_every_cut_compiles(capability: int) -> None:
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) > 10
     for kernel in found:
-        assert kernel["stack_bytes"] <= 128, kernel  # a few words beside 255 registers do no harm
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
         exact = "ieee" in kernel["tiling"] and kernel["kernel"] == "_weight_kernel"
         assert kernel["tensor_cores"] != exact, kernel
+    # A few words on the stack beside 255 registers do no harm. The cuts are made for an H100; an A100 holds fewer
+    # of them in its registers, and measures the others as slow.
+    spilled = {name: [k for k in found if k["kernel"] == name and k["stack_bytes"] > 128] for name in KERNELS}
+    for name, kernels in spilled.items():
+        cuts = [kernel for kernel in found if kernel["kernel"] == name]
+        assert cuts, name
+        assert len(kernels) <= (0 if capability == 90 else len(cuts) // 2), kernels
