@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks.gpu.choose import merge_results
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.tables import collect_checks, markdown
@@ -52,6 +53,15 @@ def test_a_dry_run_leaves_no_row_without_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", [part.name for part in PARTS if part.name not in QUICK])
 def test_every_part_runs_dry(part: str, tmp_path: Path) -> None:
     assert_whole(dry_run([part], tmp_path / "gpu.json", "--minutes", "20"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--json", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "sees no GPU here; --dry" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "gpu.json").exists()
 
 
 def test_a_part_without_time_is_named(tmp_path: Path) -> None:

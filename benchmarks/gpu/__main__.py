@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarks.common import environment, make_parser, parse_options, write_result
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.tables import collect_checks, markdown
@@ -37,6 +38,8 @@ def main() -> None:
     if unknown:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     end = time.monotonic() + 60 * options.minutes - 5
+    if not options.dry and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no GPU here; --dry runs every part at tiny sizes on a CPU")
     result: dict[str, Any] = {"environment": environment(), "dry": options.dry, "parts": {}}
     for part in PARTS:
         if part.name in options.parts.split(","):
