@@ -175,7 +175,7 @@ assert runner.environment("cpu")["sqft"]
 sys.exit(run_command_line(["--version"]))
 """
     source = str(Path(__file__).parents[2] / "src")
-    environment = {**os.environ, "PYTHONPATH": source}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([source, *sys.path])}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("sqft ")

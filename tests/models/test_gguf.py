@@ -38,9 +38,10 @@ def write_llama(path: Path, keep: Callable[[str], bool] = lambda name: True, *, 
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("gpt2")
     characters = [chr(256 + i) for i in range(VOCABULARY - 4)]
-    pair = characters[0] + characters[1]
-    writer.add_token_list(["<s>", "</s>", "<|endoftext|>", *characters, pair])
-    writer.add_token_merges([" ".join(pair)])
+    # Two merges: transformers 5.17 reads an array of one string as the string.
+    pairs = [characters[0] + characters[1], characters[2] + characters[3]]
+    writer.add_token_list(["<s>", "</s>", "<|endoftext|>", *characters[:-1], *pairs])
+    writer.add_token_merges([" ".join(pair) for pair in pairs])
     writer.add_token_types([3, 3] + [1] * (VOCABULARY - 2))
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)

@@ -187,10 +187,16 @@ class SqftPackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return None if device_map is None else {"": "cpu"}
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The first that is seen of the configuration: it learns what the weights are called."""
+        """The first that is seen of the configuration: it learns what the weights are called.
+
+        config.json does not say it, so that transformers without this module finds no weights, rather than opening
+        a quantizer it does not know as a model of random ones.
+        """
         index = Path(config.name_or_path) / INDEX.replace("model", SPARSE_FILE)
         config.transformers_weights = index.name if index.is_file() else SINGLE.replace("model", SPARSE_FILE)
         return config
+
+    update_tp_plan = update_attn_implementation  # transformers 5.17 shows it here first
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str], **options: Any
