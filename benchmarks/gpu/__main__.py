@@ -39,7 +39,9 @@ def main() -> None:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     end = time.monotonic() + 60 * options.minutes - 5
     if not options.dry and not torch.cuda.is_available():
-        parser.error(f"torch {torch.__version__} sees no GPU here; --dry runs every part at tiny sizes on a CPU")
+        parser.error(
+            f"torch {torch.__version__} sees no GPU here; --dry runs every part at tiny sizes on a CPU"
+        )
     result: dict[str, Any] = {"environment": environment(), "dry": options.dry, "parts": {}}
     for part in PARTS:
         if part.name in options.parts.split(","):

@@ -29,10 +29,10 @@ def test_every_cut_compiles(capability: int) -> None:
         assert kernel["shared_bytes"] <= SHARED_BYTES[capability], kernel
         exact = "ieee" in kernel["tiling"] and kernel["kernel"] == "_weight_kernel"
         assert kernel["tensor_cores"] != exact, kernel
-    # A few words on the stack beside 255 registers do no harm. The cuts are made for an H100; an A100 holds fewer
-    # of them in its registers, and measures the others as slow.
-    spilled = {name: [k for k in found if k["kernel"] == name and k["stack_bytes"] > 128] for name in KERNELS}
-    for name, kernels in spilled.items():
+    # A few words on the stack beside 255 registers do no harm. The cuts are made for an H100; on an A100 some
+    # do not fit, and lose when they are measured.
+    for name in KERNELS:
         cuts = [kernel for kernel in found if kernel["kernel"] == name]
+        spilled = [kernel for kernel in cuts if kernel["stack_bytes"] > 128]
         assert cuts, name
-        assert len(kernels) <= (0 if capability == 90 else len(cuts) // 2), kernels
+        assert len(spilled) <= (0 if capability == 90 else len(cuts) // 2), spilled

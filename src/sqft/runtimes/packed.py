@@ -189,8 +189,8 @@ class SqftPackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_attn_implementation(self, config: Any) -> Any:
         """The first that is seen of the configuration: it learns what the weights are called.
 
-        config.json does not say it, so that transformers without this module finds no weights, rather than opening
-        a quantizer it does not know as a model of random ones.
+        config.json does not say it, so that transformers without this module finds no weights, rather than
+        opening a quantizer it does not know as a model of random ones.
         """
         index = Path(config.name_or_path) / INDEX.replace("model", SPARSE_FILE)
         config.transformers_weights = index.name if index.is_file() else SINGLE.replace("model", SPARSE_FILE)
