@@ -1,22 +1,24 @@
 """What zeros buy when a CPU decodes: products of packed sparse weights beside ggml's Q4_0, layer by layer.
 
     python -m benchmarks.sparse_decode --json FILE [--quick] [--shapes 4096x14336 ...] [--batches 1 4 8]
-                                       [--instructions avx2] [--gguf FILE --packed DIR --plain DIR]
+                                       [--instructions avx2] [--models DIR ...]
 
 Weights of random steps, some 160 MB of each kind, are walked through in turn, so that every product reads
 from memory. ggml's kernel is the one that llama.cpp takes for a repacked Q4_0 weight (gemv_q4_0_8x8 and, for
 batches, gemm_q4_0_8x8), called in the wheel of xllamacpp, which is built for AVX2; ours are held to AVX2
-too, unless --instructions says otherwise. Both quantize the vector inside the time. All weights lie in huge
-pages, ggml's as well. One thread is timed by its own clock, which other programs disturb least; with two,
-each does half of the rows, by the wall clock. Ratios are taken inside a round, and given as quartiles.
+too, unless --instructions says otherwise. For single vectors OpenVINO's INT4 in the same groups and torch's
+float32 stand beside, with whatever instructions they take. ggml's kernel and ours quantize the vector inside
+the time, and their weights lie in huge pages. One thread is timed by its own clock, which other programs
+disturb least; with two, each does half of the rows, by the wall clock. Ratios are taken inside a round, and
+given as quartiles.
 A product of 576 columns takes some 20 microseconds, of which Python's calls are a good part, for all alike.
 
---gguf, --packed, --plain: the same model as a Q4_0 file, as a packed directory and as it was before; tokens a
-second end to end, with the runner of `sqft bench`: llama.cpp with and without our kernels, transformers from
-the packed form and with float32 weights.
+--models: directories that hold one model as merged/, packed/ and gguf/model.gguf, for instance that of
+`benchmarks.random_llama`; tokens a second end to end, with the runner of `sqft bench`: llama.cpp with and
+without our kernels, transformers from the packed form and with float32 weights. Heads are on 8 bits in all
+but the last.
 """
 
-import ctypes
 import mmap
 import statistics
 import time
@@ -37,70 +39,18 @@ from benchmarks.common import (
     ratio,
     write_result,
 )
+from benchmarks.decode_rivals import WALKED, Ggml, OpenVinoLinears, TorchLinear
 
 from sqft.kernels.packed_matrix import LAYOUTS, HugePages, Layout, PackedMatrix, use_instruction_set
 from sqft.kernels.reference import multiply_reference
 from sqft.ops import mask_pattern
 from sqft.runtimes.speed import Artefact, measure_speed
 
-WALKED = 160 << 20  # bytes of each kind of weight
-SHAPES = ["576x576", "1536x576", "576x1536", "4096x4096", "14336x4096", "4096x14336"]
+SHAPES = ["192x576", "576x576", "1536x576", "576x1536", "4096x4096", "14336x4096", "4096x14336"]
 REACH_SHAPE = "4096x14336"
 KINDS: tuple[Layout, ...] = ("dense", "window2", "window3", "window332", "index4", "mask8", "mask", "bytes")
-GGML = "ggml Q4_0"
+GGML, OPENVINO, TORCH = "ggml Q4_0", "OpenVINO INT4", "torch float32"
 Job = Callable[[], None]
-
-
-class Ggml:
-    """ggml's product of a repacked Q4_0 weight, in the library that xllamacpp brings."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        import xllamacpp
-
-        path = next(Path(str(xllamacpp.__file__)).parent.glob("xllamacpp*.so"))
-        self.library = ctypes.CDLL(str(path))
-        self.library.ggml_cpu_init()
-        for name in ("ggml_gemv_q4_0_8x8_q8_0", "ggml_gemm_q4_0_8x8_q8_0"):
-            getattr(self.library, name).argtypes = [
-                ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p,
-                ctypes.c_int, ctypes.c_int,
-            ]  # fmt: skip
-        for name in ("quantize_row_q8_0", "ggml_quantize_mat_q8_0_4x8"):
-            getattr(self.library, name).argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        self.rows, self.columns = rows, columns
-        self.steps = torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
-        self.scale = (torch.rand(rows, columns // 32) * 0.01 + 0.001).half().float()
-        pages = HugePages()
-        packed = self._repack()
-        self.bytes = packed.numel()
-        self.copies = [pages.keep(packed) for _ in range(max(1, WALKED // self.bytes))]
-
-    def _repack(self) -> torch.Tensor:
-        """block_q4_0x8: 8 scales, then 8 bytes of each of 8 rows in turn, nibbles with their top bit flipped.
-
-        Source: ggml, `ggml-cpu/repack.cpp`, make_block_q4_0x8.
-        """
-        blocks = self.columns // 32
-        codes = (self.steps + 8).to(torch.uint8).view(self.rows // 8, 8, blocks, 2, 16)
-        nibbles = (codes[..., 0, :] | codes[..., 1, :] << 4) ^ 0x88  # (stripes, 8, blocks, 16)
-        nibbles = nibbles.view(self.rows // 8, 8, blocks, 2, 8).permute(0, 2, 3, 1, 4).flatten(2)
-        scale = self.scale.half().view(self.rows // 8, 8, blocks).permute(0, 2, 1).contiguous()
-        return torch.cat([scale.view(torch.uint8).flatten(2), nibbles], dim=2).contiguous().view(-1)
-
-    def multiply(self, x: torch.Tensor, y: torch.Tensor, copy: int, first: int, last: int) -> None:
-        """Rows first..last of y = x times the weight, for one vector or a multiple of four."""
-        batch, columns = x.shape
-        quantized = torch.empty(batch * columns // 32 * 34 + 64, dtype=torch.uint8)
-        at, size = quantized.data_ptr(), columns // 32 * 34
-        if batch == 1:
-            self.library.quantize_row_q8_0(x.data_ptr(), at, columns)
-        else:
-            for four in range(0, batch, 4):
-                self.library.ggml_quantize_mat_q8_0_4x8(x[four].data_ptr(), at + four * size, columns)
-        name = "ggml_gemv_q4_0_8x8_q8_0" if batch == 1 else "ggml_gemm_q4_0_8x8_q8_0"
-        weight = self.copies[copy % len(self.copies)].data_ptr() + self.bytes // self.rows * first
-        where = y.data_ptr() + 4 * first
-        getattr(self.library, name)(columns, where, self.rows, weight, at, batch, last - first)
 
 
 def draw_packed(kind: Layout, rows: int, columns: int) -> list[PackedMatrix]:
@@ -122,9 +72,12 @@ def draw_packed(kind: Layout, rows: int, columns: int) -> list[PackedMatrix]:
 
 
 def measure_shape(
-    shape: str, batch: int, threads: int, kinds: list[Layout], rounds: int
+    shape: str, batch: int, threads: int, kinds: list[Layout], rounds: int, bandwidth: float
 ) -> list[dict[str, Any]]:
-    """A row for each kind of weight: bytes and time of 32 weights, and the ratio to ggml's."""
+    """A row for each kind of weight: bytes and time of 32 weights, and the ratio to ggml's.
+
+    bandwidth: GB/s that so many threads read here.
+    """
     rows, columns = (int(n) for n in shape.split("x"))
     x = torch.randn(batch, columns)
     ggml = Ggml(rows, columns)
@@ -134,6 +87,14 @@ def measure_shape(
     worst = float((y - expected).abs().max() / expected.abs().max())
     assert worst < 1e-2, f"ggml's result differs by {worst}"
     weights = {kind: draw_packed(kind, rows, columns) for kind in kinds}
+    names = [GGML, *kinds]
+    if batch == 1:
+        openvino, torchs = (
+            OpenVinoLinears(ggml.steps, ggml.scale, threads),
+            TorchLinear(ggml.steps, ggml.scale),
+        )
+        torch.set_num_threads(threads)
+        names += [OPENVINO, TORCH]
     with ThreadPoolExecutor(1) as other:
 
         def run_ggml(copy: int) -> None:
@@ -146,11 +107,15 @@ def measure_shape(
         def walk(name: str) -> tuple[int, Callable[[int], object]]:
             if name == GGML:
                 return len(ggml.copies), run_ggml
+            if name == TORCH:
+                return len(torchs.copies), lambda copy: torchs.multiply(x, copy)
+            if name == OPENVINO:  # one call walks through all of its copies
+                return openvino.count, lambda copy: copy or openvino.multiply(x)
             found = weights[name]  # type: ignore[index]
             return len(found), lambda copy: found[copy].multiply(x, threads=threads)
 
         clock = time.thread_time if threads == 1 else time.perf_counter
-        seconds: dict[str, list[float]] = {name: [] for name in (GGML, *kinds)}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(rounds + 1):
             for name, found in seconds.items():
                 count, job = walk(name)
@@ -160,9 +125,12 @@ def measure_shape(
                 if turn:
                     found.append((clock() - start) / count)
     vectors = rows * columns / 32 * batch
+    sizes = {name: found[0].num_bytes for name, found in weights.items()} | {GGML: ggml.bytes}
+    if batch == 1:
+        sizes |= {OPENVINO: openvino.bytes, TORCH: torchs.bytes}
     result = []
     for name, found in seconds.items():
-        size = ggml.bytes if name == GGML else weights[name][0].num_bytes  # type: ignore[index]
+        size = sizes[name]
         ratios = [a / b for a, b in zip(found, seconds[GGML], strict=True)]
         lower, middle, upper = statistics.quantiles(ratios, n=4)
         result.append(
@@ -171,6 +139,7 @@ def measure_shape(
                 "bytes": size / (rows * columns / 32),
                 "ns": 1e9 * statistics.median(found) / vectors,
                 "gb_per_second": size / statistics.median(found) / 1e9,
+                "bandwidth_share": size / statistics.median(found) / 1e9 / bandwidth,
                 "ratio": middle, "quartiles": [lower, upper],
                 "to_dense": ratio(found, seconds["dense"]), "seconds": found,
             }
@@ -178,34 +147,33 @@ def measure_shape(
     return result
 
 
-def read_bandwidth() -> float:
-    """GB a second that one thread reads from huge pages, at best of ten."""
+def read_bandwidth(threads: int) -> float:
+    """GB a second that so many threads read from huge pages, at best of ten."""
     memory = HugePages().keep(torch.ones(WALKED, dtype=torch.uint8)).view(torch.int64)
     best = 1e9
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for _ in range(10):
-        start = time.thread_time()
-        memory.sum()
-        best = min(best, time.thread_time() - start)
+    clock = time.thread_time if threads == 1 else time.perf_counter
     torch.set_num_threads(threads)
+    for _ in range(10):
+        start = clock()
+        memory.sum()
+        best = min(best, clock() - start)
     return WALKED / best / 1e9
 
 
-def measure_end_to_end(
-    gguf: Path, packed: Path | None, plain: Path | None, threads: int, rounds: int
-) -> list[dict[str, Any]]:
+def measure_end_to_end(model: Path, threads: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
     """Tokens a second of the same weights in each runtime, one process each, in turn."""
-    artefacts = [Artefact("Q4_0", gguf, "llama.cpp"), Artefact("Q4_0", gguf, "llama.cpp + sqft")]
-    if packed is not None:
-        artefacts.append(Artefact("packed", packed, "transformers + sqft"))
-        artefacts.append(Artefact("packed", packed, "transformers + sqft, 8-bit head"))
-    if plain is not None:
-        artefacts.append(Artefact("float32", plain, "transformers"))
-    found = measure_speed(artefacts, prompt_tokens=32, new_tokens=32, rounds=rounds, threads=threads)
+    gguf = model / "gguf" / "model.gguf"
+    artefacts = [
+        Artefact("Q4_0", gguf, "llama.cpp"),
+        Artefact("Q4_0", gguf, "llama.cpp + sqft"),
+        Artefact("packed", model / "packed", "transformers + sqft"),
+        Artefact("float32", model / "merged", "transformers"),
+    ]
+    found = measure_speed(artefacts, prompt_tokens=32, new_tokens=tokens, rounds=rounds, threads=threads)
     return [
         {
-            "name": row.name, "runtime": row.runtime, "threads": threads, "size_bytes": row.size_bytes,
+            "model": model.name, "name": row.name, "runtime": row.runtime, "threads": threads,
+            "size_bytes": row.size_bytes,
             "first_token_seconds": row.first_token_seconds, "tokens_per_second": row.tokens_per_second,
         }
         for row in found
@@ -221,12 +189,15 @@ def aims(rows: list[dict[str, Any]], ends: list[dict[str, Any]]) -> list[dict[st
             (r[key] for r in rows if (r["shape"], r["batch"], r["threads"], r["kind"]) == place), None
         )
 
+    last = ends[-1]["model"] if ends else None  # the largest, if it is named last
+
     def end(runtime: str, other: str, threads: int) -> float | None:
-        speeds = {r["runtime"]: r["tokens_per_second"] for r in ends if r["threads"] == threads}
+        rows = [r for r in ends if (r["model"], r["threads"]) == (last, threads)]
+        speeds = {r["runtime"]: r["tokens_per_second"] for r in rows}
         return ratio(speeds[other], speeds[runtime]) if {runtime, other} <= set(speeds) else None
 
     sparse, plain = "llama.cpp + sqft", "llama.cpp"
-    packed, dense = "transformers + sqft, 8-bit head", "transformers"
+    packed, dense = "transformers + sqft", "transformers"
     return [
         check("windows of 2 bits / ggml, one thread", of("window2", 1), at_most=0.65, aim="0.53"),
         check("windows of 2 bits / ggml, two threads", of("window2", 2), at_most=0.85, aim="0.78"),
@@ -248,6 +219,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "bytes",
         "ns a 32",
         "GB/s",
+        "of reading",
         "/ ggml",
         "quartiles",
         "/ dense",
@@ -255,8 +227,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
             r["shape"], r["batch"], r["threads"], r["kind"], f"{r['bytes']:.1f}", f"{r['ns']:.2f}",
-            f"{r['gb_per_second']:.1f}", f"{r['ratio']:.2f}", "{:.2f}-{:.2f}".format(*r["quartiles"]),
-            f"{r['to_dense']:.2f}",
+            f"{r['gb_per_second']:.1f}", f"{r['bandwidth_share']:.0%}", f"{r['ratio']:.2f}",
+            "{:.2f}-{:.2f}".format(*r["quartiles"]), f"{r['to_dense']:.2f}",
         ]
         for r in rows
     ]  # fmt: skip
@@ -270,8 +242,12 @@ def end_table(ends: list[dict[str, Any]]) -> str:
         low, middle, high = statistics.quantiles(row["tokens_per_second"], n=4)
         speed = f"{middle:.1f} ({low:.1f}-{high:.1f})"
         first = f"{1e3 * row['first_token_seconds']:.0f} ms"
-        cells.append([row["runtime"], row["threads"], f"{row['size_bytes'] / 1e6:.0f} MB", first, speed])
-    return markdown_table(["runtime", "threads", "size", "first token", "tokens/s (quartiles)"], cells)
+        cells.append(
+            [row["model"], row["runtime"], row["threads"], f"{row['size_bytes'] / 1e6:.0f} MB", first, speed]
+        )
+    return markdown_table(
+        ["model", "runtime", "threads", "size", "first token", "tokens/s (quartiles)"], cells
+    )
 
 
 def main() -> None:
@@ -282,9 +258,9 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     parser.add_argument("--rounds", type=int, default=None)
     parser.add_argument("--instructions", default="avx2", choices=["plain", "avx2", "avx512"])
-    parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--packed", type=Path)
-    parser.add_argument("--plain", type=Path)
+    parser.add_argument("--thread-counts", nargs="+", type=int, default=[1, 2], choices=[1, 2])
+    parser.add_argument("--models", nargs="*", type=Path, default=[], metavar="DIR", help="the largest last")
+    parser.add_argument("--tokens", type=int, default=32, help="that are generated in a round end to end")
     options = parse_options(parser)
     rounds = options.rounds or (5 if options.quick else 11)
     shapes = (
@@ -298,23 +274,26 @@ def main() -> None:
     facts["xllamacpp"] = version("xllamacpp")
     rows: list[dict[str, Any]] = []
     ends: list[dict[str, Any]] = []
-    bandwidth = read_bandwidth()
-    print(f"{facts['processor']}, ours by {used}; one thread reads {bandwidth:.1f} GB/s")
+    bandwidth = {threads: read_bandwidth(threads) for threads in options.thread_counts}
+    reads = ", ".join(f"{n} threads read {speed:.1f} GB/s" for n, speed in bandwidth.items())
+    print(f"{facts['processor']}, ours by {used}; {reads}")
     for shape in shapes:
         for batch in batches:
-            for threads in (1, 2):
-                rows += measure_shape(
-                    shape, batch, threads, ["dense", *(k for k in options.kinds if k != "dense")], rounds
-                )
-                print(table(rows[-len(options.kinds) - 1 :]), flush=True)
-    if options.gguf is not None:
-        count = 3 if options.quick else 7
-        for threads in (1, 2):
-            ends += measure_end_to_end(options.gguf, options.packed, options.plain, threads, count)
-        print(end_table(ends))
+            for threads in options.thread_counts:
+                kinds: list[Layout] = ["dense", *(k for k in options.kinds if k != "dense")]
+                found = measure_shape(shape, batch, threads, kinds, rounds, bandwidth[threads])
+                print(table(found), flush=True)
+                rows += found
+    for model in options.models:
+        for threads in options.thread_counts:
+            found = measure_end_to_end(
+                model, threads, options.rounds or (3 if options.quick else 7), options.tokens
+            )
+            print(end_table(found), flush=True)
+            ends += found
     checks = aims(rows, ends)
     print(checks_table(checks))
-    facts["bandwidth"] = f"{bandwidth:.1f} GB/s, one thread"
+    facts["bandwidth"] = reads
     write_result(options.json, {"environment": facts, "rows": rows, "end_to_end": ends, "checks": checks})
 
 
