@@ -301,8 +301,8 @@ def main() -> None:
                 bench.quantize("0", f"dense int{bits}, gptq", masks=None, **grid)
                 bench.quantize("0", "dense, best", masks=None, **(BEST_INT4 | {"refit": 0} | grid))
         for level in options.levels:
-            others = ["others"] if level == options.levels[min(1, len(options.levels) - 1)] else []
-            bench.level(level, [m for m in options.methods if m != "others"] + others)
+            once = level == options.levels[min(1, len(options.levels) - 1)]
+            bench.level(level, [m for m in options.methods if m != "others" or once])
     report = bench.report() | {"environment": facts, "elapsed_seconds": time.perf_counter() - started}
     write_result(options.json, report)
     print("\n" + checks_table(report["checks"]))
