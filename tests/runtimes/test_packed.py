@@ -124,20 +124,6 @@ def test_without_kernels_weights_are_dequantized(
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-def test_a_head_on_an_8_bit_grid(packed: Callable[..., Path]) -> None:
-    if kernel_library() is None:
-        pytest.skip("there is no C compiler here")
-    model = open_packed(packed(pattern="16:32 window 2"))
-    with torch.no_grad():
-        before, embedding = model(IDS).logits, model.get_input_embeddings().weight.clone()
-        runtime.pack_head(model)
-        after = model(IDS).logits
-    assert isinstance(model.get_output_embeddings(), PackedLinear)
-    assert torch.equal(model.get_input_embeddings().weight, embedding)
-    assert 0 < (after - before).abs().max() < 0.02 * before.abs().max()
-    model.generate(IDS, max_new_tokens=3)
-
-
 def test_what_a_packed_model_cannot_do_is_refused(packed: Callable[..., Path], tmp_path: Path) -> None:
     directory = packed(pattern="16:32 window 2")
     model = open_packed(directory)

@@ -6,6 +6,7 @@ import typer
 
 import sqft
 from sqft.cli.bench import bench
+from sqft.cli.chat import chat
 from sqft.cli.compare import compare
 from sqft.cli.compress import compress
 from sqft.cli.demo import demo
@@ -33,7 +34,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     run, sweep, plan, preview, status, evaluate, compare, verify, sign, compress, export, merge, pack,
-    unpack, bench, inspect, reproduce, demo, schema, doctor,
+    unpack, bench, chat, inspect, reproduce, demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from sqft.models import open_checkpoint
+from sqft.models import load_model, open_checkpoint
 from sqft.models.checkpoint import quiet_transformers
 
-__all__ = ["run_model", "run_transformers"]
+__all__ = ["open_in_transformers", "run_model", "run_transformers"]
 
 
 def run_model(model: nn.Module, items: Sequence[Sequence[int]]) -> Float[Tensor, "positions vocabulary"]:
@@ -21,6 +21,27 @@ def run_model(model: nn.Module, items: Sequence[Sequence[int]]) -> Float[Tensor,
     model.eval()
     with torch.no_grad():
         return torch.cat([model(input_ids=torch.tensor([list(item)])).logits[0].float() for item in items])
+
+
+def open_in_transformers(directory: Path, adapter: Path | None = None, *, packed: bool = False) -> Any:
+    """A model directory in float32, to generate with. packed: computes from its packed form.
+
+    adapter: a plain LoRA in PEFT's files, applied unmerged.
+
+    Raises: ModelError if the directory is no whole model.
+    """
+    if packed:
+        import sqft.runtimes.packed  # noqa: F401  enters the form into transformers' tables
+
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    else:
+        model = load_model(directory, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    return model
 
 
 def run_transformers(

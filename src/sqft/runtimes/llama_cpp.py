@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sqft.errors import ExportError, require
+from sqft.models.gguf_header import open_gguf
 
 __all__ = ["LlamaCpp", "check_tokenizer"]
 
@@ -48,7 +49,7 @@ class LlamaCpp:
                 self._server = xllamacpp.Server(parameters)
         except RuntimeError as error:
             raise ExportError(f"llama.cpp cannot open {path}: {error}") from error
-        self.max_length = context
+        self.path, self.max_length = path, context
         self._letter = self.tokenize("a")[0]
 
     def tokenize(self, text: str) -> list[int]:
@@ -121,6 +122,49 @@ class LlamaCpp:
             (token,) = answer["__verbose"]["tokens"]
             yield int(token)
             context.append(int(token))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the file says how messages become a text; else llama.cpp would take a form of its own."""
+        return "tokenizer.chat_template" in open_gguf(self.path).fields
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        told: Callable[[str], None],
+        max_new_tokens: int,
+        temperature: float,
+        *,
+        raw: bool = False,
+    ) -> str:
+        """The answer to messages by the model's chat template; `told` is called with each piece of it.
+
+        raw: the last message is continued as it stands instead.
+
+        Raises: ExportError if llama.cpp refuses, as it does where the context is full.
+        """
+        request = {"temperature": temperature, "max_tokens": max_new_tokens, "stream": True}
+        pieces: list[str] = []
+        refusals: list[str] = []
+
+        def take(part: dict[str, Any]) -> bool:
+            if "choices" not in part:
+                refusals.append(json.dumps(part)[:200])
+                return True
+            choice = part["choices"][0]
+            piece = choice.get("text") if raw else choice["delta"].get("content")
+            if piece:
+                pieces.append(piece)
+                told(piece)
+            return False
+
+        if raw:
+            self._server.handle_completions(request | {"prompt": messages[-1]["content"]}, take)
+        else:
+            self._server.handle_chat_completions(request | {"messages": list(messages)}, take)
+        if refusals:
+            raise ExportError(f"llama.cpp refused a request: {refusals[0]}")
+        return "".join(pieces)
 
     def generate(self, token_ids: Sequence[int], num_tokens: int) -> dict[str, float]:
         """Generate greedily, whatever the end token, and return llama.cpp's timings."""

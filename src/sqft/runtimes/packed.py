@@ -27,7 +27,7 @@ from sqft.models.packing import PACKED_METHOD, read_grid, unpack_qparams, unpack
 from sqft.models.sparse_packing import STEPS, unpack_codes, unpack_head
 from sqft.ops import GridSpec, QuantizedWeight
 
-__all__ = ["PackedLinear", "SqftPackedConfig", "SqftPackedQuantizer", "pack_head"]
+__all__ = ["PackedLinear", "SqftPackedConfig", "SqftPackedQuantizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -129,24 +129,6 @@ class PackedEmbedding(PackedLinear):
         if self.matrix is None:
             return nn.functional.embedding(ids, self.weight)
         return self.matrix.take_rows(ids.flatten()).to(self.dtype).view(*ids.shape, self.in_features)
-
-
-def pack_head(model: PreTrainedModel) -> None:
-    """Put the output head of a model on a grid of 8 bits with groups of 32, as GGUF's Q8_0 is.
-
-    In small models the head is what a token reads most of. The embedding, with which it may share its weight,
-    stays as it is. This rounds weights that nothing was trained for; `sqft export --head q8_0` does the same.
-
-    Raises: RuntimeError where there are no kernels; ValueError if a scale does not fit float16.
-    """
-    head = model.get_output_embeddings()
-    weight = head.weight.detach().float()
-    groups = nn.functional.pad(weight, (0, -weight.shape[1] % 32)).unflatten(1, (-1, 32))
-    scale = (groups.abs().amax(-1) / 127).half().float()
-    steps = torch.round(groups / scale.clamp_min(1e-30)[..., None]).clamp(-127, 127).to(torch.int8)
-    packed = PackedLinear(weight.shape[1], weight.shape[0], {}, head.bias)
-    packed.matrix = PackedMatrix.pack(steps.flatten(1)[:, : weight.shape[1]], scale, "bytes", HugePages())
-    model.set_output_embeddings(packed)
 
 
 @register_quantization_config(PACKED_METHOD)

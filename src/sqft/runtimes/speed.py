@@ -20,6 +20,7 @@ from sqft.artifacts import PACK_RECORD
 from sqft.errors import ExportError
 from sqft.formats.openvino import XML
 from sqft.progress import SILENT, Progress
+from sqft.runtimes.hf import open_in_transformers
 from sqft.runtimes.llama_cpp import LlamaCpp
 from sqft.runtimes.llama_plugin import use_packed_products
 from sqft.runtimes.openvino import OpenVinoModel
@@ -238,16 +239,8 @@ class _OpenVinoRunner:
 
 class _TransformersRunner:
     def __init__(self, artefact: Artefact, threads: int) -> None:
-        self._model: Any = self._open(artefact.path)
-        if artefact.adapter is not None:
-            from peft import PeftModel
-
-            self._model = PeftModel.from_pretrained(self._model, artefact.adapter).eval()
-
-    def _open(self, path: Path) -> Any:
-        from sqft.models import load_model
-
-        return load_model(path, dtype=torch.float32)
+        packed = artefact.runtime == "transformers + sqft"
+        self._model: Any = open_in_transformers(artefact.path, artefact.adapter, packed=packed)
 
     def run(self, prompt: list[int], num_tokens: int) -> tuple[float, float]:
         with torch.no_grad():
@@ -262,31 +255,12 @@ class _TransformersRunner:
         return first, (num_tokens - 1) / (time.perf_counter() - start)
 
 
-class _PackedTransformersRunner(_TransformersRunner):
-    def _open(self, path: Path) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        import sqft.runtimes.packed  # noqa: F401  enters the form into transformers' tables
-
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-class _PackedHeadTransformersRunner(_PackedTransformersRunner):
-    def _open(self, path: Path) -> Any:
-        from sqft.runtimes.packed import pack_head
-
-        model = super()._open(path)
-        pack_head(model)
-        return model
-
-
 RUNNERS: dict[str, Any] = {
     "llama.cpp": _LlamaCppRunner,
     "llama.cpp + sqft": _PackedLlamaCppRunner,
     "openvino": _OpenVinoRunner,
     "transformers": _TransformersRunner,
-    "transformers + sqft": _PackedTransformersRunner,
-    "transformers + sqft, 8-bit head": _PackedHeadTransformersRunner,
+    "transformers + sqft": _TransformersRunner,
 }
 
 
