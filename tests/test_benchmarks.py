@@ -9,8 +9,17 @@ import pytest
 from benchmarks.common import check, checks_table, markdown_table, read_text
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-# compression_peer runs in llm-compressor's own environment; the others are parts of benchmarks.
-PARTS = {"common", "faulty_disk", "tiny", "compression_peer", "published", "steps"}
+# compression_peer runs in llm-compressor's own environment, random_llama makes a model; the others are parts.
+PARTS = {
+    "common",
+    "compression_peer",
+    "decode_rivals",
+    "faulty_disk",
+    "published",
+    "random_llama",
+    "steps",
+    "tiny",
+}
 COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 
 
