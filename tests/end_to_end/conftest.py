@@ -51,7 +51,7 @@ def values_maker(task_files: dict[str, str], workspace: Path) -> Callable[..., d
             "adapters": {"method": methods.get(pipeline, pipeline), "ranks": [8, 6, 4], "alpha": 16},
             "train": {"max_steps": 6, "batch_size": 4, "learning_rate": 2e-2, "checkpoint_steps": 2},
             "search": {"method": "hill_climb", "num_trials": 4},
-            "evaluate": {"batch_size": 8, "max_new_tokens": 4},
+            "evaluate": {"batch_size": 8, "max_new_tokens": 4, "general_text": None},
             "runtime": {"workspace": str(workspace), "device": "cpu", "threads": 1},
         }
         if pipeline in ("sqft", "qa_sparse_peft"):

@@ -15,6 +15,7 @@ from sqft.certificate import check_provenance
 from sqft.errors import AdapterError, ModelError, RecipeError
 from sqft.models import load_model, read_masks
 from sqft.pipeline import parse_recipe, plan_recipe, run_recipe
+from sqft.report.summary import summary_table
 from tests.end_to_end.conftest import values_maker, write_task
 
 TUNE = {"rank": 4, "max_steps": 6, "batch_size": 4, "learning_rate": 2e-2, "checkpoint_steps": 2}
@@ -49,7 +50,9 @@ def stage(result: Any, name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def tuned(values: Any) -> Any:
-    return run_recipe(parse_recipe(values("tune", name="tuned", export={"formats": ["safetensors"]})))
+    made = values("tune", name="tuned", export={"formats": ["safetensors"]})
+    made["evaluate"] = made["evaluate"] | {"general_text": "package", "sequence_length": 128}
+    return run_recipe(parse_recipe(made))
 
 
 def test_tuned_alone_is_the_lora_merged_and_a_model_of_its_own(tuned: Any, values: Any) -> None:
@@ -59,6 +62,10 @@ def test_tuned_alone_is_the_lora_merged_and_a_model_of_its_own(tuned: Any, value
     assert rows["base"] is not None
     assert rows["tuned"] < rows["base"] - 0.1
     assert len(tuned.data.training) == 6
+    general = {row.name: row.general_loss for row in tuned.data.models}
+    assert general["base"] != general["tuned"]
+    assert any(note.startswith("general text, tuned against the dense model: +") for note in tuned.data.notes)
+    assert summary_table(tuned.data)[0][4] == "general text (nats)"
     base = load_model(Path(values()["model"]))
     training = stage(tuned, "tune").directory / "training"
     adapted = PeftModel.from_pretrained(base, training / "adapter").merge_and_unload()

@@ -11,7 +11,7 @@ from sqft.cli import run_command_line
 from sqft.errors import DataError, WorkspaceError
 from sqft.pipeline.comparison import compare_runs, find_measured
 from sqft.report import write_report
-from sqft.report.comparison import differing_table, markdown
+from sqft.report.comparison import compare_table, differing_table, markdown
 from sqft.report.content import ModelRow
 from tests.report.invented import invent_report
 
@@ -42,6 +42,7 @@ def run(tmp_path: Path) -> Run:
             "answer_tokens": [tokens] * len(ids),
             "correct": [n % 2 == 0 for n in range(len(ids))] if right is None else list(right),
         }
+        items |= {"general_text": "t", "general_sums": [9 + shift, 8.0], "general_tokens": [4, 4]}
         values = {"name": name, "model": {"source": "m"}, "seed": seed} | (recipe or {})
         rows = [ModelRow("base", 1.0, size_bytes=270), ModelRow("merged", 0.5, size_bytes=size, sparsity=0.5)]
         directory = tmp_path / name
@@ -64,7 +65,9 @@ def test_gaps_are_paired_by_item(run: Run) -> None:
     assert second.gaps["accuracy"].p_value == 1.0
     assert first.figures["loss"].value == pytest.approx(sum(LOSSES) / 16)
     assert data.differing == {"sparsify": ["-", "sparsity 0.7"]}
-    assert data.num_items == {"loss": 8, "accuracy": 8}
+    assert data.num_items == {"loss": 8, "accuracy": 8, "general text": 2}
+    assert second.gaps["general text"].difference == pytest.approx(0.3 / 8)
+    assert "general text (nats per token)" in compare_table(data)[0]
 
 
 def test_a_share_of_nothing_keeps_its_interval(run: Run) -> None:
@@ -199,7 +202,7 @@ def test_the_command(
     page = (tmp_path / "comparison.html").read_text()
     assert "a&lt;b" in page
     assert "a<b<" not in page
-    assert page.count("<figure>") == 2  # loss and accuracy against size; their sparsity is the same
+    assert page.count("<figure>") == 3  # three measures against size; the sparsity is the same
     assert run_command_line(["compare", *runs, "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["rows"][1]["gaps"]["loss"]["difference"] > 0

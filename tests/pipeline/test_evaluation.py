@@ -15,7 +15,7 @@ from sqft.pipeline.comparison import compare_runs, find_measured
 from sqft.pipeline.evaluation import evaluate_path, hub_entries
 from sqft.sections import EvaluateSection
 
-SECTION = EvaluateSection(batch_size=4, max_new_tokens=4)
+SECTION = EvaluateSection(batch_size=4, max_new_tokens=4, general_text=None)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_exports_are_measured_in_their_runtimes(trained: Any, tmp_path: Path) ->
 def test_what_cannot_be_measured(trained: Any, tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
     result, test = trained(False)
     with pytest.raises(DataError, match="nothing to measure"):
-        evaluate_path(str(result.model_dir), EvaluateSection())
+        evaluate_path(str(result.model_dir), EvaluateSection(general_text=None))
     with pytest.raises(ModelError, match="does not exist"):
         evaluate_path(str(tmp_path / "none"), SECTION, {"test": str(test)})
     with pytest.raises(DataError, match="does not tell with which prompt"):

@@ -43,6 +43,13 @@ def evaluate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompts of tasks through the chat template.")
     ] = False,
+    general: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Loss on a general text: a file, or package for the one of sqft.",
+        ),
+    ] = None,
     perplexity: Annotated[Path | None, typer.Option(help="A text file.")] = None,
     max_items: Annotated[int | None, typer.Option(min=1, help="The first so many items.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default 64.")] = None,
@@ -82,6 +89,7 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
     }
     asked |= {"num_fewshot": num_fewshot, "tasks_data": str(tasks_data) if tasks_data else None}
+    asked |= {"general_text": general}
     asked |= {"perplexity": str(perplexity) if perplexity else None}
     asked |= {"tasks": [name for text in tasks for name in text.split(",") if name] if tasks else None}
     form = {"prompt": prompt, "answer": answer, "choices": choices, "label": label}
@@ -124,7 +132,7 @@ def _sections(
     from sqft.pipeline import load_recipe
     from sqft.sections import EvaluateSection
 
-    values = {key: value for key, value in asked.items() if value is not None}
+    values: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     items = {key: value for key, value in form.items() if value is not None}
     if recipe is not None:
         told = load_recipe(recipe)
@@ -132,6 +140,7 @@ def _sections(
             values = told.evaluate.model_dump(exclude={"models"}, exclude_none=True) | values
         if told.data is not None:
             items = told.data.model_dump(exclude_none=True) | items
+    values.setdefault("general_text", None)  # takes seconds, and is not always asked for
     if data is not None:
         items["test"] = str(data)
     if items and "test" not in items:

@@ -16,7 +16,16 @@ from sqft.evaluation.intervals import ratio_interval
 from sqft.evaluation.scoring import Row, Scorable, score_rows
 from sqft.progress import SILENT, Progress
 
-__all__ = ["LossResult", "PerplexityResult", "evaluate_loss", "evaluate_perplexity"]
+__all__ = [
+    "LossResult",
+    "PerplexityResult",
+    "evaluate_general",
+    "evaluate_loss",
+    "evaluate_perplexity",
+    "general_path",
+]
+
+GENERAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,39 @@ def loss_of(scores: Sequence[Sequence[float]]) -> LossResult:
     return LossResult(*ratio_interval(sums, counts), len(sums), sums, counts)
 
 
+def general_path(text: str) -> Path:
+    """The file that `evaluate.general_text` means."""
+    return Path(__file__).with_name("general.txt") if text == "package" else Path(text)
+
+
+def evaluate_general(
+    model: Scorable,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str = "package",
+    *,
+    sequence_length: int = 512,
+    batch_size: int = 16,
+    progress: Progress = SILENT,
+) -> PerplexityResult:
+    """Nats a token (`log_perplexity`) on a text that is not of the task: forgetting raises them.
+
+    text: as `evaluate.general_text`. That of the package is from books and documents in the public domain
+    that models know well, so that levels are low; what counts is the difference to the dense model.
+
+    Raises: as `evaluate_perplexity`.
+    """
+    return evaluate_perplexity(
+        model,
+        general_path(text),
+        tokenizer,
+        num_tokens=GENERAL_TOKENS,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        setting="evaluate.general_text",
+        progress=progress,
+    )
+
+
 def evaluate_perplexity(
     model: Scorable,
     path: Path,
@@ -103,18 +145,20 @@ def evaluate_perplexity(
     num_tokens: int = 8192,
     sequence_length: int = 512,
     batch_size: int = 16,
+    setting: str = "evaluate.perplexity",
     progress: Progress = SILENT,
 ) -> PerplexityResult:
     """Perplexity of the first `num_tokens` tokens of a text file, in windows that do not overlap.
 
-    Every token of a window but its first is predicted from those before it in the window.
+    Every token of a window but its first is predicted from those before it in the window. setting: what
+    messages and the progress bar call it.
 
     Raises: DataError if the file is missing or shorter than one window.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; check evaluate.perplexity") from error
+        raise DataError(f"{path} does not exist; check {setting}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
     ids = tokenizer(text[: 16 * num_tokens], verbose=False)["input_ids"][:num_tokens]
@@ -127,7 +171,8 @@ def evaluate_perplexity(
             "lower evaluate.sequence_length or give more text"
         )
     rows = [Row(window[:-1], list(enumerate(window[1:]))) for window in windows]
-    scores = score_rows(model, rows, batch_size=batch_size, description="perplexity", progress=progress)
+    shown = setting.rpartition(".")[2].replace("_", " ")
+    scores = score_rows(model, rows, batch_size=batch_size, description=shown, progress=progress)
     sums = [-math.fsum(values) for values in scores]
     counts = [len(row.wanted) for row in rows]
     mean = math.fsum(sums) / sum(counts)

@@ -12,7 +12,7 @@ from sqft.artifacts import LATENT, MASKS, REFERENCE, digest_json
 from sqft.data import Example
 from sqft.evaluation.harness import evaluate_tasks, main_figure
 from sqft.evaluation.items import evaluate_items
-from sqft.evaluation.loss import evaluate_perplexity
+from sqft.evaluation.loss import evaluate_general, evaluate_perplexity
 from sqft.evaluation.paired import compare_correct, paired_difference
 from sqft.evaluation.scoring import Scorable
 from sqft.models import fused_weights, target_linears
@@ -61,6 +61,18 @@ def measure_model(
             row |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
             items |= {"correct": accuracy.correct, "answers": accuracy.answers}
             items |= {"expected": [example.answer for example in examples]}
+    if section.general_text:
+        general = evaluate_general(
+            model,
+            tokenizer,
+            section.general_text,
+            sequence_length=section.sequence_length,
+            batch_size=section.batch_size,
+            progress=progress,
+        )
+        row["general_loss"] = general.log_perplexity
+        items |= {"general_sums": general.sums, "general_tokens": general.counts}
+        items |= {"general_text": general.text}
     if section.perplexity:
         perplexity = evaluate_perplexity(
             model,
@@ -140,11 +152,25 @@ def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:
         ("merged", "dense_tuned", "merged against dense + LoRA"),
         ("adapted", "dense_tuned", "tuned against dense + LoRA"),
     ]
-    return [
+    notes = [
         f"{words}: {_difference(items[first], items[second])}"
         for first, second, words in pairs
         if "loss_sums" in items.get(first, {}) and "loss_sums" in items.get(second, {})
     ]
+    dense = items.get("base", {})
+    kinds = {
+        "dense_tuned": "dense + LoRA",
+        "tuned": "tuned",
+        "adapted": "with its adapter",
+        "merged": "merged",
+    }
+    for name, words in kinds.items():
+        one = items.get(name, {})
+        if "general_sums" in dense and one.get("general_text") == dense["general_text"]:
+            gap = paired_difference(dense["general_sums"], one["general_sums"], one["general_tokens"])
+            shown = f"{gap.difference:+.3f} nats a token ({gap.low:+.3f} to {gap.high:+.3f})"
+            notes.append(f"general text, {words} against the dense model: {shown}")
+    return notes
 
 
 def _difference(first: dict[str, Any], second: dict[str, Any]) -> str:

@@ -213,10 +213,11 @@ def _series(one: Measured) -> dict[str, _Series]:
             raise DataError(f"{one.place} was measured by a version that named no items; run it again")
         found["loss"] = _Series(ids, items["loss_sums"], items["answer_tokens"])
         found["accuracy"] = _Series(ids, [float(right) for right in items["correct"]], [1] * len(ids))
-    if "perplexity_sums" in items:
-        counts = items["perplexity_tokens"]
-        text = [f"{items['perplexity_text']}:{place}" for place in range(len(counts))]
-        found["log perplexity"] = _Series(text, items["perplexity_sums"], counts)
+    for measure, key in (("general text", "general"), ("log perplexity", "perplexity")):
+        if f"{key}_sums" in items:
+            counts = items[f"{key}_tokens"]
+            text = [f"{items[f'{key}_text']}:{place}" for place in range(len(counts))]
+            found[measure] = _Series(text, items[f"{key}_sums"], counts)
     for task, figures in items.get("tasks", {}).items():
         for metric, values in figures.get("items", {}).items():
             if metric.startswith(("acc", "exact_match")) and len(values) == len(figures["items"]["ids"]):

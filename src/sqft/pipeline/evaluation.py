@@ -87,8 +87,8 @@ def evaluate_path(
     """
     from sqft.evaluation.measurement import measure_model
 
-    if data is None and not section.perplexity and not section.tasks:
-        raise DataError("nothing to measure; name a file of items (--data), tasks or a text for perplexity")
+    if data is None and not (section.general_text or section.perplexity or section.tasks):
+        raise DataError("nothing to measure; name a file of items (--data), tasks, or a text")
     artefact = _describe(_locate(target), base)
     tokenizer = _tokenizer(artefact, tokenizer_dir, trust_remote_code)
     prompt = None if data is None else _data_section(artefact, data)

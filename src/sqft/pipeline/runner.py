@@ -273,19 +273,21 @@ def _data_key(recipe: Recipe) -> str:
 
 def _texts_key(recipe: Recipe) -> str:
     """Of what `evaluate` reads beside the items: the perplexity text and tasks, files by content."""
+    from sqft.evaluation import find_task_data, general_path
+
     section = recipe.evaluate
     if section is None:
         return ""
     tasks = [
         _content(task, "evaluate.tasks") if Path(task).suffix in YAML else task for task in section.tasks
     ]
+    general = general_path(section.general_text) if section.general_text else None
     texts: dict[str, Any] = {
+        "general": _content(str(general) if general else None, "evaluate.general_text"),
         "perplexity": _content(section.perplexity, "evaluate.perplexity"),
         "tasks": tasks,
     }
     if section.tasks_data is not None:
-        from sqft.evaluation import find_task_data
-
         named = [task for task in section.tasks if Path(task).suffix not in YAML]
         files = find_task_data(named, Path(section.tasks_data))
         texts["data"] = {name: digest_file(path) for name, path in files.items()}

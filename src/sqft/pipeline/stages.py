@@ -37,6 +37,8 @@ __all__ = ["Stage", "StageKind", "recipe_stages"]
 StageKind = Literal[
     "items", "tune", "sparsify", "quantize", "train", "search", "merge", "train_dense", "evaluate", "export"
 ]
+# Of evaluate: what is a stage of its own, or enters by content.
+CONTENT = {"models", "general_text", "perplexity", "tasks", "tasks_data"}
 # Fields of TrainingArguments that say what is told of a training, and change nothing in it.
 REPORTING = ("report_to", "run_name", "logging_dir", "logging_steps", "logging_strategy", "project")
 
@@ -132,10 +134,10 @@ def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:
         inputs.append(adapter)
     if recipe.data:
         inputs.append("items")
-    if section.perplexity or section.tasks:
+    if section.general_text or section.perplexity or section.tasks:
         inputs.append("texts")
     settings = {
-        "evaluate": section.model_dump(mode="json", exclude={"models", "perplexity", "tasks", "tasks_data"}),
+        "evaluate": section.model_dump(mode="json", exclude=CONTENT),
         "model": model,
     }
     return Stage("evaluate", tuple(inputs), settings, evaluate, argument=model)

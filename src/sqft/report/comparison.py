@@ -20,6 +20,8 @@ __all__ = [
     "markdown_table",
 ]
 
+PER_TOKEN = ("general text", "log perplexity")  # measures of a text, in nats a token
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -48,8 +50,8 @@ class Gap:
 class ComparedRow:
     """One model, trained once or under several seeds.
 
-    runs: where each came from. figures and gaps: by measure ("loss", "log perplexity", "accuracy", or a task
-    and its metric); the reference has no gaps.
+    runs: where each came from. figures and gaps: by measure ("loss", "accuracy", "general text", "log
+    perplexity", or a task and its metric); the reference has no gaps.
     """
 
     label: str
@@ -133,11 +135,12 @@ def markdown_table(table: Sequence[Sequence[str]]) -> str:
 
 def is_share(measure: str) -> bool:
     """Whether a measure is a share of the items, which is shown in per cent."""
-    return measure not in ("loss", "log perplexity")
+    return measure not in ("loss", *PER_TOKEN)
 
 
 def _title(measure: str, data: ComparisonData) -> str:
-    unit = {"loss": f" ({data.loss_unit})", "log perplexity": " (nats per token)"}.get(measure, "")
+    units = {"loss": f" ({data.loss_unit})"} | dict.fromkeys(PER_TOKEN, " (nats per token)")
+    unit = units.get(measure, "")
     return f"{measure}{unit}"
 
 

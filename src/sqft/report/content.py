@@ -25,6 +25,7 @@ class ModelRow:
     """One measured model; None where something was not measured.
 
     loss: nats (`report.summary.loss_unit`). accuracy: share of the items, 0-1. Both with 95 % intervals.
+    general_loss: nats a token on a text that is not of the task.
     sparsity: the share of zeros among the weights that the recipe may prune. bits: of the integers that the
     weights are stored as; None for 16-bit weights.
     """
@@ -41,6 +42,7 @@ class ModelRow:
     sparsity: float | None = None
     bits: int | None = None
     perplexity: float | None = None
+    general_loss: float | None = None
     tasks: dict[str, float] = field(default_factory=dict)
 
 

@@ -34,6 +34,7 @@ def models_table(
         ),
         ("accuracy", lambda row: _percent_interval(row.accuracy, row.accuracy_low, row.accuracy_high)),
         ("items", lambda row: "" if row.num_items is None else str(row.num_items)),
+        ("general text (nats)", lambda row: "" if row.general_loss is None else f"{row.general_loss:.3f}"),
         ("perplexity", lambda row: "" if row.perplexity is None else f"{row.perplexity:.2f}"),
         ("sparsity", lambda row: "" if row.sparsity is None else f"{100 * row.sparsity:.1f} %"),
         ("size", lambda row: "" if row.size_bytes is None else format_bytes(row.size_bytes)),

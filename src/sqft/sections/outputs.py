@@ -29,6 +29,11 @@ class EvaluateSection(Section):
     max_items: Positive | None = Field(None, description="Use the first so many items.")
     batch_size: Positive = 16
     max_new_tokens: Positive = Field(64, description="Longest generated answer.")
+    general_text: PathText | None = Field(
+        "package",
+        description="Loss on a text that is not of the task, so that forgetting shows: package, some 4,000 "
+        "tokens that come with sqft; a text file; or null.",
+    )
     perplexity: PathText | None = Field(None, description="A text file.")
     perplexity_tokens: Positive = Field(8192, description="Tokens of it, in windows of sequence_length.")
     sequence_length: Positive = 512
