@@ -39,6 +39,23 @@ def test_train_never_shows_held_out_items(tiny_tokenizer: Any, tmp_path: Path) -
     assert seen <= {e.prompt + e.answer for e in splits.train}
 
 
+def test_a_mixture_has_the_same_texts_and_others(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("task", "general"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name} text"}}\n' * 40)
+    task, general = (str(tmp_path / f"{name}.jsonl") for name in ("task", "general"))
+    mixed = section(source=task, mix=general, mix_share=0.25, num_samples=8)
+    tokens = calibration_tokens(mixed, None, tiny_tokenizer, seed=0)
+    assert tokens.shape == (8, 8)
+    for source, rows in ((task, tokens[:6]), (general, tokens[6:])):
+        alone = section(source=source, num_samples=len(rows))
+        assert rows.equal(calibration_tokens(alone, None, tiny_tokenizer, seed=0))
+    with pytest.raises(DataError, match=r"lower calibration\.num_samples to"):
+        calibration_tokens(section(source=task, mix=general, num_samples=900), None, tiny_tokenizer, seed=0)
+    for wrong in ({"mix_share": 0.5}, {"mix": "train"}):
+        with pytest.raises(ValueError, match=r"no calibration\.mix|not the training items"):
+            section(**wrong)
+
+
 def test_too_few_tokens_says_how_many(tiny_tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("abc def\n")

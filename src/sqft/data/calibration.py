@@ -13,7 +13,7 @@ from sqft.data.items import Example
 from sqft.data.records import source_name
 from sqft.data.sources import read_records
 from sqft.errors import DataError
-from sqft.sections import CalibrationSection, HubSource
+from sqft.sections import CalibrationSection, DataSource, HubSource
 
 __all__ = ["calibration_tokens"]
 
@@ -30,39 +30,42 @@ def calibration_tokens(
     seed: int,
 ) -> Int64[Tensor, "num_samples sequence_length"]:
     """Token ids (num_samples, sequence_length): the texts in an order drawn by the seed, each followed by the
-    end-of-text token if there is one, joined and cut into rows.
+    end-of-text token if there is one, joined and cut into rows; those of `section.mix` come last.
 
     train: the training items, whose prompts and answers are the texts if the source is 'train'. Search and
     test items are never read.
 
-    Raises: DataError if the source is missing, malformed, or has too few tokens.
+    Raises: DataError if a source is missing, malformed, or has too few tokens.
     """
-    needed = section.num_samples * section.sequence_length
-    stream: list[int] = []
-    for ids in _texts(section, train, tokenizer, seed):
-        stream.extend(ids)
-        if len(stream) >= needed:
-            break
-    if len(stream) < needed:
-        name = source_name(section.source)
-        raise DataError(
-            f"calibration source {name} has {len(stream)} tokens; {section.num_samples} samples of "
-            f"{section.sequence_length} need {needed}: lower calibration.num_samples to "
-            f"{len(stream) // section.sequence_length}, shorten the samples, or give more text"
-        )
-    rows = torch.tensor(stream[:needed], dtype=torch.long)
-    return rows.view(section.num_samples, section.sequence_length)
+    length = section.sequence_length
+    rows: list[int] = []
+    for setting, source, count in section.sources:
+        stream: list[int] = []
+        for ids in _texts(section, source, train, tokenizer, seed):
+            if len(stream) >= count * length:
+                break
+            stream.extend(ids)
+        if len(stream) < count * length:
+            raise DataError(
+                f"calibration {setting} {source_name(source)} has {len(stream)} tokens; {count} samples of "
+                f"{length} need {count * length}: lower calibration.num_samples to "
+                f"{section.num_samples * len(stream) // (count * length)}, shorten the samples, or give more "
+                "text"
+            )
+        rows += stream[: count * length]
+    return torch.tensor(rows, dtype=torch.long).view(section.num_samples, length)
 
 
 def _texts(
     section: CalibrationSection,
+    source: DataSource,
     train: Sequence[Example] | None,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> Iterator[Sequence[int]]:
     """Token ids of each text, the end-of-text token included if the tokenizer has one."""
     shuffle = random.Random(f"calibration:{seed}").shuffle
-    if section.source == "train":
+    if source == "train":
         if train is None:
             raise DataError("calibration.source is 'train', but there are no training items; name a file")
         examples = list(train)
@@ -70,27 +73,25 @@ def _texts(
         for example in examples:
             yield (*example.prompt_ids, *example.answer_ids)
         return
-    texts = _read_texts(section)
+    texts = _read_texts(source, section.field)
     shuffle(texts)
     for text in texts:
         ids, end = tokenizer(text)["input_ids"], tokenizer.eos_token_id
         yield ids if end is None or (ids and ids[-1] == end) else [*ids, end]
 
 
-def _read_texts(section: CalibrationSection) -> list[str]:
-    source = section.source
-    assert source != "train"
+def _read_texts(source: DataSource, field: str) -> list[str]:
     if isinstance(source, HubSource) and source.records is None:
         source = source.model_copy(update={"records": HUB_TEXTS})
     texts: list[str] = []
     for record in read_records(source):
-        value = record.fields.get(section.field)
-        if section.field not in record.fields and record.fields.keys() == {"text"}:
+        value = record.fields.get(field)
+        if field not in record.fields and record.fields.keys() == {"text"}:
             value = record.fields["text"]  # of a plain text file
         if not isinstance(value, str):
             have = ", ".join(map(repr, record.fields))
             raise DataError(
-                f"{record.place}: no text in field {section.field!r}; it has {have}; set calibration.field"
+                f"{record.place}: no text in field {field!r}; it has {have}; set calibration.field"
             )
         plain = Path(record.place.removesuffix(".gz")).suffix in PLAIN
         texts += _blocks(value) if plain else [value]

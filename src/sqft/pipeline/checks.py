@@ -76,7 +76,7 @@ def _needed_extras(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.data:
         sources += [recipe.data.train, recipe.data.search, recipe.data.test]
     if recipe.calibration:
-        sources.append(recipe.calibration.source)
+        sources += [source for _, source, _ in recipe.calibration.sources]
     for source in sources:
         if isinstance(source, HubSource):
             yield "datasets", "hub"

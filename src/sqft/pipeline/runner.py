@@ -306,11 +306,12 @@ def _tuned_key(recipe: Recipe) -> str:
 
 
 def _calibration_key(recipe: Recipe) -> str:
-    """Of a calibration text; training items come from a stage of their own."""
-    source = (recipe.calibration or CalibrationSection()).source
-    if source == "train" or not recipe.needs_calibration:
+    """Of calibration texts; training items come from a stage of their own."""
+    calibration = recipe.calibration or CalibrationSection()
+    texts = [(setting, source) for setting, source, _ in calibration.sources if source != "train"]
+    if not texts or not recipe.needs_calibration:
         return ""
-    return digest_json(_source_content(source, "calibration.source"))
+    return digest_json([_source_content(source, f"calibration.{setting}") for setting, source in texts])
 
 
 def _source_content(source: DataSource | None, key: str) -> Any:

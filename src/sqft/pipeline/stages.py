@@ -148,8 +148,13 @@ def _compression_inputs(recipe: Recipe, calibrates: bool) -> tuple[dict[str, Any
     if not calibrates:
         return {}, (recipe.dense_stage,)
     calibration = recipe.calibration or CalibrationSection()
-    settings = {"calibration": calibration.model_dump(mode="json", exclude={"source"}), "seed": recipe.seed}
-    return settings, (recipe.dense_stage, "items" if calibration.source == "train" else "calibration")
+    settings = {
+        "calibration": calibration.model_dump(mode="json", exclude={"source", "mix"}),
+        "seed": recipe.seed,
+    }
+    items = ["items"] if calibration.source == "train" else []
+    texts = ["calibration"] if not items or calibration.mix is not None else []
+    return settings, (recipe.dense_stage, *items, *texts)
 
 
 def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, Any]:

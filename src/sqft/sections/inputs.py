@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sqft.sections.base import PathText, Positive, Section
+from sqft.sections.base import Fraction, PathText, Positive, Section
 
 __all__ = ["CalibrationSection", "DataForm", "DataSection", "DataSource", "HubSource", "ModelSection"]
 
@@ -132,6 +132,28 @@ class CalibrationSection(Section):
         "train",
         description="'train' for the recipe's training texts, or other texts: files or hub:NAME, as in data.",
     )
+    mix: DataSource | None = Field(
+        None,
+        description="Texts of another kind beside it, so that compression does not fit the task alone.",
+    )
+    mix_share: Fraction = Field(0.5, description="Share of the sequences that are from mix.")
     field: str = Field("text", description="The field of a record that holds the text.")
     num_samples: Positive = Field(64, description="Sequences.")
     sequence_length: Positive = Field(256, description="Tokens of each; texts are packed.")
+
+    @property
+    def sources(self) -> list[tuple[str, DataSource, int]]:
+        """(setting, source, sequences) of each kind of text."""
+        mixed = 0 if self.mix is None else round(self.mix_share * self.num_samples)
+        parts = [("source", self.source, self.num_samples - mixed)]
+        return parts + ([("mix", self.mix, mixed)] if self.mix is not None else [])
+
+    def without_effect(self) -> dict[str, str]:
+        """A share of nothing."""
+        return {"mix_share": "there is no calibration.mix"} if self.mix is None else {}
+
+    @model_validator(mode="after")
+    def _mix(self) -> "CalibrationSection":
+        if self.mix == "train":
+            raise ValueError("mix names texts that are not the training items; write train as source")
+        return self
