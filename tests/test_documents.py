@@ -88,6 +88,13 @@ def test_examples_run(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> No
     before, after = examples.pop("own_training_loop").main(model, sparse, merged, steps=2)
     assert before == after
     assert abs(after - 0.5) < 0.001
+    base = next((tmp_path / "runs" / "stages").glob("quantize-*"))
+    losses = examples.pop("many_tasks").main(
+        str(base), str(tmp_path / "adapters"), str(tmp_path / "task"), steps=4
+    )
+    for task, other in (("sums", "animals"), ("animals", "sums")):
+        assert losses[task][task] < min(losses["none"][task], losses[other][task])
+    assert (tmp_path / "task" / "sqft_certificate.json").is_file()
     assert not examples, "an example without a test"
 
 

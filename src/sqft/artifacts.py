@@ -44,6 +44,7 @@ __all__ = [
     "digest_files",
     "digest_json",
     "read_elapsed",
+    "read_object",
     "replace_file",
     "seal",
     "sync_path",
@@ -129,6 +130,15 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + TEMPORARY)
     temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     replace_file(temporary, path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def replace_file(temporary: Path, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Scales and norms trained in place: alone, beside a low-rank update, and on a sparse 16-bit model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sqft.certificate import check_provenance
+from sqft.cli import run_command_line
 from sqft.errors import RecipeError
 from sqft.export import export_model
 from sqft.models import read_quantized
@@ -22,6 +24,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "both": {"method": "qa_sparse_peft", "train_scales": True, "train_norms": True, "ranks": [6, 4]},
     "sparse": {"method": "sparse_peft", "train_norms": True, "ranks": [6, 4]},
 }
+DENSE_FORMATS = ["safetensors", "gguf", "openvino"]
 FORMATS = ["compressed-tensors", "gguf", "gptq", "openvino"]
 
 
@@ -73,20 +76,51 @@ def test_the_merged_model_is_the_trained_one(kind: str, arch: str, values: Any) 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning:openvino")
-@pytest.mark.parametrize("kind", ["scales", "both"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_every_format_holds_what_was_trained(kind: str, values: Any, tmp_path: Path) -> None:
     made = values(kind)
-    made["quantize"] = {"method": "rtn", "target": "gguf-q4_0"}
+    if kind != "sparse":
+        made["quantize"] = {"method": "rtn", "target": "gguf-q4_0"}
     del made["evaluate"]
     model_dir = run_recipe(parse_recipe(made)).model_dir
     assert model_dir is not None
-    for target in FORMATS:
+    for target in FORMATS if kind != "sparse" else DENSE_FORMATS:
         if target == "openvino":
             pytest.importorskip("openvino")
         record = export_model(model_dir, target, tmp_path / target).as_dict()
         assert record["code_comparison"]["changed"] == 0, target
-        assert record["code_comparison"]["codes"] > 0, target
+        assert (record["code_comparison"]["codes"] > 0) == (kind != "sparse"), target
         assert record["code_comparison"]["weights_changed"] == 0, target
+
+
+def test_the_command_merges_an_adapter_of_ours(
+    values: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = values("scales")
+    del made["evaluate"]
+    result = run_recipe(parse_recipe(made))
+    other = values("scales") | {"name": "other", "sparsify": {"method": "magnitude", "sparsity": 0.4}}
+    del other["evaluate"], other["adapters"], other["train"]
+    other_base = run_recipe(parse_recipe(other)).model_dir
+    assert result.model_dir is not None
+    arguments = ["--adapter", str(result.adapter_dir), "--output", str(tmp_path / "out")]
+    assert run_command_line(["merge", "--base", str(other_base), *arguments]) == 2
+    assert run_command_line(["merge", "--base", str(result.base_dir), *arguments, "--data", "x"]) == 2
+    refused = capsys.readouterr().err.splitlines()
+    assert len(refused) == 2
+    assert "belongs to another base, with other codes" in refused[0]
+    assert "--data would be ignored" in refused[1]
+    assert not (tmp_path / "out").exists()
+    arguments += ["--into", "gptq"]
+    assert run_command_line(["merge", "--base", str(result.base_dir), *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "checks passed" in shown
+    assert "0 codes changed" in shown
+    assert run_command_line(["verify", str(tmp_path / "out")]) == 0
+    for name in ("model.safetensors", "sqft_masks.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (result.model_dir / name).read_bytes()
+    facts = json.loads((tmp_path / "out" / "sqft.json").read_text())
+    assert facts["prompt"]["prompt"].startswith("question")
 
 
 def test_the_adapter_is_small_and_a_second_run_does_nothing(values: Any) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sqft.foreign import MergeObserver, MergeResult
     from sqft.foreign.climb import RungResult
     from sqft.foreign.erasure import LayerErasure
+    from sqft.progress import Progress
 
 __all__ = ["merge"]
 
@@ -26,7 +27,9 @@ def merge(
     base: Annotated[
         Path, typer.Option(help="GPTQ, AWQ, compressed-tensors or 16-bit (sparse) model directory.")
     ],
-    adapter: Annotated[Path, typer.Option(help="A LoRA, rsLoRA or DoRA adapter in PEFT's files.")],
+    adapter: Annotated[
+        Path, typer.Option(help="A LoRA, rsLoRA or DoRA adapter in PEFT's files, or one that sqft trained.")
+    ],
     output: Annotated[Path, typer.Option(help="Where to write the merged model.")],
     into: Annotated[str | None, typer.Option(help="Also export it: a format of sqft export.")] = None,
     data: Annotated[
@@ -73,13 +76,17 @@ def merge(
         typer.Option("--allow-requantize", help="With --into: change the grid where the format needs it."),
     ] = False,
 ) -> None:
-    """Merge an adapter trained elsewhere into a quantized or sparse base, and say how much of it survives."""
+    """Merge an adapter into a quantized or sparse base, and say how much of it survives.
+
+    One that sqft trained, trained scales for instance, merges exactly, and the model gets its certificate.
+    """
+    from sqft.artifacts import read_object
     from sqft.cli.messages import RichProgress
     from sqft.directories import check_destination
-    from sqft.export import export_model
     from sqft.export.table import find_format, require_runtime
     from sqft.foreign import merge_foreign
 
+    ours = read_object(adapter / "adapter_config.json").get("peft_type") == "SQFT"
     section = _merge_section(
         rungs=[rung.strip() for rung in rungs.split(",")],
         enough=enough,
@@ -93,30 +100,56 @@ def merge(
         find_format(into)
         require_runtime(into)
         check_destination(exported_dir, base, adapter, trained_on)
-    calibration, measure = _measurement(base, data, prompt, answer, items, samples, length)
+    if ours:
+        _refuse_ignored({"--data": data, "--trained-on": trained_on, "--dequantize": dequantize})
+    else:
+        calibration, measure = _measurement(base, data, prompt, answer, items, samples, length)
     stdout = sys.stdout  # the bars take it over, which is right only where both are one terminal
     with RichProgress() as progress, redirect_stdout(sys.stdout if stdout.isatty() else stdout):
-        result = merge_foreign(
-            base,
-            adapter,
-            output,
-            section,
-            calibration=calibration,
-            measure=measure,
-            observer=_printer(layers),
-            progress=progress,
-        )
-        _print_result(result)
-        if into is not None:
-            exported = export_model(
-                output, into, exported_dir, allow_requantize=allow_requantize, progress=progress
+        if ours:
+            _merge_ours(base, adapter, output, progress)
+        else:
+            result = merge_foreign(
+                base,
+                adapter,
+                output,
+                section,
+                calibration=calibration,
+                measure=measure,
+                observer=_printer(layers),
+                progress=progress,
             )
-            print(f"exported: {exported.directory}, {exported.code_comparison.changed} codes changed")
-            if exported.damage is not None:
-                damage = exported.damage
-                print(f"requantized to {damage.grid}: {damage.changed} of {damage.weights} weights changed")
-            for line in exported.serve:
-                print(line)
+            _print_result(result)
+        if into is not None:
+            _export(output, into, exported_dir, allow_requantize, progress)
+
+
+def _merge_ours(base: Path, adapter: Path, output: Path, progress: "Progress") -> None:
+    """Merge what sqft trained: exactly, so that there is nothing to measure, and with a certificate."""
+    from sqft.pipeline.merging import merge_trained
+
+    checks = merge_trained(base, adapter, output, progress=progress)
+    print(f"merged: {output}; certificate: {len(checks)} of {len(checks)} checks passed")
+
+
+def _refuse_ignored(options: dict[str, Any]) -> None:
+    from sqft.errors import AdapterError
+
+    given = " and ".join(name for name, value in options.items() if value)
+    if given:
+        raise AdapterError(f"{given} would be ignored: an adapter of sqft merges exactly; leave it out")
+
+
+def _export(merged: Path, into: str, output: Path, allow_requantize: bool, progress: "Progress") -> None:
+    from sqft.export import export_model
+
+    exported = export_model(merged, into, output, allow_requantize=allow_requantize, progress=progress)
+    print(f"exported: {exported.directory}, {exported.code_comparison.changed} codes changed")
+    if exported.damage is not None:
+        damage = exported.damage
+        print(f"requantized to {damage.grid}: {damage.changed} of {damage.weights} weights changed")
+    for line in exported.serve:
+        print(line)
 
 
 def _measurement(

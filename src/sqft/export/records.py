@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import CERTIFICATE, FACTS, MERGE_RECORD, REPORT
+from sqft.artifacts import CERTIFICATE, FACTS, MERGE_RECORD, REPORT, read_object
 
 __all__ = ["model_records", "read_certificate"]
 
@@ -14,12 +14,12 @@ Rows = list[dict[str, Any]]
 
 def model_records(directory: Path) -> tuple[dict[str, Any] | None, Rows | None]:
     """The recipe and the evaluation that a model directory, or the report of the run beside it, tells of."""
-    report = _read(directory.parent / REPORT)
+    report = read_object(directory.parent / REPORT)
     if Path(str(report.get("merged_dir"))).name != directory.resolve().name:
         report = {}
-    recipe = _read(directory / FACTS).get("recipe") or report.get("recipe")
+    recipe = read_object(directory / FACTS).get("recipe") or report.get("recipe")
     rows = list(report.get("models") or [])
-    merge = _read(directory / MERGE_RECORD)
+    merge = read_object(directory / MERGE_RECORD)
     for name in ("base", "unmerged", "trained_on"):
         if merge.get(f"{name}_loss") is not None:
             rows.append({"name": name, "loss": merge[f"{name}_loss"]})
@@ -36,12 +36,3 @@ def read_certificate(directory: Path) -> dict[str, Any] | None:
         return None
     certificate: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return certificate
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sqft.artifacts import FACTS, write_json
 from sqft.pipeline.recipe import Recipe
 from sqft.progress import Progress
 from sqft.sections import AdapterSection, DataSection
 
-__all__ = ["ADAPTER", "TRAINING", "StageContext"]
+__all__ = ["ADAPTER", "TRAINING", "StageContext", "write_adapter_facts"]
 
 ADAPTER = "adapter"  # where train and search keep theirs
 TRAINING = "training"  # where tune keeps what it merged, and how that was trained
@@ -84,3 +85,8 @@ class StageContext:
         """The data section of a recipe that has items."""
         assert self.recipe.data is not None
         return self.recipe.data
+
+
+def write_adapter_facts(context: StageContext) -> None:
+    """Say beside an adapter how the prompts were made that it was trained with."""
+    write_json(context.directory / ADAPTER / FACTS, {"kind": "adapter", "prompt": context.data.rendering()})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from sqft.artifacts import FACTS, REPORT, digest_json
+from sqft.artifacts import FACTS, REPORT, digest_json, read_object
 from sqft.directories import write_files
 from sqft.errors import AdapterError, DataError, ModelError
 from sqft.formats.openvino import XML
@@ -53,10 +53,10 @@ class Evaluation:
 def recorded_prompt(path: Path) -> dict[str, Any] | None:
     """The keys of a data section that a model's prompts were made with, where its files tell; else None."""
     folder = path if path.is_dir() else path.parent
-    prompt = _read_json(folder / FACTS).get("prompt")
+    prompt = read_object(folder / FACTS).get("prompt")
     if isinstance(prompt, dict):
         return prompt
-    data = _read_json(folder.parent / REPORT).get("recipe", {}).get("data")
+    data = read_object(folder.parent / REPORT).get("recipe", {}).get("data")
     try:
         return DataSection.model_validate(data).rendering() if isinstance(data, dict) else None
     except ValueError:  # of another version
@@ -139,7 +139,7 @@ def _describe(path: Path, base: str | None) -> "Artefact":
         if base is not None:
             raise AdapterError(f"{path} is no adapter, so --base does not apply")
         return open_artefact(path)
-    named = base or _read_json(config).get("base_model_name_or_path")
+    named = base or read_object(config).get("base_model_name_or_path")
     try:
         if not isinstance(named, str) or not named:
             raise ModelError("it names none")
@@ -226,7 +226,7 @@ def _record(
 ) -> dict[str, Any]:
     """What is written of an evaluation: enough to repeat it, and to compare it item by item."""
     folder = artefact.adapter or (artefact.path if artefact.path.is_dir() else artefact.path.parent)
-    recipe = dict(_read_json(folder / FACTS).get("recipe") or {"model": {"source": str(artefact.path)}})
+    recipe = dict(read_object(folder / FACTS).get("recipe") or {"model": {"source": str(artefact.path)}})
     if prompt is not None:
         recipe["data"] = prompt.rendering()
     recipe["evaluate"] = section.model_dump(mode="json", exclude_none=True)
@@ -298,11 +298,3 @@ def hub_entries(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _json(value: Any, indent: int | None = 1) -> bytes:
     text = json.dumps(finite_values(value), indent=indent, ensure_ascii=False, default=str)
     return (text + "\n").encode()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from sqft.artifacts import FACTS, SUB_ADAPTER, TRIALS, Manifest, digest_json, write_json
+from sqft.artifacts import SUB_ADAPTER, TRIALS, Manifest, digest_json, write_json
 from sqft.errors import CertificateError
-from sqft.pipeline.context import ADAPTER, StageContext
+from sqft.pipeline.context import ADAPTER, StageContext, write_adapter_facts
 from sqft.pipeline.opening import open_adapted
 from sqft.sections import SearchSection
 
@@ -38,7 +38,7 @@ def search(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
     )
     extract_sub_adapter(adapted, result.best, context.directory / ADAPTER)
-    write_json(context.directory / ADAPTER / FACTS, {"kind": "adapter", "prompt": context.data.rendering()})
+    write_adapter_facts(context)
     digest = None
     if context.adapters.method != "lora":
         trained = Manifest.read(context.inputs["train"]).metrics["codes_digests"]

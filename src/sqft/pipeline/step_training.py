@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft.artifacts import TRAINING_RECORD, digest_json, write_json
-from sqft.pipeline.context import ADAPTER, StageContext
+from sqft.pipeline.context import ADAPTER, StageContext, write_adapter_facts
 from sqft.pipeline.opening import tell_kept_zeros
 from sqft.pipeline.recipe import dense_adapters
 from sqft.sections import AdapterSection, TrainingSection, TrainSection
@@ -32,6 +32,8 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
     training = context.recipe.train or TrainSection()
     adapted, metrics = train_on(context, base, section, training, context.recipe.training_seed)
     adapted.save_pretrained(context.directory / ADAPTER)
+    if not section.low_rank:  # of others, search writes the adapter that is handed on
+        write_adapter_facts(context)
     drop_checkpoints(context)
     return metrics
 
