@@ -12,16 +12,10 @@ power: the kill, and unsynced writes are dropped or torn. torn: the kill, and a 
 damaged. disk: no write succeeds from a drawn operation on.
 """
 
-import importlib
-import os
-import pkgutil
 import random
 import shutil
-import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +23,8 @@ from typing import Any
 from benchmarks.common import check, checks_table, environment, make_parser, parse_options, write_result
 from benchmarks.faulty_disk import Shadow, damage, fail, kill, watch
 from benchmarks.tiny import LEVELS, write_model, write_recipe
+from benchmarks.warm import import_everything, run_child
 
-import sqft
 from sqft.artifacts import digest_files
 from sqft.cli import run_command_line
 
@@ -69,9 +63,7 @@ class Bench:
 
 def prepare(root: Path) -> Bench:
     """Import everything once, and run everything once without a fault."""
-    for module in pkgutil.walk_packages(sqft.__path__, "sqft."):
-        if not module.name.startswith(("sqft.kernels", "sqft.runtimes", "sqft.__main__")):
-            importlib.import_module(module.name)
+    import_everything()
     bench = Bench(root, write_model(root / "model"))
     bench.workspace.mkdir()
     for level in [*LEVELS, "publish"]:
@@ -89,8 +81,8 @@ def prepare(root: Path) -> Bench:
             counted.write_text(str(len(seen)))
             return code
 
-        code, said = in_child(count)
-        assert code == 0, said
+        ended = run_child(count)
+        assert ended.code == 0, ended.said
         bench.seconds[level] = time.perf_counter() - started
         bench.operations[level] = int(counted.read_text())
         bench.weights[level] = weights(bench.workspace)
@@ -101,39 +93,6 @@ def weights(workspace: Path) -> dict[str, str]:
     """The digests of everything published that is no text, and of what stages hold in safetensors."""
     digests = digest_files(workspace) if workspace.exists() else {}
     return {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
-
-
-def in_child(work: Callable[[], int], *, seconds: float | None = None) -> tuple[int, str]:
-    """(exit code, what it said) of work in a forked child; killed after `seconds`: code -9."""
-    output = tempfile.TemporaryFile()  # noqa: SIM115  the child's too
-    child = os.fork()
-    if child == 0:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        code = 70
-        try:
-            code = work()
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(code)
-    deadline = time.monotonic() + (seconds or 120)
-    status = None
-    while status is None:
-        found, result = os.waitpid(child, os.WNOHANG)
-        if found:
-            status = result
-        elif time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-        else:
-            time.sleep(0.002)
-    output.seek(0)
-    said = output.read().decode(errors="replace")
-    return (-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)), said
 
 
 def one_try(bench: Bench, campaign: str, seed: str) -> tuple[bool, str]:
@@ -158,10 +117,10 @@ def one_try(bench: Bench, campaign: str, seed: str) -> tuple[bool, str]:
 
     try:
         limit = draw.uniform(0, bench.seconds[level]) if by_time else None
-        code, said = in_child(faulty, seconds=limit)
+        ended = run_child(faulty, seconds=120 if limit is None else limit)
         what = f"{level}, " + (f"after {limit:.2f} s" if limit is not None else f"operation {operation}")
-        if campaign == "disk" and not clean(code, said):
-            return False, f"{what}: full disk: exit {code}: {said[-300:]}"
+        if campaign == "disk" and not ended.is_clean:
+            return False, f"{what}: full disk: exit {ended.code}: {ended.said[-300:]}"
         if shadow is not None:
             shadow.power_cut(draw)
     finally:
@@ -176,11 +135,11 @@ def one_try(bench: Bench, campaign: str, seed: str) -> tuple[bool, str]:
         if partial:
             path = draw.choice(sorted(partial))
             what += f", {damage(path, draw)} {path.name}"
-    code, said = in_child(lambda: run_command_line(["run", str(recipe)]))
-    if code == 2 and clean(code, said) and campaign in ("torn", "power"):
-        return True, f"{what}: {said.strip()}"
-    if code != 0:
-        return False, f"{what}: then exit {code}: {said[-300:]}"
+    ended = run_child(lambda: run_command_line(["run", str(recipe)]))
+    if ended.code == 2 and ended.is_clean and campaign in ("torn", "power"):
+        return True, f"{what}: {ended.said.strip()}"
+    if ended.code != 0:
+        return False, f"{what}: then exit {ended.code}: {ended.said[-300:]}"
     found = weights(bench.workspace)
     lost = {name for name, digest in bench.weights[level].items() if found.get(name) != digest}
     return not lost, f"{what}: " + (f"other bits in {sorted(lost)}" if lost else "same bits")
@@ -192,7 +151,7 @@ def published(bench: Bench) -> dict[str, str]:
     if not place.exists():
         bench.workspace.rename(bench.root / "aside")
         bench.reset("publish")
-        in_child(lambda: run_command_line(["run", str(bench.recipe("publish"))]))
+        run_child(lambda: run_command_line(["run", str(bench.recipe("publish"))]))
         shutil.copytree(bench.workspace / "tiny", place)
         shutil.rmtree(bench.workspace)
         (bench.root / "aside").rename(bench.workspace)
@@ -202,12 +161,6 @@ def published(bench: Bench) -> dict[str, str]:
 def _inside(digests: dict[str, str], folder: str) -> dict[str, str]:
     start = f"{folder}/"
     return {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
-
-
-def clean(code: int, said: str) -> bool:
-    """Whether a run ended well, or with one line that is no traceback."""
-    errors = [line for line in said.splitlines() if line.strip()]
-    return code == 0 or (code == 2 and "Traceback" not in said and bool(errors))
 
 
 def run_campaigns(

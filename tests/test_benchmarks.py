@@ -19,6 +19,7 @@ PARTS = {
     "random_llama",
     "steps",
     "tiny",
+    "warm",
 }
 COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 

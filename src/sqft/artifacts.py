@@ -11,6 +11,7 @@ import re
 import secrets
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "REFERENCE",
     "REPORT",
     "REPORT_PAGE",
+    "SEAL",
     "SUB_ADAPTER",
     "SWEEP",
     "TEMPORARY",
@@ -100,13 +102,26 @@ class Manifest:
             values = json.loads(path.read_text(encoding="utf-8"))
             if "section" in values:  # as release 0.1.0 called the settings
                 values["settings"] = values.pop("section")
-            return cls(**values)
+            manifest = cls(**values)
+            manifest._check_kinds()
+            return manifest
         except FileNotFoundError:
             raise WorkspaceError(
                 f"{directory} has no {MANIFEST}; it was not written by sqft, or not finished"
             ) from None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise WorkspaceError(f"{path} is damaged ({error}); delete {directory} and run again") from error
+
+    def _check_kinds(self) -> None:
+        """Raises: TypeError if a field is not what it should be."""
+        for value in (self.settings, self.inputs, self.metrics, self.environment, self.files):
+            if not isinstance(value, dict):
+                raise TypeError("a value is of another kind")
+        texts = [self.stage, self.key, *self.files.values(), *self.environment.values()]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(
+            self.elapsed_seconds, int | float
+        ):
+            raise TypeError("a value is of another kind")
 
     def write(self, directory: Path) -> None:
         """Write the manifest of `directory`."""
@@ -209,7 +224,8 @@ def digest_files(directory: Path, *, cache: Path | None = None) -> dict[str, str
         identity = f"{path.resolve()}:{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
         digests[name] = known[identity] = known.get(identity) or digest_file(path)
     if cache is not None:
-        _write_cache(cache, known)
+        with suppress(OSError):  # where nothing can be written, the digests are taken anew
+            _write_cache(cache, known)
     return digests
 
 

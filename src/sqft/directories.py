@@ -33,11 +33,15 @@ from sqft.marks import (
 )
 
 __all__ = [
+    "PARTIAL",
     "check_destination",
     "claim_folder",
     "free_place",
+    "is_being_built",
     "new_directory",
+    "remove_own",
     "remove_partial",
+    "why_not_ours",
     "write_files",
 ]
 
@@ -174,13 +178,36 @@ def _is_full(error: BaseException | None) -> bool:
 
 def remove_partial(final: Path) -> None:
     """Remove what a killed run left under `FINAL.partial`, if it is ours."""
-    partial = final.with_name(final.name + PARTIAL)
-    if not is_directory(partial) or read_mark(partial) is None or not _may_remove(partial):
-        return
-    lock = _lock(partial)
+    remove_own(final.with_name(final.name + PARTIAL))
+
+
+def remove_own(directory: Path) -> bool:
+    """Remove a directory that is ours, as we wrote it, and in nobody's work; returns whether it is gone."""
+    if why_not_ours(directory) is not None:
+        return False
+    lock = _lock(directory)
+    if lock is None:
+        return False
+    with lock:
+        _remove(directory)
+    return True
+
+
+def why_not_ours(directory: Path) -> str | None:
+    """Why a directory is not to be removed; None if it is ours, and as we wrote it or still being written."""
+    if not is_directory(directory) or read_mark(directory) is None:
+        return "has no mark of sqft's"
+    if _may_remove(directory):
+        return None
+    return f"holds {changed_since(directory)}, which sqft did not write or which changed since"
+
+
+def is_being_built(directory: Path) -> bool:
+    """Whether a process builds in a directory of ours now."""
+    lock = _lock(directory)
     if lock is not None:
-        with lock:
-            _remove(partial)
+        lock.close()
+    return lock is None
 
 
 def _claim(final: Path, keep: bool, about: dict[str, Any]) -> tuple[Path, IO[bytes]]:

@@ -35,7 +35,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_every_form_gives_the_same_records(name: str, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow.parquet")
     path = write(tmp_path / name, ROWS)
-    records = read_records(str(path))
+    records = list(read_records(str(path)))
     assert [record.fields for record in records] == ROWS
     assert all(record.place.startswith(str(path)) for record in records)
     packed = tmp_path / f"{name}.gz"
@@ -111,7 +111,7 @@ def test_malformed_files(name: str, content: bytes, message: str, tmp_path: Path
         pytest.importorskip("pyarrow.parquet")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as raised:
-        read_records(tmp_path / name)
+        list(read_records(tmp_path / name))
     assert "\n" not in str(raised.value)
 
 
@@ -127,7 +127,7 @@ def test_malformed_files(name: str, content: bytes, message: str, tmp_path: Path
 def test_missing_files(source: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message):
-        read_records(source)
+        list(read_records(source))
 
 
 @pytest.mark.parametrize(

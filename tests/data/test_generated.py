@@ -16,7 +16,7 @@ pytest.importorskip("reasoning_gym")
 
 def test_the_demo_data_are_disjoint_and_load(tmp_path: Path, tiny_tokenizer: Any) -> None:
     fields = write_demo_data(tmp_path, train_items=40, search_items=10, test_items=20)
-    records = {name: read_records(fields[name]) for name in ("train", "search", "test")}
+    records = {name: list(read_records(fields[name])) for name in ("train", "search", "test")}
     words = [record.fields["word"] for part in records.values() for record in part]
     assert len(words) == len(set(words)) == 70
     for record in records["test"]:

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from sqft.artifacts import digest_files
+from sqft.artifacts import SEAL, digest_files, seal
 from sqft.export import export_model
 from sqft.export.verification import check_export
 
@@ -215,7 +215,9 @@ def test_openvinos_graphs_are_compared_with_new_ones(
     flip(path, path.stat().st_size // 2)
     record = json.loads((directory / "sqft_export.json").read_text())
     record["files"] = digest_files(directory)  # whoever edits can hash anew
-    (directory / "sqft_export.json").write_text(json.dumps(record))
+    (directory / "sqft_export.json").write_text(
+        json.dumps(seal({k: v for k, v in record.items() if k != SEAL}))
+    )
     findings = check_export(directory, merged_dir(**GRIDS["openvino"]))
     assert "made anew" in {finding.name for finding in findings if not finding.passed}
 
@@ -228,7 +230,9 @@ def test_settings_that_are_hashed_anew_are_caught(
     (directory / ".hidden").write_text("x")
     record = json.loads((directory / "sqft_export.json").read_text())
     record["files"] = digest_files(directory)
-    (directory / "sqft_export.json").write_text(json.dumps(record))
+    (directory / "sqft_export.json").write_text(
+        json.dumps(seal({k: v for k, v in record.items() if k != SEAL}))
+    )
     findings = check_export(directory, merged_dir(symmetric=False))
     failed = {finding.name: finding.detail for finding in findings if not finding.passed}
     assert failed.keys() == {"digests", "made anew"}

@@ -23,13 +23,14 @@ from tests.export.test_adapter_export import write_adapter
 def test_a_recipe_and_the_command_line_tell_what_was_measured(
     tiny_model_dir: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "text.txt").write_text("The river bends. " * 200)
+    texts = tmp_path / "<script>```.txt"
+    texts.write_text("The river bends. " * 200)
     values = {
         "name": "small",
         "model": str(tiny_model_dir("llama")),
         "sparsify": {"method": "magnitude", "sparsity": 0.5},
         "quantize": {"method": "rtn", "group_size": 32},
-        "evaluate": {"perplexity": str(tmp_path / "text.txt")},
+        "evaluate": {"perplexity": str(texts)},
         "export": {"formats": ["gptq"]},
         "runtime": {"workspace": str(tmp_path / "runs"), "device": "cpu", "threads": 1},
     }
@@ -45,6 +46,9 @@ def test_a_recipe_and_the_command_line_tell_what_was_measured(
         assert table.strip().startswith("| name |")
         assert "| quantized |" in table
         assert "| perplexity |" in table
+        assert "<script>" not in text
+    for name in ("config.json", "sqft_export.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text()  # it is made to be given away
 
 
 def test_a_model_without_records_has_none_and_damaged_ones_are_no_error(

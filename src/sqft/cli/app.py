@@ -7,6 +7,7 @@ import typer
 import sqft
 from sqft.cli.bench import bench
 from sqft.cli.chat import chat
+from sqft.cli.clean import clean
 from sqft.cli.compare import compare
 from sqft.cli.compress import compress
 from sqft.cli.demo import demo
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    run, sweep, plan, preview, status, evaluate, compare, verify, sign, compress, export, merge, pack,
+    run, sweep, plan, preview, status, clean, evaluate, compare, verify, sign, compress, export, merge, pack,
     unpack, bench, chat, inspect, reproduce, demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:

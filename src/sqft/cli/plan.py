@@ -50,4 +50,6 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     if planned.data is not None:
         print()
         print_data(planned.data)
+    if not planned.has_weights:
+        print(f"\n{planned.model} has a config and no weights: a run needs them, and the data is not opened")
     print("\nMemory and disk are estimates from shapes; Python and its libraries take about 0.5 GB more.")

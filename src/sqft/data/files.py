@@ -18,8 +18,8 @@ DELIMITERS = (",", ";", "\t", "|")
 LARGEST_FIELD = 1 << 27  # characters of a CSV field; the csv module stops at 131,072 unless told otherwise
 
 
-def read_file(path: Path) -> list[Record]:
-    """The records of a file: .jsonl, .json, .csv, .tsv, .parquet or .txt, each also with .gz.
+def read_file(path: Path) -> Iterator[Record]:
+    """The records of a file, as they are read: .jsonl, .json, .csv, .tsv, .parquet or .txt, also with .gz.
 
     Raises: DataError if it cannot be read, is malformed (with the line or record) or holds no record.
     """
@@ -35,10 +35,12 @@ def read_file(path: Path) -> list[Record]:
         raise DataError(f"{path} is no whole gzip file ({error})") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    records = list(reader(data, path))
-    if not records:
+    empty = True
+    for record in reader(data, path):
+        empty = False
+        yield record
+    if empty:
         raise DataError(f"{path} is empty; it holds no record")
-    return records
 
 
 def _text(data: bytes, path: Path) -> str:
@@ -50,7 +52,7 @@ def _text(data: bytes, path: Path) -> str:
 
 
 def _read_json_lines(data: bytes, path: Path) -> Iterator[Record]:
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(io.BytesIO(data.removeprefix(b"\xef\xbb\xbf")), start=1):
         if line.strip():
             place = f"{path}:{number}"
             yield Record(_object(_parse_line(line, place), place), place)
@@ -58,13 +60,36 @@ def _read_json_lines(data: bytes, path: Path) -> Iterator[Record]:
 
 def _parse_line(line: bytes, place: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return _parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 (byte {error.start} of the line)") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise DataError(f"{place}: not JSON: nested too deeply") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON: {_reason(error)}") from None
+
+
+def _parse_json(text: str) -> Any:
+    """JSON's values; NaN, which JSON has not but Python writes for a missing number, is null.
+
+    Raises: ValueError, RecursionError. Also for half a surrogate pair, which no UTF-8 file can hold again.
+    """
+    value = json.loads(text, parse_constant=_constant)
+    if "\\u" in text:  # the only way to such a half
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _constant(name: str) -> None:
+    if name != "NaN":
+        raise ValueError(f"{name} is no number")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    half = isinstance(error, UnicodeEncodeError)
+    return "it holds half of a surrogate pair, which is no character" if half else first_line(error)
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
@@ -77,14 +102,14 @@ def _read_json(data: bytes, path: Path) -> Iterator[Record]:
     """A list of objects, an object that holds one such list, an object of equal columns, or JSON lines."""
     text = _text(data, path)
     try:
-        value = json.loads(text)
+        value = _parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, whatever the file is called
             yield from _read_json_lines(data, path)
             return
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise DataError(f"{path}: not JSON: nested too deeply") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON: {_reason(error)}") from None
     for number, row in enumerate(_rows(value, path), start=1):
         place = f"{path}, record {number}"
         yield Record(_object(row, place), place)

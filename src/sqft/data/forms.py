@@ -79,8 +79,8 @@ class Text:
 Shape = Answer | Choices | Conversation | Text
 
 
-def recognise_form(records: Sequence[Record], section: DataSection) -> str:
-    """The form of a source's records: what the section says, else the first that fits the first record.
+def recognise_form(first: Record, section: DataSection) -> str:
+    """The form of a source's records: what the section says, else the one that its first record fits.
 
     Raises: DataError if none does, naming the fields that are there.
     """
@@ -88,7 +88,6 @@ def recognise_form(records: Sequence[Record], section: DataSection) -> str:
         return "template"
     if section.form != "auto":
         return section.form
-    first = records[0]
     for form, fits in _FITS.items():
         if fits(first.fields):
             return form

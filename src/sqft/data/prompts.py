@@ -1,19 +1,23 @@
 """Records to items: the text of prompt and answer, and their token ids."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
 from sqft.data.conversations import render_conversation
-from sqft.data.forms import Choices, Conversation, Text, recognise_form, shape_record
-from sqft.data.items import Example
+from sqft.data.forms import Answer, Choices, Conversation, Shape, Text, recognise_form, shape_record
+from sqft.data.items import Example, shared_ids
 from sqft.data.records import Record
 from sqft.data.templates import field_names
 from sqft.errors import DataError
 from sqft.sections import DataSection
 
 __all__ = ["PromptFormat"]
+
+CHUNK = 512  # records that are tokenized together
+EMPTY = "the prompt is empty, so there is nothing to answer"
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,15 @@ class PromptFormat:
     section: DataSection
     tokenizer: PreTrainedTokenizerBase
     form: str
+    share: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(
-        cls, records: Sequence[Record], section: DataSection, tokenizer: PreTrainedTokenizerBase
-    ) -> "PromptFormat":
-        """The format of a source, of which some records are looked at.
+    def of(cls, first: Record, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> "PromptFormat":
+        """The format of a source, by its first record.
 
         Raises: DataError if their form is not known, or the tokenizer lacks what it needs.
         """
-        return cls(section, tokenizer, recognise_form(records, section))
+        return cls(section, tokenizer, recognise_form(first, section))
 
     def __post_init__(self) -> None:
         for key in ("prompt", "answer"):
@@ -53,21 +56,33 @@ class PromptFormat:
             return self.section.template == "chat"
         return self.form == "alpaca" and bool(self.tokenizer.chat_template)
 
-    def examples(self, records: Sequence[Record]) -> Iterator[Example | None]:
-        """The item of each record, None where a field is null; of texts, windows of their tokens.
+    def examples(self, records: Iterable[Record]) -> Iterator[tuple[str, Example | None]]:
+        """The place and item of each record, None where a field is null; of texts, windows of their tokens.
 
         Raises: DataError, with the place, for a record that is not what it should be.
         """
         if self.form == "text":
-            return self._windows(records)
-        return (self.example(record) for record in records)
+            for example in self._windows(records):
+                yield "", example
+            return
+        records = iter(records)
+        while chunk := list(islice(records, CHUNK)):
+            shapes = [shape_record(record, self.form, self.section) for record in chunk]
+            made: Iterator[Example | None]
+            if self.chat or not all(isinstance(shape, Answer | None) for shape in shapes):
+                made = map(self._shaped, shapes, chunk)
+            else:
+                made = self._answers(shapes, chunk)
+            yield from zip([record.place for record in chunk], made, strict=True)
 
     def example(self, record: Record) -> Example | None:
         """The record as an item, or None where a field it needs is null, or the answer is empty.
 
         Raises: DataError, with the place, for a record that is not what it should be.
         """
-        shape = shape_record(record, self.form, self.section)
+        return self._shaped(shape_record(record, self.form, self.section), record)
+
+    def _shaped(self, shape: Shape | None, record: Record) -> Example | None:
         if shape is None:
             return None
         if isinstance(shape, Conversation):
@@ -78,10 +93,26 @@ class PromptFormat:
             return self._choices(shape, record)
         if self.chat:
             return self._conversation(_asked(shape.prompt, shape.answer), record)
-        prompt_ids = self._prompt_ids(shape.prompt, record)
-        return Example(
-            shape.prompt, shape.answer, prompt_ids, self._finished(shape.prompt, prompt_ids, shape.answer)
-        )
+        return next(self._answers([shape], [record]))
+
+    def _answers(self, shapes: Iterable[Shape | None], records: Iterable[Record]) -> Iterator[Example | None]:
+        """Prompts with their answers, all tokenized in one call: of many short texts that takes half."""
+        asked = [shape if isinstance(shape, Answer) else None for shape in shapes]
+        there = [shape for shape in asked if shape is not None]
+        prompts = self._encode_all([shape.prompt for shape in there])
+        wholes = self._encode_all([shape.prompt + shape.answer for shape in there])
+        found = [_following(ids, whole) for ids, whole in zip(prompts, wholes, strict=True)]
+        alone = [shape.answer for shape, ids in zip(there, found, strict=True) if ids is None]
+        rest = iter(self._encode_all(alone, add_special_tokens=False))
+        items = zip(there, prompts, [next(rest) if ids is None else ids for ids in found], strict=True)
+        for shape, record in zip(asked, records, strict=True):
+            if shape is None:
+                yield None
+                continue
+            _, prompt_ids, answer_ids = next(items)
+            if not prompt_ids:
+                raise DataError(f"{record.place}: {EMPTY}")
+            yield Example(shape.prompt, shape.answer, prompt_ids, (*answer_ids, self.tokenizer.eos_token_id))
 
     def _choices(self, shape: Choices, record: Record) -> Example:
         right = shape.choices[shape.label]
@@ -125,7 +156,7 @@ class PromptFormat:
             uncounted_turns=rendered.uncounted,
         )
 
-    def _windows(self, records: Sequence[Record]) -> Iterator[Example | None]:
+    def _windows(self, records: Iterable[Record]) -> Iterator[Example | None]:
         """All texts one after the other, each with the end-of-text token, cut to `sequence_length`."""
         length, rest = self.section.sequence_length, list[int]()
         for record in records:
@@ -149,22 +180,21 @@ class PromptFormat:
     def _prompt_ids(self, prompt: str, record: Record) -> tuple[int, ...]:
         ids = self._encode(prompt)
         if not ids:
-            raise DataError(f"{record.place}: the prompt is empty, so there is nothing to answer")
+            raise DataError(f"{record.place}: {EMPTY}")
         return ids
 
     def _answer_ids(self, prompt: str, prompt_ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
         """Tokens of the answer as they follow the prompt, never changing the prompt's own tokens."""
-        whole = self._encode(prompt + answer)
-        if len(whole) > len(prompt_ids) and whole[: len(prompt_ids)] == prompt_ids:
-            return whole[len(prompt_ids) :]
-        return tuple(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        following = _following(prompt_ids, self._encode(prompt + answer))
+        return self._encode(answer, add_special_tokens=False) if following is None else following
 
     def _following_ids(self, text: str, ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
         """As `_answer_ids`, where the text holds its special tokens already."""
         whole = tuple(self.tokenizer(text + answer, add_special_tokens=False)["input_ids"])
-        if len(whole) > len(ids) and whole[: len(ids)] == ids:
-            return whole[len(ids) :]
-        return tuple(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        following = _following(ids, whole)
+        if following is None:
+            return tuple(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        return following
 
     def _end_turn(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         """An answer that ends with a token at which generation stops: the template's own, or end of text.
@@ -182,11 +212,22 @@ class PromptFormat:
     def _finished(self, prompt: str, prompt_ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
         return (*self._answer_ids(prompt, prompt_ids, answer), self.tokenizer.eos_token_id)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer(text, verbose=False)["input_ids"])
-        if ids and ids[-1] == self.tokenizer.eos_token_id:  # some tokenizers end every text themselves
-            ids = ids[:-1]
-        return ids
+    def _encode(self, text: str, **options: bool) -> tuple[int, ...]:
+        return self._encode_all([text], **options)[0]
+
+    def _encode_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[tuple[int, ...]]:
+        if not texts:
+            return []
+        found = self.tokenizer(texts, verbose=False, add_special_tokens=add_special_tokens)["input_ids"]
+        end = self.tokenizer.eos_token_id if add_special_tokens else None
+        # Some tokenizers end every text themselves.
+        return [shared_ids(ids[:-1] if ids and ids[-1] == end else ids, self.share) for ids in found]
+
+
+def _following(ids: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...] | None:
+    """What follows the ids in the tokens of a whole text; None where these begin differently."""
+    continues = len(whole) > len(ids) and whole[: len(ids)] == ids
+    return whole[len(ids) :] if continues else None
 
 
 def _asked(prompt: str, answer: str) -> Conversation:

@@ -1,5 +1,6 @@
 """From what a recipe calls its data to records: files by name or pattern, or a data set of the hub."""
 
+from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,18 @@ from sqft.sections import HubSource
 __all__ = ["expand_paths", "read_records", "source_content"]
 
 
-def read_records(source: Source) -> list[Record]:
+def read_records(source: Source) -> Iterator[Record]:
     """Every record of a source: a file, a pattern such as data/*.csv, several of them, or a hub data set.
 
-    Raises: DataError for what is missing, empty or malformed, naming the place.
+    They come one by one, so that a large file is in memory once.
+
+    Raises: DataError for what is missing, empty or malformed, naming the place, where it is come upon.
     """
     if isinstance(source, HubSource):
-        return read_hub(source)
-    return [record for path in expand_paths(source) for record in read_file(path)]
+        yield from read_hub(source)
+        return
+    for path in expand_paths(source):
+        yield from read_file(path)
 
 
 def expand_paths(source: Source) -> list[Path]:

@@ -1,13 +1,14 @@
 """Train, search and test items, disjoint by construction."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from statistics import median
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sqft.data.duplicates import count_near_duplicates, drop_repeats, text_key
+from sqft.data.duplicates import count_near_duplicates, count_repeats, drop_repeats
 from sqft.data.items import SPLITS, Example, Split, Splits
 from sqft.data.prompts import PromptFormat
 from sqft.data.records import Record, Source, source_name
@@ -46,9 +47,10 @@ def load_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, *, see
         source = sources[name]
         if source is not None:
             records = read_records(source)
-            form = PromptFormat.of(records, section, tokenizer)
+            first = next(records)  # there is one, or an error
+            form = PromptFormat.of(first, section, tokenizer)
             forms[name] = f"{form.form}, by the chat template" if form.chat else form.form
-            given[name] = _load(records, source, name, form, dropped)
+            given[name] = _load(chain([first], records), source, name, form, dropped)
     sizes, notes = _sizes(given, section)
     train, search, test = _split_off(given, sizes, seed)
     kept_search = drop_repeats(search, test)
@@ -70,8 +72,8 @@ def load_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, *, see
         "forms": forms,
         "items": {name: len(items) for name, items in kept.items()},
         "dropped": dropped,
-        "repeats": {name: len(items) - len(set(map(text_key, items))) for name, items in kept.items()},
-        "near_duplicates": {name: count_near_duplicates(kept["train"], kept[name]) for name in HELD_OUT},
+        "repeats": {name: count_repeats(items) for name, items in kept.items()},
+        "near_duplicates": count_near_duplicates(kept["train"], {name: kept[name] for name in HELD_OUT}),
         "lengths": {name: _lengths(items, section) for name, items in kept.items() if items},
         "notes": notes + _notes(kept),
     }
@@ -88,18 +90,19 @@ def load_test_items(
     assert section.test is not None
     dropped: dict[str, Any] = {"null": {}, "too_long": {}}
     records = read_records(section.test)
-    form = PromptFormat.of(records, section, tokenizer)
-    examples = _load(records, section.test, "test", form, dropped)
+    first = next(records)
+    form = PromptFormat.of(first, section, tokenizer)
+    examples = _load(chain([first], records), section.test, "test", form, dropped)
     return examples, {reason: counts["test"] for reason, counts in dropped.items()}
 
 
 def _load(
-    records: Sequence[Record], source: Source, name: str, form: PromptFormat, dropped: dict[str, Any]
+    records: Iterable[Record], source: Source, name: str, form: PromptFormat, dropped: dict[str, Any]
 ) -> list[Example]:
     examples: list[Example] = []
     limit = form.section.sequence_length
     dropped["null"][name] = dropped["too_long"][name] = 0
-    for place, example in enumerate(form.examples(records)):
+    for place, example in form.examples(records):
         if example is None:
             dropped["null"][name] += 1
         elif len(example) <= limit:
@@ -108,7 +111,7 @@ def _load(
             dropped["too_long"][name] += 1
         else:
             raise DataError(
-                f"{records[place].place}: {len(example)} tokens, more than data.sequence_length {limit}; "
+                f"{place}: {len(example)} tokens, more than data.sequence_length {limit}; "
                 "raise it, or write data.too_long: drop"
             )
     if not examples:

@@ -1,6 +1,7 @@
 """Format strings over the fields of a record, which must be texts or numbers."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from string import Formatter
 from typing import Any
 
@@ -20,19 +21,39 @@ def fill_template(
 
     Raises: DataError, with the place, for a missing field, or one that is neither text nor number.
     """
-    known = {**record.fields, **(values or {})}
-    for name in field_names(template, key):
+    known = {**record.fields, **values} if values else record.fields
+    names, pieces = _parse(template, key)
+    for name in names:
         if name not in known:
             have = ", ".join(map(repr, record.fields))
             raise DataError(f"{record.place}: no field {name!r}; it has {have}")
-        if known[name] is None:
+        if known[name] is None or known[name] != known[name]:  # NaN is how a table says null
             return None
+    if pieces and all(isinstance(known[name], str) for name in names):
+        return "".join([known[text] if is_field else text for text, is_field in pieces])
     try:
         return _Texts(key).vformat(template, (), known)
     except DataError as error:
         raise DataError(f"{record.place}: {error}") from None
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise DataError(f"{record.place}: data.{key} cannot be filled in: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _parse(template: str, key: str) -> tuple[list[str], list[tuple[str, bool]]]:
+    """The fields of a format string, and its pieces, each with whether it is a field.
+
+    No pieces where a field is more than a name, so that Python's formatter is needed.
+    """
+    names = field_names(template, key)
+    pieces: list[tuple[str, bool]] = []
+    for literal, name, form, conversion in Formatter().parse(template):
+        pieces += [(literal, False)] if literal else []
+        if name is not None:
+            if form or conversion or "." in name or "[" in name:
+                return names, []
+            pieces.append((name, True))
+    return names, pieces
 
 
 def field_names(template: str, key: str) -> list[str]:

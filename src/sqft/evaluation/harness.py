@@ -1,8 +1,8 @@
 """lm-evaluation-harness on a model in memory, offline where its tasks are local."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def evaluate_tasks(
     templates = sandboxed_templates() if files and not trust_remote_code else nullcontext()
     whole_index = any(isinstance(spec, str) for spec in specs)
     logger = logging.getLogger("lm_eval")
-    with errors_only(logger.getEffectiveLevel, logger.setLevel), templates:
+    with errors_only(logger.getEffectiveLevel, logger.setLevel), _no_counting(), templates:
         manager = manager_module.TaskManager(include_defaults=whole_index)
         try:
             results = lm_eval.simple_evaluate(
@@ -192,3 +192,15 @@ def _items(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 def _plain(value: Any) -> Any:
     """NumPy numbers as Python's, for JSON."""
     return value.item() if hasattr(value, "item") else value
+
+
+@contextmanager
+def _no_counting() -> Iterator[None]:
+    """Keep datasets from telling its makers of every file that it opens, a local one too."""
+    config: Any = require("datasets", "eval").config
+    before = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = before

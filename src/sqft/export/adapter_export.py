@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sqft.adapters.lora_files import ForeignAdapter, open_foreign_adapter
-from sqft.artifacts import EXPORT_RECORD, digest_file, digest_files, write_json
+from sqft.artifacts import EXPORT_RECORD, digest_file, digest_files, seal, write_json
 from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.export.model_card import adapter_card
@@ -46,7 +46,7 @@ def export_adapter(adapter_dir: Path, base_dir: Path | None, format: str, output
         serve = adapter_serving(format, output_dir, base_dir)
         (partial / "README.md").write_text(adapter_card(output_dir, made_of, serve), encoding="utf-8")
         record = {"format": format, "adapter": True, "serve": serve, "files": digest_files(partial)}
-        write_json(partial / EXPORT_RECORD, record)
+        write_json(partial / EXPORT_RECORD, seal(record))
     return output_dir if source is None else output_dir / GGUF
 
 

@@ -32,11 +32,11 @@ def model_card(
         "## Fidelity",
         _fidelity(result),
         "## Serving",
-        "```\n" + "\n".join(result.serve) + "\n```",
+        "```\n" + "\n".join(result.commands) + "\n```",
         *_lineage(certificate),
     ]
     if recipe:
-        parts += ["## Recipe", "```json\n" + json.dumps(recipe, indent=1) + "\n```"]
+        parts += ["## Recipe", "```json\n" + _plain_json(_without_folders(recipe)) + "\n```"]
     if evaluation:
         parts += ["## Evaluation", _table(evaluation)]
     return "\n\n".join(parts) + "\n"
@@ -55,6 +55,22 @@ def adapter_card(directory: Path, files: dict[str, str], serve: list[str]) -> st
         f"sha256 of what it was made of:\n{digests}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _plain_json(value: Any) -> str:
+    """JSON that ends no block of code and begins no HTML, whatever texts it holds."""
+    text = json.dumps(value, indent=1)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("`", "\\u0060")
+
+
+def _without_folders(value: Any) -> Any:
+    """Values in which a path on this machine is the name at its end."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    local = isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute())
+    return Path(value).name if local else value
 
 
 def _table(rows: Rows) -> str:
@@ -115,4 +131,5 @@ def _lineage(certificate: dict[str, Any] | None) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("<", "&lt;")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft.artifacts import EXPORT_RECORD, digest_files, write_json
+from sqft.artifacts import EXPORT_RECORD, digest_files, seal, write_json
 from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.export.fidelity import (
@@ -163,7 +163,7 @@ def write_export(
         )
         (directory / "README.md").write_text(card, encoding="utf-8")
         record = {"head_option": plan.head_type, "files": digest_files(directory)}
-        write_json(directory / EXPORT_RECORD, result.as_dict() | record)
+        write_json(directory / EXPORT_RECORD, seal(result.as_dict() | record))
         advance(1)
     return result
 

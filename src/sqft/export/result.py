@@ -30,4 +30,9 @@ class ExportResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self) | {"directory": self.directory.name}
+        return asdict(self) | {"directory": self.directory.name, "serve": self.commands}
+
+    @property
+    def commands(self) -> list[str]:
+        """How to serve it from the folder that it lies in, wherever that is."""
+        return [line.replace(f"{self.directory.parent}/", "") for line in self.serve]

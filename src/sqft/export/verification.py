@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqft.artifacts import EXPORT_RECORD, MANIFEST, MASKS, digest_file, digest_files
+from sqft.artifacts import EXPORT_RECORD, MANIFEST, MASKS, SEAL, digest_file, digest_files, unseal
 from sqft.certificate.answers import hidden_names
 from sqft.checks import Check, require_unchanged, run_check
 from sqft.errors import ExportError
@@ -38,7 +38,11 @@ def check_export(directory: Path, merged_dir: Path | None = None) -> list[Check]
 
 
 def _check_digests(directory: Path) -> str:
-    recorded = json.loads((directory / EXPORT_RECORD).read_text(encoding="utf-8"))["files"]
+    record = json.loads((directory / EXPORT_RECORD).read_text(encoding="utf-8"))
+    try:
+        recorded = (unseal(record) if SEAL in record else record)["files"]  # 0.1.0 wrote no seal
+    except ValueError as error:
+        raise ExportError(f"{EXPORT_RECORD} is damaged: {error}") from None
     found = digest_files(directory)
     for ours in NOT_CHECKED:
         recorded.pop(ours, None)

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import sqft
 from sqft.artifacts import MASKS, PACK_RECORD, digest_file, digest_files, seal, unseal, write_json
 from sqft.directories import check_destination, new_directory
-from sqft.errors import ExportError, ModelError
+from sqft.errors import ExportError, ModelError, first_line
 from sqft.models import Checkpoint, StoredMasks, head_weights, open_checkpoint
 from sqft.models.checkpoint import INDEX, PACKED, SPARSE_FILE, WEIGHT
 from sqft.models.packing import (
@@ -153,7 +152,10 @@ def read_record(directory: Path) -> dict[str, Any]:
         sizes = record["bytes"].values()
         if not all(type(h) is str for h in headers) or not all(type(size) is int for size in sizes):
             raise ValueError("it does not say what it should")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        digests = [*record["files"].values(), *(o["sha256"] for o in record["originals"].values())]
+        if not all(type(digest) is str for digest in digests):
+            raise ValueError("it does not say what it should")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}); fetch the model again") from None
     return record
 
@@ -324,13 +326,17 @@ def _restored(directory: Path, name: str, original: Mapping[str, Any]) -> Iterat
         yield memoryview(header)
         return
     yield memoryview(len(header).to_bytes(8, "little") + header)
-    checkpoint = open_checkpoint(directory)
     try:
+        checkpoint = open_checkpoint(directory)
         for key in _in_order(original["header"]):
             tensor = _tensor_of(checkpoint, name, key).contiguous().view(-1)
             yield tensor.view(torch.uint8).numpy().data
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{directory}: {name} cannot be restored ({error}); fetch the model again") from None
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged file fails in any way it likes
+        raise ModelError(
+            f"{directory}: {name} cannot be restored ({first_line(error)}); fetch the model again"
+        ) from None
 
 
 def _tensor_of(checkpoint: Checkpoint, file: str, key: str) -> Tensor:

@@ -66,9 +66,10 @@ class ExportSource:
 
     @property
     def config(self) -> dict[str, Any]:
-        """config.json as it stands, without a quantization."""
+        """config.json as it stands, without a quantization, and without where it lies on this machine."""
         values: dict[str, Any] = self.checkpoint.config.to_dict()
         values.pop("quantization_config", None)
+        values.pop("_name_or_path", None)
         return values
 
     @property

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -30,7 +30,14 @@ from sqft.ops import GridSpec, QuantizedWeight
 from sqft.ops.head_grid import head_weight
 from sqft.untrusted import check_regular
 
-__all__ = ["Checkpoint", "build_skeleton", "open_checkpoint", "quiet_transformers", "read_config"]
+__all__ = [
+    "Checkpoint",
+    "build_skeleton",
+    "open_checkpoint",
+    "quiet_transformers",
+    "read_config",
+    "read_generation",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -147,6 +154,7 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     """
     directory = Path(directory)
     config = read_config(directory, trust_remote_code)
+    read_generation(directory)
     grid_config = getattr(config, "quantization_config", None)
     grid = (
         read_grid(grid_config if isinstance(grid_config, dict) else grid_config.to_dict())
@@ -221,6 +229,18 @@ def read_config(directory: Path, trust_remote_code: bool) -> Any:
         ) from error
     except Exception as error:  # of many kinds: a setting of the wrong type meets code that computes with it
         raise _wrong_setting(directory, error) from error
+
+
+def read_generation(directory: Path) -> GenerationConfig | None:
+    """The generation settings of a model directory, if it has any. Raises: ModelError if they are damaged."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        with quiet_transformers():
+            return GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # of many kinds: a setting of the wrong type meets code that computes with it
+        raise ModelError(f"{path} is damaged ({first_line(error)}); mend it or remove it") from error
 
 
 def build_skeleton(config: Any, trust_remote_code: bool) -> PreTrainedModel:

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from sqft.errors import ModelError, first_line
-from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transformers
+from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transformers, read_generation
 from sqft.models.quantized_linear import GridLinear, PackedLinear, QuantizedLinear
 from sqft.models.saving import save_as_packed
 from sqft.models.writer import StoredMasks, read_latents
@@ -155,6 +155,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            tokenizer.decode(tokenizer(["a", "a b"])["input_ids"][1])
     except Exception as error:  # of many kinds: parts of a wrong type meet code that computes with them
         raise ModelError(f"{directory} has no tokenizer that can be read ({first_line(error)})") from error
     _check_vocabulary(Path(directory) / "config.json", tokenizer)
@@ -236,10 +237,7 @@ def _finish(
     model.config.dtype = dtype
     model.config._name_or_path = str(checkpoint.directory)
     model.name_or_path = str(checkpoint.directory)
-    path = checkpoint.directory / "generation_config.json"
-    if path.is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path} is damaged ({first_line(error)}); mend it or remove it") from error
+    generation = read_generation(checkpoint.directory)
+    if generation is not None:
+        model.generation_config = generation
     return model.eval()

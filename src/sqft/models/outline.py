@@ -11,10 +11,13 @@ from sqft.artifacts import digest_file, digest_files, digest_json
 from sqft.errors import ModelError
 from sqft.models.blocks import decoder_blocks
 from sqft.models.checkpoint import build_skeleton, open_checkpoint, quiet_transformers, read_config
+from sqft.models.gguf_header import read_gguf_header
 from sqft.models.source import fetch_from_hub, find_gguf
 from sqft.sections import ModelSection
 
 __all__ = ["ModelOutline", "model_identity", "model_outline"]
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class ModelOutline:
     """Shapes of a model.
 
     skeleton: the model on the meta device. linears: (out, in) of every linear inside the
-    blocks, by full name.
+    blocks, by full name. has_weights: False of a directory with a config alone, which can be planned for.
     """
 
     skeleton: nn.Module
@@ -31,6 +34,7 @@ class ModelOutline:
     num_blocks: int
     hidden_size: int
     vocab_size: int
+    has_weights: bool = True
 
 
 def model_identity(section: ModelSection, digest_cache: Path) -> str:
@@ -53,13 +57,16 @@ def model_outline(section: ModelSection) -> ModelOutline:
 
     Raises: ModelError if there is no such model, or its architecture is not understood.
     """
-    gguf = find_gguf(section)
+    gguf, has_weights = find_gguf(section), True
+    directory = Path(section.source).expanduser()
     if gguf is not None:
         config = _gguf_config(gguf)
-    elif Path(section.source).expanduser().is_dir():
-        config = open_checkpoint(
-            Path(section.source).expanduser(), trust_remote_code=section.trust_remote_code
-        ).config
+    elif directory.is_dir():
+        has_weights = any(path.suffix in WEIGHTS for path in directory.iterdir())
+        if has_weights:
+            config = open_checkpoint(directory, trust_remote_code=section.trust_remote_code).config
+        else:
+            config = read_config(directory, section.trust_remote_code)
     else:
         config = read_config(fetch_from_hub(section, weights=False), section.trust_remote_code)
     skeleton = build_skeleton(config, section.trust_remote_code)
@@ -78,10 +85,12 @@ def model_outline(section: ModelSection) -> ModelOutline:
         len(blocks),
         config.get_text_config().hidden_size,
         config.get_text_config().vocab_size,
+        has_weights,
     )
 
 
 def _gguf_config(path: Path) -> Any:
+    read_gguf_header(path)  # its counts and lengths are believed by who reads it next
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)

@@ -137,17 +137,26 @@ def read_grid(config: Mapping[str, Any]) -> GridSpec:
     Raises: ModelError for a format other than pack-quantized integers with one scheme, or such packed by
     sqft.
     """
-    groups = list((config.get("config_groups") or {}).values())
-    weights = groups[0].get("weights") if len(groups) == 1 else None
+    try:
+        groups = list((config.get("config_groups") or {}).values())
+        weights = groups[0].get("weights") if len(groups) == 1 else None
+        grid = (
+            (weights["num_bits"], weights.get("group_size") or -1, weights["symmetric"]) if weights else None
+        )
+    except (AttributeError, KeyError, TypeError):
+        raise ModelError("the quantization_config of the model is damaged; fetch it again") from None
     form = (config.get("quant_method"), config.get("format"))
     if form[0] == PACKED_METHOD:
         check_packed_version(config)
     elif form != ("compressed-tensors", "pack-quantized"):
         weights = None
-    if not weights:
+    if not weights or grid is None:
         raise ModelError(
             f"quantization '{form[0]}' of format '{form[1]}' cannot be read; "
             "only compressed-tensors pack-quantized with one scheme can"
         )
-    group_size = weights.get("group_size")
-    return GridSpec(weights["num_bits"], group_size or -1, weights["symmetric"])
+    if [type(value) for value in grid] != [int, int, bool] or not 0 < grid[0] <= 16 or grid[1] < -1:
+        raise ModelError(
+            f"the quantization_config of the model names no grid: bits, group, symmetric = {grid}"
+        )
+    return GridSpec(*grid)

@@ -21,7 +21,14 @@ from sqft.models.writer import KEPT_FILES
 from sqft.progress import SILENT, Progress
 from sqft.sections import ModelSection
 
-__all__ = ["fetch_from_hub", "find_gguf", "gguf_tokenizer", "resolve_model", "source_tokenizer"]
+__all__ = [
+    "converted_directory",
+    "fetch_from_hub",
+    "find_gguf",
+    "gguf_tokenizer",
+    "resolve_model",
+    "source_tokenizer",
+]
 
 PACKAGE = "package:"
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # of a hub model, beside the weights
@@ -131,6 +138,20 @@ def source_tokenizer(section: ModelSection, cache_dir: Path) -> Any:
     return load_tokenizer(found, trust_remote_code=section.trust_remote_code)
 
 
+def converted_directory(section: ModelSection, cache_dir: Path) -> Path | None:
+    """Where the copy is, or would be, that `resolve_model` makes of a model here; None where it makes none.
+
+    Raises: ModelError if there is no such model; one of the hub is fetched.
+    """
+    gguf = find_gguf(section)
+    if gguf is not None:
+        return _converted(gguf, section, cache_dir)
+    if section.storage_dtype == "auto":
+        return None
+    path = Path(section.source).expanduser()
+    return _recast_copy(path if path.is_dir() else fetch_from_hub(section), section, cache_dir)
+
+
 def _converted(gguf: Path, section: ModelSection, cache_dir: Path) -> Path:
     """Where the model directory of a GGUF file is, or would be."""
     return Path(cache_dir) / f"{gguf.stem}-{digest_file(gguf)[:12]}-{_dtype_name(section)}"
@@ -189,9 +210,7 @@ def _recast(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
     if checkpoint.grid is not None:
         raise ModelError(f"{directory} is quantized; its storage dtype cannot be changed, leave it at auto")
     dtype = getattr(torch, section.storage_dtype)
-    parts = [f"{path.name}:{digest_file(path)}" for path in sorted(directory.glob("*.safetensors"))]
-    key = digest_json([digest_file(directory / "config.json"), *parts])[:12]
-    final = Path(cache_dir) / f"{directory.name}-{key}-{section.storage_dtype}"
+    final = _recast_copy(directory, section, cache_dir)
     if (final / "config.json").is_file():
         return final
     with new_directory(final) as partial:
@@ -206,6 +225,12 @@ def _recast(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
         config.pop("torch_dtype", None)
         write_json(partial / "config.json", config | {"dtype": section.storage_dtype})
     return final
+
+
+def _recast_copy(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
+    parts = [f"{path.name}:{digest_file(path)}" for path in sorted(directory.glob("*.safetensors"))]
+    key = digest_json([digest_file(directory / "config.json"), *parts])[:12]
+    return Path(cache_dir) / f"{directory.name}-{key}-{section.storage_dtype}"
 
 
 def fetch_from_hub(section: ModelSection, *, weights: bool = True) -> Path:

@@ -13,7 +13,7 @@ from typing import IO
 
 from sqft.errors import WorkspaceError
 
-__all__ = ["StageBusyError", "hold"]
+__all__ = ["StageBusyError", "hold", "holders"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,16 @@ def hold(path: Path, what: str, *, wait: bool = True) -> Iterator[None]:
     finally:
         with file, suppress(OSError):
             path.unlink()
+
+
+def holders(folder: Path) -> Iterator[str]:
+    """The processes that hold lock files in a folder now."""
+    for path in sorted(folder.glob("*.lock")):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield _holder(path)
 
 
 def _acquire(path: Path, what: str, wait: bool) -> IO[str]:

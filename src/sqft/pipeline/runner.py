@@ -13,7 +13,7 @@ from sqft import __version__
 from sqft.artifacts import ENVIRONMENT, MANIFEST, Manifest, digest_file, digest_files, digest_json, write_json
 from sqft.directories import new_directory
 from sqft.errors import DataError, WorkspaceError
-from sqft.marks import damaged_since
+from sqft.marks import damaged_since, read_mark
 from sqft.pipeline.context import StageContext
 from sqft.pipeline.locks import hold
 from sqft.pipeline.recipe import Recipe
@@ -75,9 +75,14 @@ class Workspace:
         """The cache of file digests."""
         return self.root / ".digests.json"
 
+    @property
+    def locks(self) -> Path:
+        """Where processes say what they are making."""
+        return self.root / ".locks"
+
     def lock(self, name: str) -> Path:
         """The file by which processes agree who makes a stage, a model or results."""
-        return self.root / ".locks" / f"{name}.lock"
+        return self.locks / f"{name}.lock"
 
     def stage_directory(self, name: str, key: str) -> Path:
         """The directory of a stage with this identity."""
@@ -178,6 +183,10 @@ def environment(device: str) -> dict[str, str]:
 def _reuse(stage: Stage, final: Path, key: str, workspace: Workspace) -> FinishedStage | None:
     if not final.exists():
         return None
+    mark = read_mark(final)
+    stated = (mark.files or {}).get(MANIFEST) if mark else None
+    if stated is not None and (final / MANIFEST).is_file() and digest_file(final / MANIFEST) != stated[2]:
+        raise damaged_stage(final, f"its {MANIFEST} changed")
     manifest = Manifest.read(final)
     found = {name: digest for name, digest in digest_files(final, cache=workspace.digests).items()}
     found.pop(MANIFEST, None)

@@ -1,0 +1,187 @@
+"""Broken files of every kind that sqft reads: does each end right, or with one line and exit 2?
+
+    python -m benchmarks.fuzz [--tries N] [--seconds S] [--seed N] [--kind NAME] [--processes N] --json FILE
+
+A try edits a whole file by a seed and runs a command on it, in a child forked from this warm process, with
+limits of time and memory; `--processes` of them are started as processes of their own. Good is: one line
+and exit 2, or a result that a reader of its own finds right (`judges.py`). Accepted nonsense is bad, and so
+are a traceback, a hang, or memory beyond the limit. Seeds of bad tries are told and kept in the JSON;
+`--one SEED` repeats one and keeps its files.
+"""
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import check, environment, make_parser, markdown_table, parse_options, write_result
+from benchmarks.fuzz.edits import Editor
+from benchmarks.fuzz.kinds import KINDS, Try
+from benchmarks.fuzz.sources import Sources
+from benchmarks.warm import Ended, import_everything, run_child
+
+from sqft.cli import run_command_line
+
+SECONDS, MEMORY = 20, 2 * 2**30  # of the processor, which other work on the machine does not take
+OFTEN = {  # in a round: what ends fast, more often
+    "recipes": 12, "adapters": 8, "packed": 8, "safetensors": 8, "certificates": 5, "configs": 3, "gguf": 3,
+    "data": 3, "tables": 3, "tokenizers": 2,
+}  # fmt: skip
+WALL = 120
+NONSENSE = 3
+OUT_OF_MEMORY = "sqft: out of memory"
+
+
+def one_try(
+    sources: Sources, seed: str, folder: Path, *, process: bool = False, keep: bool = False
+) -> tuple[str, str]:
+    """(how it ended, what it said): "right", "refused", or what was bad of it."""
+    _, kind, _ = seed.split(":")
+    folder.mkdir(parents=True)
+    made = KINDS[kind](sources, folder, Editor(random.Random(seed)))
+    if process:
+        ended = _run_process(made)
+    else:
+        ended = run_child(lambda: _work(made), processor_seconds=SECONDS, memory_bytes=MEMORY)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return _verdict(ended, made, kind), ended.said[-1500:]
+
+
+def prepare(sources: Sources, kinds: list[str]) -> None:
+    """Try a whole file of every kind, which must end right, here: so all that is loaded once is loaded."""
+    import_everything()
+    for kind in kinds:
+        folder = sources.root / "whole"
+        folder.mkdir()
+        made = KINDS[kind](sources, folder, Editor(random.Random(kind), works=False))
+        with redirect_stdout(StringIO()) as said:
+            code = _work(made)
+        assert code == 0, f"{kind}: a whole file ends with {code}: {said.getvalue()}"
+        shutil.rmtree(folder)
+
+
+def _work(made: Try) -> int:
+    code = run_command_line(made.arguments)
+    return _judged(made) if code == 0 else code
+
+
+def _judged(made: Try) -> int:
+    problem = made.judge()
+    if problem is not None:
+        print(f"NONSENSE: {problem}")
+    return 0 if problem is None else NONSENSE
+
+
+def _run_process(made: Try) -> Ended:
+    started = time.monotonic()
+    command = [sys.executable, "-m", "sqft", *made.arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=WALL)
+    except subprocess.TimeoutExpired:
+        return Ended(-signal.SIGKILL, "", WALL, 0)
+    said = done.stdout + done.stderr
+    if done.returncode == 0:
+        return run_child(lambda: _judged(made))
+    return Ended(done.returncode, said, time.monotonic() - started, 0)
+
+
+def _verdict(ended: Ended, made: Try, kind: str) -> str:
+    if ended.code in (-signal.SIGKILL, -signal.SIGXCPU):
+        return "hang"
+    if ended.peak_bytes > MEMORY:
+        return "memory"
+    if ended.code == 2 and any(line.startswith(OUT_OF_MEMORY) for line in ended.complaints):
+        return "refused" if kind in ("recipes", "settings") else "memory"  # what a user asked for, and got
+    if ended.code == NONSENSE:
+        return "nonsense"
+    if ended.code in made.codes and "Traceback" not in ended.said:
+        return "refused"
+    if ended.is_clean:
+        return "refused" if ended.code else "right"
+    return "traceback" if "Traceback" in ended.said else f"exit {ended.code}"
+
+
+def run_kinds(
+    root: Path, kinds: list[str], tries: int | None, seconds: float, seed: int, processes: int
+) -> dict[str, Any]:
+    """Tries of each kind in turn, at most so many, and together no longer than `seconds`."""
+    sources = Sources(root)
+    prepare(sources, kinds)
+    results: dict[str, Any] = {name: {"tries": 0, "ends": {}, "bad": []} for name in kinds}
+    ends, number = time.monotonic() + seconds, 0
+    while time.monotonic() < ends and (tries is None or number < tries):
+        for name, result in results.items():
+            if time.monotonic() > ends:
+                break
+            for repeat in range(OFTEN.get(name, 1)):
+                if time.monotonic() > ends:
+                    break
+                key = f"{seed}:{name}:{number}.{repeat}"
+                process = number * len(kinds) < processes and not repeat
+                verdict, said = one_try(sources, key, root / "try", process=process)
+                result["tries"] += 1
+                result["ends"][verdict] = result["ends"].get(verdict, 0) + 1
+                if verdict not in ("right", "refused"):
+                    result["bad"].append({"seed": key, "end": verdict, "said": said})
+                    print(f"BAD {key}: {verdict}: {said[-700:]}", flush=True)
+        number += 1
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """One row a kind: tries, how they ended."""
+    names = ("right", "refused")
+    rows = [
+        [kind, r["tries"], *(r["ends"].get(name, 0) for name in names), len(r["bad"])]
+        for kind, r in results.items()
+    ]
+    rows.append(["together", *(sum(int(row[place]) for row in rows) for place in range(1, 5))])
+    return markdown_table(["kind", "tries", *names, "bad"], rows)
+
+
+def main() -> None:
+    """Run the kinds and tell how their tries ended."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--tries", type=int, help="rounds of all kinds (default: as many as fit into the time)"
+    )
+    parser.add_argument("--seconds", type=float, default=3600, help="for all kinds together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=list(KINDS), action="append", help="only this one")
+    parser.add_argument("--processes", type=int, default=0, help="tries that are processes of their own")
+    parser.add_argument("--one", metavar="SEED", help="repeat one try, as told by an earlier run")
+    options = parse_options(parser)
+    here = environment()
+    if options.one:
+        import_everything()
+        place = Path(tempfile.mkdtemp())
+        print(*one_try(Sources(place), options.one, place / "try", keep=True), sep="\n")
+        print(f"files: {place}")
+        return
+    with tempfile.TemporaryDirectory() as root:
+        results = run_kinds(
+            Path(root), options.kind or list(KINDS), options.tries, options.seconds, options.seed,
+            options.processes,
+        )  # fmt: skip
+    checks = [
+        check(
+            f"{kind}: tries that ended well, of {r['tries']}", r["tries"] - len(r["bad"]), at_least=r["tries"]
+        )
+        for kind, r in results.items()
+    ]
+    print(table(results))
+    write_result(
+        options.json, {"environment": here, "seed": options.seed, "results": results, "checks": checks}
+    )
+
+
+if __name__ == "__main__":
+    main()
