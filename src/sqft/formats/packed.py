@@ -263,21 +263,21 @@ def _write_packed(
     assert checkpoint.grid is not None
     bits, specs, packed = checkpoint.grid.bits, dict[str, TensorSpec](), []
     names = _read_header(source)[1]
-    heads = {name for name in _plain_heads(checkpoint) if name in names and _on_grid(checkpoint, name)}
+    heads = {name: _pack_head(checkpoint, name) for name in _plain_heads(checkpoint) if name in names}
     for name in names:
         linear = name.removesuffix(PACKED)
         if name.endswith(PACKED) and linear in kept:
             specs |= sparse_specs(linear, checkpoint.linears[linear], bits, kept[linear])
             packed.append(linear)
-        elif name in heads:
+        elif heads.get(name):
             rows, columns = checkpoint.shape(name)
             specs |= head_specs(name.removesuffix(WEIGHT), (rows, columns))
         else:
             specs[name] = (checkpoint.dtype(name), checkpoint.shape(name))
     file = TensorFile(target, specs, {"format": "pt", PACKED_METHOD: str(PACKED_VERSION)})
     for name in names:
-        if name in heads:
-            for part, tensor in (pack_head(name.removesuffix(WEIGHT), checkpoint.tensor(name)) or {}).items():
+        if heads.get(name):
+            for part, tensor in heads[name].items():
                 file.write(part, tensor)
         elif name.removesuffix(PACKED) not in packed:
             file.write(name, checkpoint.tensor(name))
@@ -298,9 +298,9 @@ def _plain_heads(checkpoint: Checkpoint) -> list[str]:
     return [name for name, module in modules.items() if type(module) in (nn.Embedding, nn.Linear)]
 
 
-def _on_grid(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether an embedding or head lies on a grid of 8 bits."""
-    return pack_head(name, checkpoint.tensor(name)) is not None
+def _pack_head(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The packed tensors of an embedding or head on a grid of 8 bits; of another one none."""
+    return pack_head(name.removesuffix(WEIGHT), checkpoint.tensor(name)) or {}
 
 
 def _write_texts(directory: Path, originals: Mapping[str, Any]) -> None:

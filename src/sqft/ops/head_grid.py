@@ -23,6 +23,7 @@ BITS = 8
 LARGEST = 127
 SCALE_BITS = 4
 TINIEST = 2.0**-24  # the smallest positive float16: all others are multiples of it
+FIRST = 16
 ROWS = 8192  # looked at together: the whole numbers behind float16 take four times its memory
 
 
@@ -40,6 +41,8 @@ def round_head(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
 def head_codes(weight: Float[Tensor, "..."]) -> QuantizedWeight | None:
     """Codes and a grid whose weights are these very values, steps of at most 127; None if there are none."""
     if weight.ndim != 2 or weight.dtype != torch.float16 or weight.shape[1] % HEAD_GROUP:
+        return None
+    if _codes_of_rows(weight[:FIRST]) is None:  # as of nearly every weight that was not put on a grid
         return None
     parts = []
     for rows in weight.split(ROWS):
