@@ -75,6 +75,10 @@ class _Stop(Exception):
     """Ends a forward pass early."""
 
 
+class _Unpacked(Exception):
+    """The model takes the first part of what a block returns, so its blocks return tuples."""
+
+
 class BlockWalk:
     """Holds the hidden states of all calibration sequences and walks the blocks of a checkpoint.
 
@@ -291,10 +295,10 @@ class BlockWalk:
 
     @torch.no_grad()
     def _record_inputs(self, calibration: Tensor) -> None:
-        """Run the embeddings, and note with what arguments the model calls each of its blocks."""
-        embedding = self.model.get_input_embeddings()
-        name = next(n for n, m in self.model.named_modules() if m is embedding)
-        self._set(f"{name}.weight", self.checkpoint.tensor(f"{name}.weight"))
+        """Run what comes before the blocks, and note with what arguments the model calls each of them."""
+        before = self._outside_of_blocks()
+        for name in before:
+            self._set(name, self.checkpoint.tensor(name))
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
@@ -305,19 +309,35 @@ class BlockWalk:
         if rows >= HELD_OUT_FROM:
             self.held_out = 1
             batches = [*calibration[: rows - 1].split(size), calibration[rows - 1 :]]
-        with self._recorders():
-            for batch in [*batches, calibration[:1, :PROBE_TOKENS]]:
-                with suppress(_Stop):
-                    self.model(input_ids=batch.to(self.device), use_cache=False)
+        for returns_tuple in (False, True):
+            self.hidden, self.dense_hidden, self._arguments = [], [], {}
+            with suppress(_Unpacked), self._recorders(returns_tuple):
+                for batch in [*batches, calibration[:1, :PROBE_TOKENS]]:
+                    with suppress(_Stop):
+                        self.model(input_ids=batch.to(self.device), use_cache=False)
+                break
         self.hidden, self.dense_hidden = self.hidden[: len(batches)], self.dense_hidden[: len(batches)]
-        _drop(embedding, "weight")
+        for name in before:
+            parent, _, child = name.rpartition(".")
+            _drop(self.model.get_submodule(parent), child)
+
+    def _outside_of_blocks(self) -> list[str]:
+        """Parameters that are in no block, nor the output head: embeddings of tokens and places, norms."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        heads = set() if head is embedding else {id(p) for p in head.parameters()} if head else set()
+        heads -= {id(p) for p in embedding.parameters()}
+        inside = tuple(f"{name}." for name in self.blocks)
+        names = [name for name, p in self.model.named_parameters() if id(p) not in heads]
+        return [name for name in names if not name.startswith(inside)]
 
     @contextmanager
-    def _recorders(self) -> Iterator[None]:
+    def _recorders(self, returns_tuple: bool) -> Iterator[None]:
         names = list(self.blocks)
 
-        def record(name: str) -> Callable[..., Tensor]:
-            def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        def record(name: str) -> Callable[..., Any]:
+            def forward(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+                if hidden.dim() == 2:
+                    raise _Unpacked
                 self._arguments.setdefault(name, {})[hidden.shape[:2]] = (arguments, options)
                 if name == names[0]:
                     self.hidden.append(self._first(hidden))
@@ -325,7 +345,7 @@ class BlockWalk:
                         self.dense_hidden.append(self._first(hidden.clone()))
                 if name == names[-1]:
                     raise _Stop
-                return hidden
+                return (hidden,) if returns_tuple else hidden
 
             return forward
 

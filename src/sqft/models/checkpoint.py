@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,7 @@ SPARSE_FILE = "packed"
 PACKED, KEPT = ".weight_packed", ".weight_kept"  # end the names of codes: all of them, or those that are kept
 CODES_ENDS = (PACKED, KEPT)
 WEIGHT = ".weight"
+EXPERT = re.compile(r"\bexperts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -336,11 +338,13 @@ def _check_tensors(
             rows, columns = expected.pop(f"{name}{WEIGHT}")
             expected |= {n: shape for n, (_, shape) in head_specs(name, (rows, columns)).items()}
     missing = sorted(name for name in expected if name not in files and name not in tied)
-    if missing:
-        raise ModelError(f"{directory} lacks {len(missing)} tensors of its architecture, first {missing[0]}")
     extra = sorted(
         name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq")
     )
+    if missing and extra:
+        raise ModelError(_other_layout(directory, type(skeleton).__name__, missing, extra))
+    if missing:
+        raise ModelError(f"{directory} lacks {len(missing)} tensors of its architecture, first {missing[0]}")
     if extra:
         kind = type(skeleton).__name__
         raise ModelError(
@@ -365,3 +369,17 @@ _TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+def _other_layout(directory: Path, kind: str, missing: list[str], extra: list[str]) -> str:
+    """What to say of files that hold other tensors than the architecture has; both are told."""
+    if any(EXPERT.search(name) for name in extra):
+        return (
+            f"{directory}: {kind} stores its experts one by one and computes with all of them in one tensor "
+            f"({missing[0]}), which sqft cannot compress or write back; take a model without experts"
+        )
+    return (
+        f"{directory}: {kind} has {missing[0]}, and the files hold {extra[0]} and no such tensor: the "
+        "architecture renames tensors when it loads them, which sqft does not follow, or config.json is of "
+        "another model; take a model whose files have the architecture's own names"
+    )
