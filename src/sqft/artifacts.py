@@ -52,6 +52,7 @@ __all__ = [
     "sync_path",
     "sync_tree",
     "unseal",
+    "user_cache",
     "write_json",
 ]
 
@@ -245,3 +246,9 @@ def _read_cache(cache: Path | None) -> dict[str, str]:
     except ValueError:
         return {}
     return known if isinstance(known, dict) else {}
+
+
+def user_cache() -> Path:
+    """Where a user's programs keep what can be made again; the compiled kernels lie there too."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sqft"

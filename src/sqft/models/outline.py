@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig
 
 from sqft.artifacts import digest_file, digest_files, digest_json
-from sqft.errors import ModelError
 from sqft.models.blocks import decoder_blocks
-from sqft.models.checkpoint import build_skeleton, open_checkpoint, quiet_transformers, read_config
-from sqft.models.gguf_header import read_gguf_header
+from sqft.models.checkpoint import build_skeleton, open_checkpoint, read_config
+from sqft.models.gguf_description import gguf_config
 from sqft.models.source import fetch_from_hub, find_gguf
 from sqft.sections import ModelSection
 
@@ -60,7 +58,7 @@ def model_outline(section: ModelSection) -> ModelOutline:
     gguf, has_weights = find_gguf(section), True
     directory = Path(section.source).expanduser()
     if gguf is not None:
-        config = _gguf_config(gguf)
+        config = gguf_config(gguf)
     elif directory.is_dir():
         has_weights = any(path.suffix in WEIGHTS for path in directory.iterdir())
         if has_weights:
@@ -87,13 +85,3 @@ def model_outline(section: ModelSection) -> ModelOutline:
         config.get_text_config().vocab_size,
         has_weights,
     )
-
-
-def _gguf_config(path: Path) -> Any:
-    read_gguf_header(path)  # its counts and lengths are believed by who reads it next
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the reader of a damaged file fails in any way it likes
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"{path} cannot be read as GGUF ({reason})") from error

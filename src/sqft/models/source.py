@@ -14,6 +14,7 @@ from sqft.artifacts import digest_file, digest_json, write_json
 from sqft.directories import new_directory
 from sqft.errors import ModelError
 from sqft.models.checkpoint import SINGLE, open_checkpoint, quiet_transformers, tied_weights
+from sqft.models.gguf_description import gguf_tokenizer
 from sqft.models.gguf_header import GgufHeader, read_gguf_header
 from sqft.models.loading import load_tokenizer
 from sqft.models.tensorfile import TensorFile
@@ -21,14 +22,7 @@ from sqft.models.writer import KEPT_FILES
 from sqft.progress import SILENT, Progress
 from sqft.sections import ModelSection
 
-__all__ = [
-    "converted_directory",
-    "fetch_from_hub",
-    "find_gguf",
-    "gguf_tokenizer",
-    "resolve_model",
-    "source_tokenizer",
-]
+__all__ = ["converted_directory", "fetch_from_hub", "find_gguf", "resolve_model", "source_tokenizer"]
 
 PACKAGE = "package:"
 SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # of a hub model, beside the weights
@@ -159,22 +153,6 @@ def _converted(gguf: Path, section: ModelSection, cache_dir: Path) -> Path:
 
 def _dtype_name(section: ModelSection) -> str:
     return "bfloat16" if section.storage_dtype == "auto" else section.storage_dtype
-
-
-def gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer inside a GGUF file, with a padding token.
-
-    Raises: ModelError if it cannot be read.
-    """
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # the reader of a damaged file fails in any way it likes
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"the tokenizer of {path} cannot be read ({reason}); give --tokenizer") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _check_blocks(path: Path, header: GgufHeader) -> None:

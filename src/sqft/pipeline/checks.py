@@ -54,7 +54,8 @@ def check_recipe(recipe: Recipe, outline: "ModelOutline", models_dir: Path) -> C
         frozenset(scaled),
         frozenset(tuned),
     )
-    trainings = [section for section in (recipe.tune, recipe.train) if section is not None]
+    # Trainer is slow to import, and has nothing to say where these are as they are.
+    trainings = [s for s in (recipe.tune, recipe.train) if s and (s.arguments or s.gradient_accumulation > 1)]
     if trainings:
         from sqft.training import check_arguments
 

@@ -160,7 +160,7 @@ def _tokenizer(artefact: "Artefact", given: Path | None, trust_remote_code: bool
     folder = artefact.path if artefact.path.is_dir() else artefact.path.parent
     if artefact.path.is_dir() or (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    from sqft.models.source import gguf_tokenizer
+    from sqft.models.gguf_description import gguf_tokenizer
 
     return gguf_tokenizer(artefact.path)
 
