@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from sqft.errors import ModelError
 from sqft.models import gguf_description
@@ -24,9 +24,9 @@ def test_a_large_file_is_read_once(
         reads.append(gguf_file)
         return LlamaConfig(hidden_size=64)
 
-    original = gguf_description.AutoConfig.from_pretrained
+    original = AutoConfig.from_pretrained
     monkeypatch.setattr(
-        gguf_description.AutoConfig,
+        AutoConfig,
         "from_pretrained",
         lambda *a, **k: config(*a, **k) if "gguf_file" in k else original(*a, **k),
     )

@@ -1,53 +1,17 @@
-"""What the keys of a recipe are called and take, for overrides from the command line and for messages."""
+"""What the keys of a recipe take, for overrides from the command line and for messages."""
 
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-__all__ = ["nearest_key", "section_defaults", "takes_text"]
-
-# What other tools call these.
-ALIASES = {
-    "early_stopping_patience": "early_stopping",
-    "exclude_modules": "skip_modules",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "load_best_model_at_end": "keep",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lr": "learning_rate",
-    "max_length": "sequence_length",
-    "max_seq_length": "sequence_length",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "r": "ranks",
-    "rank": "ranks",
-    "save_steps": "checkpoint_steps",
-    "seq_len": "sequence_length",
-}
-
-
-def nearest_key(model: type[BaseModel], path: Sequence[str]) -> str | None:
-    """The key that an unknown one may have meant: of its section, or of another one; None if none is near."""
-    section = _section(model, path[:-1]) or model
-    wrong = path[-1]
-    if ALIASES.get(wrong) in section.model_fields:
-        return ALIASES[wrong]
-    near = get_close_matches(wrong, section.model_fields, n=1)
-    if near:
-        return near[0]
-    for name, field in model.model_fields.items():
-        for inner in _sections(field):
-            if wrong in inner.model_fields:
-                return f"{name}.{wrong}"
-    return None
+__all__ = ["inner_sections", "section_at", "section_defaults", "takes_text"]
 
 
 def takes_text(model: type[BaseModel], path: Sequence[str], value: Any) -> bool:
     """Whether the key at a path takes a text, and nothing like this value, which is none."""
-    section = _section(model, path[:-1])
+    section = section_at(model, path[:-1])
     field = section.model_fields.get(path[-1]) if section else None
     if field is None or value is None or isinstance(value, str):
         return False
@@ -60,7 +24,7 @@ def takes_text(model: type[BaseModel], path: Sequence[str], value: Any) -> bool:
 
 def section_defaults(model: type[BaseModel], name: str) -> dict[str, Any]:
     """What the settings of a section are where nothing is said; those that have to be said are not there."""
-    section = _section(model, [name])
+    section = section_at(model, [name])
     fields = section.model_fields if section else {}
     return {key: field.default for key, field in fields.items() if not field.is_required()}
 
@@ -74,18 +38,19 @@ def _accepts(kind: Any, value: Any) -> bool:
     return origin in (int, float, bool)
 
 
-def _section(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
+def section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | None:
     """The section that a path leads to; the recipe itself for an empty one."""
     for key in path:
         field = model.model_fields.get(key)
-        inner = next(_sections(field), None) if field else None
+        inner = next(inner_sections(field), None) if field else None
         if inner is None:
             return None
         model = inner
     return model
 
 
-def _sections(field: FieldInfo) -> Iterator[type[BaseModel]]:
+def inner_sections(field: FieldInfo) -> Iterator[type[BaseModel]]:
+    """The sections that a field may hold."""
     for kind in _kinds(field.annotation):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield kind

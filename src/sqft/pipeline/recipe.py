@@ -8,7 +8,8 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from sqft.errors import RecipeError
-from sqft.pipeline.keys import nearest_key, takes_text
+from sqft.pipeline.keys import takes_text
+from sqft.pipeline.mistakes import describe_mistake
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
@@ -100,8 +101,14 @@ class Recipe(Section):
             ),
             (bool(self.adapters and not self.data), "adapters: needs a data section"),
             (bool(self.tune and self.tune.trains and not self.data), "tune: needs a data section"),
-            (bool(self.train and not self.adapters), "train: needs an adapters section"),
-            (bool(self.search and not self.adapters), "search: needs an adapters section"),
+            (
+                bool(self.train and not self.adapters),
+                "train: needs an adapters section, or goes",
+            ),
+            (
+                bool(self.search and not self.adapters),
+                "search: needs an adapters section, or goes",
+            ),
             (
                 bool(self.evaluate and not (self.data or evaluate.perplexity or evaluate.tasks)),
                 "evaluate: needs a data section, evaluate.perplexity or evaluate.tasks",
@@ -327,7 +334,9 @@ def parse_recipe(
         recipe._path = path
         return recipe
     except ValidationError as error:
-        raise RecipeError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from None
+        raise RecipeError(
+            f"{origin}: " + "; ".join(describe_mistake(Recipe, item) for item in error.errors())
+        ) from None
 
 
 def set_value(values: dict[str, Any], path: str, value: Any) -> None:
@@ -353,21 +362,6 @@ def set_value(values: dict[str, Any], path: str, value: Any) -> None:
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors that complete YAML."""
     return Recipe.model_json_schema()
-
-
-def _describe(item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        near = nearest_key(Recipe, [str(part) for part in item["loc"]])
-        return f"{place}: unknown key{f' (did you mean {near}?)' if near else ''}"
-    if isinstance(item.get("input"), list) and not item["type"].startswith(("list", "too_")):
-        return f"{place}: takes one value, not a list; for a run with each of several, use sqft sweep"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if not place:
-        return message
-    given = item.get("input")
-    shown = f" (given {given!r})" if isinstance(given, str | int | float) else ""
-    return f"{place}: {message[0].lower()}{message[1:]}{shown}"
 
 
 class _Loader(yaml.SafeLoader):

@@ -124,9 +124,9 @@ class AdapterSection(Section):
     @model_validator(mode="after")
     def _gradient(self) -> "AdapterSection":
         if self.method == "lora" and self.gradient != "exact":
-            raise ValueError("gradient lowrank and hybrid are for sparse_peft and qa_sparse_peft")
+            raise ValueError("the gradient of lora is exact; lowrank and hybrid are for masked updates")
         if self.method == "lora" and self.kernels == "triton":
-            raise ValueError("kernels triton is for sparse_peft and qa_sparse_peft")
+            raise ValueError("kernels triton is for sparse_peft and qa_sparse_peft; leave it at auto")
         plain = self.gradient == "exact" and self.kernels != "triton"
         if self.method != "lora" and self.dropout and self.dropout_kind == "token" and not plain:
             raise ValueError("dropout_kind token goes with gradient exact and kernels auto or torch only")
@@ -138,7 +138,7 @@ class TrainingSection(Section):
 
     place: ClassVar[str]  # what messages call the section
 
-    learning_rate: float = Field(3e-4, gt=0, description="Of low-rank updates.")
+    learning_rate: float = Field(3e-4, gt=0, le=1, description="Of low-rank updates.")
     batch_size: Positive = Field(8, description="Items of an optimizer step on one device.")
     gradient_accumulation: Positive = Field(1, description="Micro-batches that batch_size is cut into.")
     epochs: float = Field(3.0, gt=0)

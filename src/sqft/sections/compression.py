@@ -32,7 +32,7 @@ class SparsifySection(Section):
 
     method: Literal["wanda", "magnitude", "ria", "sparsegpt"] = "wanda"
     sparsity: Fraction = Field(
-        0.5, description="Fraction of zeros; with a pattern it follows from the pattern."
+        0.5, lt=1, description="Fraction of zeros; with a pattern it follows from the pattern."
     )
     pattern: Pattern | None = Field(
         None, description="N:M, N kept of every M neighbours, as 2:4; N:M window B, as 16:32 window 2."
@@ -126,7 +126,7 @@ class QuantizeSection(Section):
     sequential: bool = Field(
         False, description="Inside a block, later layers see the compressed earlier ones; more passes."
     )
-    sparsity: Fraction = Field(0.5, description="Fraction of zeros, for method joint only.")
+    sparsity: Fraction = Field(0.5, lt=1, description="Fraction of zeros, for method joint only.")
     pattern: Pattern | None = Field(None, description="As in sparsify, for method joint only.")
     target_modules: ModuleNames | None = Field(None, description="As in sparsify.")
     skip_modules: ModuleNames = Field([], description="Linears to leave in 16 bits, named as in sparsify.")
@@ -152,7 +152,7 @@ class QuantizeSection(Section):
         if target.startswith("gguf") and (
             not isinstance(group_size, int) or group_size < 1 or group_size % 32
         ):
-            raise ValueError(f"target {target} needs a group_size that is a multiple of 32")
+            raise ValueError(f"target {target} needs a group_size that is a multiple of 32, as 32 or 64")
         return usual | fixed | values
 
     @property
@@ -175,7 +175,7 @@ class QuantizeSection(Section):
         if self.method == "gptaq":
             ignored["refit"] = "gptaq does not do it"
         if not self.descent:
-            ignored["scale_fit"] = "only the sweeps of descent use it; set descent"
+            ignored["scale_fit"] = "only the sweeps of descent use it, and there are 0"
         return ignored
 
     @field_validator("group_size")

@@ -40,6 +40,8 @@ class HubSource(Section):
 
 
 def _read_source(value: Any) -> Any:
+    if value == []:
+        raise ValueError("the list is empty; name a file")
     if isinstance(value, str) and value.startswith("hub:"):
         parts = value.removeprefix("hub:").split(":", 2)
         return dict(zip(("hub", "config", "split"), parts, strict=False))
