@@ -164,7 +164,7 @@ def test_a_tuning_that_was_killed_goes_on(values: Any, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("tune", "words"),
     [
-        ({"rank": 0}, "tune.rank: input should be greater than 0"),
+        ({"rank": 0}, "tune.rank: must be greater than 0"),
         ({"adapter": "a", "model": "b"}, "leave one of them out"),
         ({"adapter": "a", "rank": 8}, "rank would be ignored: tune.adapter is trained already"),
         ({"scale_learning_rate": 1e-3}, "tune.scale_learning_rate: unknown key"),

@@ -117,7 +117,6 @@ MISTAKES = {
     "train.lr=1e-4": "train.lr: unknown key (did you mean learning_rate?)",
     "train.learning_rate=0": "train.learning_rate: must be greater than 0",
     "train.learning_rate=-1": "train.learning_rate: must be greater than 0",
-    "train.learning_rate=3": "train.learning_rate: must be less than or equal to 1",
     "train.learning_rate=1e-4x": "train.learning_rate: takes a number",
     "train.batch_size=0": "train.batch_size: must be greater than 0",
     "train.per_device_train_batch_size=4": "unknown key (did you mean batch_size?)",

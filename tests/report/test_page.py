@@ -65,7 +65,7 @@ def test_text_from_outside_is_escaped() -> None:
     page = render_page(
         invent_report(name="<script>alert(1)</script>", models=[ModelRow("<i>x</i>", loss=1.0)])
     )
-    assert "<script>" not in page
+    assert "<script>alert" not in page
     assert "<i>" not in page
     assert "a &lt;b&gt; model" in page
 

@@ -61,6 +61,7 @@ def measure_model(
             row |= {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high}
             items |= {"correct": accuracy.correct, "answers": accuracy.answers}
             items |= {"expected": [example.answer for example in examples]}
+            items |= {"prompts": [example.prompt for example in examples]}
     if section.general_text:
         general = evaluate_general(
             model,

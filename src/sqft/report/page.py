@@ -8,6 +8,7 @@ import yaml
 
 from sqft.artifacts import ITEM_FIGURES, REPORT, REPORT_PAGE
 from sqft.directories import write_files
+from sqft.report.answers import shown_answers
 from sqft.report.comparison import ComparisonData, compare_table, differing_table
 from sqft.report.content import ModelRow, ReportData, finite_values
 from sqft.report.frontier import draw_frontier
@@ -25,9 +26,10 @@ def write_report(
 
     A user's file of that name is left alone, and the report gets another.
 
-    items: what every item gave, by model; becomes items.json, which comparisons are made from.
+    items: what every item gave, by model; becomes items.json, which comparisons are made from, and some of
+    them are shown.
     """
-    contents = {REPORT: _json(data.to_json()), REPORT_PAGE: render_page(data).encode()}
+    contents = {REPORT: _json(data.to_json()), REPORT_PAGE: render_page(data, items).encode()}
     if items:
         contents[ITEM_FIGURES] = _json(finite_values(items))
     json_path, html_path, *_ = write_files(directory, contents)
@@ -57,8 +59,8 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def render_page(data: ReportData) -> str:
-    """One HTML page that needs no other file and no network."""
+def render_page(data: ReportData, items: dict[str, dict[str, Any]] | None = None) -> str:
+    """One HTML page that needs no other file and no network. items: as `write_report` takes them."""
     header, *rows = summary_table(data)
     return render_template(
         "page",
@@ -67,6 +69,8 @@ def render_page(data: ReportData) -> str:
         header=header,
         rows=list(zip([row.name for row in data.models], rows, strict=True)),
         plots=draw_plots(data),
+        answers=shown_answers(items or {}, [row.name for row in data.models]),
+        labels={row.name: label_model(row, data.recipe) for row in data.models},
         recipe_text=yaml.safe_dump(_without_none(data.recipe), sort_keys=False, allow_unicode=True),
         stages=[(stage, format_seconds(seconds)) for stage, seconds in data.stage_seconds.items()],
         elapsed=format_seconds(data.elapsed_seconds),

@@ -138,7 +138,7 @@ class TrainingSection(Section):
 
     place: ClassVar[str]  # what messages call the section
 
-    learning_rate: float = Field(3e-4, gt=0, le=1, description="Of low-rank updates.")
+    learning_rate: float = Field(3e-4, gt=0, description="Of low-rank updates.")
     batch_size: Positive = Field(8, description="Items of an optimizer step on one device.")
     gradient_accumulation: Positive = Field(1, description="Micro-batches that batch_size is cut into.")
     epochs: float = Field(3.0, gt=0)
