@@ -37,13 +37,13 @@ def test_lines_commands_and_memory(
 
     def answer(messages: list[dict[str, str]], told: Callable[[str], None]) -> str:
         heard.append([f"{message['role']} {message['content']}" for message in messages])
-        told("yes, ")
+        told("yes,\x1b[2J ")
         told("indeed")
         return "yes, indeed"
 
     monkeypatch.setattr("sqft.runtimes.chat.open_chat", lambda *_, **__: answer)
     shown = talk(merged_dir(), "--system", "be brief", lines="one\n\n two \n/new\nthree\n/exit\nfour\n")
-    assert shown == "yes, indeed\n" * 3  # what is piped on holds answers alone
+    assert shown == "yes,[2J indeed\n" * 3  # what is piped on holds answers alone, and nothing to obey
     assert heard == [
         ["system be brief", "user one"],
         ["system be brief", "user one", "assistant yes, indeed", "user two"],
@@ -67,7 +67,8 @@ def test_answers_are_the_models_own(merged_dir: MergedDir, talk: Callable[..., s
     options = ["--max-new-tokens", 6, "--threads", 1]
     for template in (True, False):
         shown = talk(directory, *options, *([] if template else ["--raw"]), lines="what is 3?\n")
-        assert shown == greedy(directory, "what is 3?", 6, template=template) + "\n"
+        expected = greedy(directory, "what is 3?", 6, template=template)
+        assert shown == "".join(c for c in expected if c.isprintable() or c in "\n\t") + "\n"
     pack_model(directory, tmp_path / "packed")
     assert len(talk(tmp_path / "packed", *options, lines="what is 3?\n").encode()) > 1
     torch.manual_seed(1)

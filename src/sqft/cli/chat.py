@@ -57,12 +57,17 @@ def chat(
         print(f"{artefact.name} in {artefact.runtime}. {HELP}")
     start = [] if system is None else [{"role": "system", "content": system}]
     messages = list(start)
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
         while (line := input("> " if talks else "").strip()) != "/exit":
             if line == "/new":
                 messages = list(start)
             elif line:
                 messages.append({"role": "user", "content": line})
-                said = answer(messages, lambda piece: print(piece, end="", flush=True))
+                said = answer(messages, _show)
                 print()
                 messages.append({"role": "assistant", "content": said})
+
+
+def _show(piece: str) -> None:
+    """Print a piece of an answer, but no codes that a terminal would obey."""
+    print("".join(c for c in piece if c.isprintable() or c in "\n\t"), end="", flush=True)
