@@ -69,7 +69,8 @@ def test_sparsegpt_against_a_slow_one(pattern: str | None) -> None:
     result = sparsegpt(weight, hessian, sparsity=0.5, pattern=pattern, damping=0.01)
     assert result.damping == 0.01
     expected = slow_sparsegpt(weight, hessian.matrix(), 0.01, result.mask)
-    assert torch.allclose(result.weight, expected, rtol=1e-2, atol=1e-2)
+    # One pass in float32 against one in float64: rounding errors of a matrix of condition about 100.
+    torch.testing.assert_close(result.weight, expected, rtol=1e-3, atol=1e-4)
     assert int((~result.mask).sum()) == 6 * columns // 2
     if pattern is not None:
         assert fits_pattern(result.mask, pattern)
@@ -310,6 +311,11 @@ def test_walk_options_on_every_kind_of_block(
             sequential=True,
         )
         quantize(tiny_model_dir(arch), tmp_path / "r", masks, method="gptaq")
+        plain, aimed = read_quantized(tmp_path / "q"), read_quantized(tmp_path / "r")
+        for name, mask in masks.items():
+            assert not plain[name].dequantize()[~mask].any()
+            assert not aimed[name].dequantize()[~mask].any()
+        assert any(not torch.equal(plain[name].codes, aimed[name].codes) for name in masks)
 
 
 def test_joint_writes_its_own_mask(tiny_model_dir: Maker, tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tests.compression.tiny_runs import quantize, sparsify
-from torch import Tensor
 
-from sqft.compression.statistics import Hessian, factor_inverse
+from sqft.compression.statistics import Hessian, SingularHessianError, factor_inverse
 from sqft.errors import CompressionError
 from sqft.sections import QuantizeSection, SparsifySection
 
@@ -24,22 +23,29 @@ def test_more_damping_than_is_ever_tried_is_refused(section: type) -> None:
         section(damping=3.0)
 
 
-@pytest.mark.parametrize(("asked", "tried"), [(0.03, [0.03, 0.3, 1.0]), (0.5, [0.5, 1.0]), (1.0, [1.0])])
-def test_damping_grows_until_1_is_tried(
-    asked: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    matrix, seen = torch.eye(4), []
-    cholesky = torch.linalg.cholesky_ex
+# The mean diagonal is 1, the eigenvalues are 1 + coupling and 1 - coupling: more than coupling - 1 is needed.
+@pytest.mark.parametrize(
+    ("coupling", "asked", "needed"),
+    [
+        (0.5, 0.03, 0.03),
+        (1.2, 0.03, 0.3),
+        (1.6, 0.03, 1.0),
+        (1.6, 0.5, 1.0),
+        (1.6, 0.7, 0.7),
+        (1.6, 1.0, 1.0),
+    ],
+)
+def test_damping_grows_tenfold_until_it_suffices(coupling: float, asked: float, needed: float) -> None:
+    hessian = torch.tensor([[1.0, coupling], [coupling, 1.0]])
+    factor, damping = factor_inverse(hessian, asked)
+    assert damping == pytest.approx(needed)
+    inverse = torch.linalg.inv(hessian.double() + needed * torch.eye(2))
+    torch.testing.assert_close(factor.T.double() @ factor.double(), inverse, rtol=1e-4, atol=1e-5)
 
-    def fail_below_1(damped: Tensor) -> tuple[Tensor, Tensor]:
-        added = float(damped.flip(0, 1)[0, 0]) - 1
-        seen.append(added)
-        lower, info = cholesky(damped.flip(0, 1))
-        return lower, info if added > 0.99 else info + 1
 
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", fail_below_1)
-    assert factor_inverse(matrix.flip(0, 1), asked)[1] == 1.0
-    assert seen == pytest.approx(tried, rel=1e-4)
+def test_damping_of_1_is_the_last_that_is_tried() -> None:
+    with pytest.raises(SingularHessianError, match="even with damping 1;"):
+        factor_inverse(torch.tensor([[1.0, 2.5], [2.5, 1.0]]), 0.1)
 
 
 @pytest.mark.parametrize(("compress", "method"), [(sparsify, "sparsegpt"), (quantize, "gptq")])

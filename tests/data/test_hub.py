@@ -15,7 +15,9 @@ import pytest
 from tests.data.hub_server import COMMIT, NAME, RECORDS, serve_hub
 
 CODE = """
-import json, sys
+import json, sys, time
+wait = time.sleep  # the hub's client waits between its retries, 45 s in all where nothing answers
+time.sleep = lambda seconds: wait(min(seconds, 0.05))
 from sqft.data.hub import hub_commit, read_hub
 from sqft.errors import DataError
 from sqft.sections import HubSource

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sqft import untrusted
 from sqft.errors import DataError
@@ -30,16 +31,32 @@ metric_list: [{{metric: acc}}]
 """
 
 
+def _likeliest(model: Any, tokenizer: Any, question: str, choices: list[str]) -> int:
+    """The choice whose tokens after the question have the largest sum of log probabilities."""
+    sums = []
+    for choice in choices:
+        ids = torch.tensor([tokenizer(f"{question} {choice}")["input_ids"]])
+        start = len(tokenizer(question)["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0].log_softmax(-1)
+        sums.append(sum(float(logits[at - 1, ids[0, at]]) for at in range(start, ids.shape[1])))
+    return max(range(len(choices)), key=sums.__getitem__)
+
+
 def test_a_local_task(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     data = tmp_path / "items.jsonl"
-    rows = [{"question": f"what is {n}?", "choices": ["yes", "no"], "label": n % 2} for n in range(6)]
+    rows: list[dict[str, Any]] = [
+        {"question": f"what is {n}?", "choices": ["yes", "no"], "label": n % 2} for n in range(6)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = tmp_path / "local_choice.yaml"
     task.write_text(TASK.format(data=data, cache=tmp_path / "cache"))
     results = evaluate_tasks(model, tiny_tokenizer, [str(task)], max_items=4)
     assert list(results) == ["local_choice"]
-    assert 0.0 <= results["local_choice"]["acc,none"] <= 1.0
+    asked = [(row["question"], row["choices"], row["label"]) for row in rows[:4]]
+    right = [_likeliest(model, tiny_tokenizer, text, choices) == label for text, choices, label in asked]
+    assert results["local_choice"]["acc,none"] == sum(right) / 4
     assert results["local_choice"]["num_items"] == 4
     assert main_figure(results["local_choice"]) == ("acc", results["local_choice"]["acc,none"])
     json.dumps(results)

@@ -20,9 +20,11 @@ def distance(ranks: SubAdapter) -> float:
     return 1.0 + sum(abs(ranks[group] - TARGET[group]) for group in TARGET) / 8
 
 
-def search(method: str, directory: Path, objective: Any = distance, **fields: Any) -> SearchResult:
+def search(
+    method: str, directory: Path, objective: Any = distance, seed: int = 3, **fields: Any
+) -> SearchResult:
     section = SearchSection(method=method, **fields)
-    return search_sub_adapter(SPACE, objective, section, seed=3, storage=directory / "trials.log")
+    return search_sub_adapter(SPACE, objective, section, seed=seed, storage=directory / "trials.log")
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -34,6 +36,8 @@ class TestEveryMethod:
 
     def test_is_a_function_of_the_seed(self, method: str, tmp_path: Path) -> None:
         assert search(method, tmp_path / "a") == search(method, tmp_path / "b")
+        other = search(method, tmp_path / "c", seed=4)
+        assert other.trials == [] or other.trials != search(method, tmp_path / "a").trials
 
     def test_the_best_trial_wins(self, method: str, tmp_path: Path) -> None:
         result = search(method, tmp_path)

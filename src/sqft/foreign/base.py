@@ -14,9 +14,9 @@ from sqft.formats.gptq import GptqLayout
 from sqft.formats.grouped import GroupedLayout
 from sqft.formats.nf4 import Nf4Layout, round_to_nf4
 from sqft.models import open_checkpoint
-from sqft.models.checkpoint import build_skeleton
-from sqft.models.checkpoint import read_config as open_config
-from sqft.models.files import ForeignFiles, read_config, write_directory
+from sqft.models.beside import read_config
+from sqft.models.checkpoint import build_skeleton, open_config
+from sqft.models.files import ForeignFiles, write_directory
 from sqft.models.packing import pack_weight, packed_specs, quantization_config
 from sqft.models.tensorfile import TensorSpec
 from sqft.ops import GridSpec, QParams, QuantizedWeight

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sqft.artifacts import FACTS, MASKS
-from sqft.formats.dense import copy_tokenizer
 from sqft.formats.weights import ExportSource, IntegerWeight, open_source
+from sqft.models.beside import copy_kept_files
 
 __all__ = ["compressed_refusal", "copy_model", "read_compressed"]
 
@@ -47,7 +47,7 @@ def copy_model(source: ExportSource, directory: Path) -> dict[str, str]:
     for path in (index, *(source.directory / name for name in MODEL_FILES)):
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
-    copy_tokenizer(source, directory)
+    copy_kept_files(source.directory, directory)
     return kinds
 
 

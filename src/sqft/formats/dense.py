@@ -1,6 +1,5 @@
 """Plain safetensors: the dequantized weights, for whatever opens a Hugging Face model."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +10,9 @@ from torch import Tensor
 from sqft.artifacts import write_json
 from sqft.formats.weights import ExportSource, exact_in
 from sqft.models import open_checkpoint
-from sqft.models.writer import KEPT_FILES
+from sqft.models.beside import copy_kept_files
 
 __all__ = [
-    "copy_tokenizer",
     "half_dtype",
     "plain_refusal",
     "read_plain",
@@ -56,7 +54,7 @@ def write_plain(source: ExportSource, directory: Path, dtype: torch.dtype | None
         name for name in kinds if name.startswith(source.checkpoint.block_names) and "norm" not in name
     )
     write_json(directory / "config.json", source.config | {"dtype": kinds[in_blocks]})
-    copy_tokenizer(source, directory)
+    copy_kept_files(source.directory, directory)
     return kinds
 
 
@@ -71,10 +69,3 @@ def read_plain(directory: Path) -> Iterator[tuple[str, Tensor]]:
     checkpoint = open_checkpoint(directory)
     for name in checkpoint.names:
         yield name, checkpoint.tensor(name)
-
-
-def copy_tokenizer(source: ExportSource, directory: Path) -> None:
-    """Copy the files of the tokenizer and of generation."""
-    for name in KEPT_FILES:
-        if (source.directory / name).is_file():
-            shutil.copyfile(source.directory / name, directory / name)

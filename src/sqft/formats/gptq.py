@@ -26,9 +26,9 @@ from torch import Tensor
 
 from sqft.artifacts import write_json
 from sqft.errors import ExportError
-from sqft.formats.dense import copy_tokenizer
 from sqft.formats.grouped import GroupedLayout, to_tensor, unpack_words
 from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
+from sqft.models.beside import copy_kept_files
 from sqft.ops import QuantizedWeight
 
 __all__ = ["GptqLayout", "gptq_refusal", "read_gptq", "write_gptq"]
@@ -68,7 +68,7 @@ def write_gptq(source: ExportSource, directory: Path) -> dict[str, str]:
     config["quantization_config"] = quantization = _quantization(source, version)
     write_json(directory / "config.json", config)
     write_json(directory / "quantize_config.json", quantization)
-    copy_tokenizer(source, directory)
+    copy_kept_files(source.directory, directory)
     return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
 
 

@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from sqft.errors import ModelError, first_line
+from sqft.models.beside import read_config
 from sqft.models.blocks import decoder_blocks, is_linear
 from sqft.models.packing import (
     packed_specs,
@@ -35,8 +36,8 @@ __all__ = [
     "Checkpoint",
     "build_skeleton",
     "open_checkpoint",
+    "open_config",
     "quiet_transformers",
-    "read_config",
     "read_generation",
 ]
 
@@ -155,7 +156,7 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     missing, unexpected, or of another shape than the architecture's.
     """
     directory = Path(directory)
-    config = read_config(directory, trust_remote_code)
+    config = open_config(directory, trust_remote_code)
     read_generation(directory)
     grid_config = getattr(config, "quantization_config", None)
     grid = (
@@ -203,17 +204,9 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def read_config(directory: Path, trust_remote_code: bool) -> Any:
+def open_config(directory: Path, trust_remote_code: bool) -> Any:
     """The configuration of a model directory. Raises: ModelError if it is missing or not understood."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} holds no configuration; fetch the model again")
+    path, values = directory / "config.json", read_config(directory)
     for name, most in LIMITS.items():
         number = values.get(name)
         if isinstance(number, int) and number > most:

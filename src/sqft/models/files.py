@@ -1,7 +1,6 @@
 """Model directories that other tools wrote: read, and written anew, one tensor at a time."""
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from sqft.artifacts import write_json
 from sqft.errors import ModelError
+from sqft.models.beside import copy_kept_files
 from sqft.models.checkpoint import INDEX, SINGLE
 from sqft.models.tensorfile import TensorFile, TensorSpec
-from sqft.models.writer import KEPT_FILES
 
-__all__ = ["ForeignFiles", "read_config", "write_directory"]
+__all__ = ["ForeignFiles", "write_directory"]
 
 
 class ForeignFiles:
@@ -49,18 +48,6 @@ class ForeignFiles:
         return value.dtype, tuple(value.shape)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises: ModelError if it cannot be read."""
-    try:
-        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = f"config.json cannot be read ({error})"
-        raise ModelError(f"{directory} is not a model directory: {reason}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{directory} is not a model directory: config.json holds no configuration")
-    return values
-
-
 def write_directory(
     directory: Path,
     source_dir: Path,
@@ -73,9 +60,7 @@ def write_directory(
     file = TensorFile(directory / SINGLE, specs, {"format": "pt"})
     for name, tensor in tensors:
         file.write(name, tensor)
-    for kept in KEPT_FILES:
-        if (source_dir / kept).is_file():
-            shutil.copyfile(source_dir / kept, directory / kept)
+    copy_kept_files(source_dir, directory)
     write_json(directory / "config.json", dict(config))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from sqft.artifacts import digest_file, digest_files, digest_json
 from sqft.models.blocks import decoder_blocks
-from sqft.models.checkpoint import build_skeleton, open_checkpoint, read_config
+from sqft.models.checkpoint import build_skeleton, open_checkpoint, open_config
 from sqft.models.gguf_description import gguf_config
 from sqft.models.source import fetch_from_hub, find_gguf
 from sqft.sections import ModelSection
@@ -64,9 +64,9 @@ def model_outline(section: ModelSection) -> ModelOutline:
         if has_weights:
             config = open_checkpoint(directory, trust_remote_code=section.trust_remote_code).config
         else:
-            config = read_config(directory, section.trust_remote_code)
+            config = open_config(directory, section.trust_remote_code)
     else:
-        config = read_config(fetch_from_hub(section, weights=False), section.trust_remote_code)
+        config = open_config(fetch_from_hub(section, weights=False), section.trust_remote_code)
     skeleton = build_skeleton(config, section.trust_remote_code)
     blocks = decoder_blocks(skeleton)
     linears = {

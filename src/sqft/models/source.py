@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sqft.artifacts import digest_file, digest_json, write_json
 from sqft.directories import new_directory
 from sqft.errors import ModelError
+from sqft.models.beside import copy_kept_files, read_config
 from sqft.models.checkpoint import SINGLE, open_checkpoint, quiet_transformers, tied_weights
 from sqft.models.gguf_description import gguf_tokenizer
 from sqft.models.gguf_header import GgufHeader, read_gguf_header
 from sqft.models.loading import load_tokenizer
 from sqft.models.tensorfile import TensorFile
-from sqft.models.writer import KEPT_FILES
 from sqft.progress import SILENT, Progress
 from sqft.sections import ModelSection
 
@@ -196,10 +195,8 @@ def _recast(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
         file = TensorFile(partial / SINGLE, specs, {"format": "pt"})
         for name in specs:
             file.write(name, checkpoint.tensor(name).to(dtype))
-        for kept in KEPT_FILES:
-            if (directory / kept).is_file():
-                shutil.copyfile(directory / kept, partial / kept)
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        copy_kept_files(directory, partial)
+        config = read_config(directory)
         config.pop("torch_dtype", None)
         write_json(partial / "config.json", config | {"dtype": section.storage_dtype})
     return final

@@ -1,6 +1,5 @@
 """Writing a model directory block by block, and the files of ours that lie beside the weights."""
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from sqft.artifacts import FACTS, LATENT, MASKS, write_json
 from sqft.errors import ModelError
+from sqft.models.beside import copy_kept_files, read_config
 from sqft.models.checkpoint import SINGLE, SPARSE_FILE, Checkpoint
 from sqft.models.packing import (
     pack_weight,
@@ -28,19 +28,6 @@ from sqft.ops import GridSpec, QuantizedWeight, pack_mask, unpack_mask
 __all__ = ["CheckpointWriter", "StoredMasks", "read_latents", "read_masks", "write_masks", "write_model"]
 
 STATE = "resume.safetensors"
-KEPT_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 class CheckpointWriter:
@@ -185,15 +172,13 @@ class CheckpointWriter:
                 if value.is_floating_point() and not bool(value.isfinite().all()):
                     raise ModelError(f"{self.source.directory}: {name} holds NaN or infinity; fetch it again")
                 self._weights.write(name, value.to(self._weights.specs[name][0]))
-        for kept in KEPT_FILES:
-            if (self.source.directory / kept).is_file():
-                shutil.copyfile(self.source.directory / kept, self.directory / kept)
+        copy_kept_files(self.source.directory, self.directory)
         if self.source.trust_remote_code:
             for code in self.source.directory.glob("*.py"):
                 shutil.copyfile(code, self.directory / code.name)
         if facts is not None:
             write_json(self.directory / FACTS, dict(facts))
-        config = json.loads((self.source.directory / "config.json").read_text(encoding="utf-8"))
+        config = read_config(self.source.directory)
         config.pop("quantization_config", None)
         if self._grid is not None and self._quantized:
             ignore = sorted(set(self.source.linears) - self._quantized)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from sqft.artifacts import FACTS, write_json
 from sqft.pipeline.recipe import Recipe
@@ -15,6 +15,14 @@ __all__ = ["ADAPTER", "TRAINING", "StageContext", "write_adapter_facts"]
 ADAPTER = "adapter"  # where train and search keep theirs
 TRAINING = "training"  # where tune keeps what it merged, and how that was trained
 CHAIN = ("model", "tuned", "tune", "sparsify", "quantize", "train", "search")
+
+
+class CompressionOptions(TypedDict):
+    """How the two functions that compress a model do their work, whatever they make of it."""
+
+    device: str
+    progress: Progress
+    spill: bool
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class StageContext:
         return self.loading | {"base_precision": precision}
 
     @property
-    def compressing(self) -> dict[str, Any]:
+    def compressing(self) -> "CompressionOptions":
         """Options of the two functions that compress a model."""
         return {"device": self.device, "progress": self.progress, "spill": self.recipe.runtime.spill}
 
