@@ -1,4 +1,4 @@
-"""From a recipe's section to a model with an adapter."""
+"""Attaching the adapter that a recipe's section describes."""
 
 import torch
 from peft import PeftModel, get_peft_model

@@ -179,7 +179,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
         return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
     def rank_of(self, module: str) -> int:
-        """The number of ranks that are kept for a module."""
+        """How many ranks the adapter of a module has."""
         return self.rank_pattern.get(module, self.max_rank)
 
     def to_dict(self) -> dict[str, Any]:

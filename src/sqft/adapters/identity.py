@@ -65,7 +65,7 @@ def base_codes(layer: nn.Module) -> Tensor:
 
 
 def _original(layer: nn.Module, key: str) -> Tensor:
-    """A tensor of the base, also while a merged one stands in its place."""
+    """A tensor of the base, even while a merged adapter has replaced it."""
     kept: dict[str, Tensor] = getattr(layer, "kept", {})
     tensor = kept[key] if key in kept else getattr(getattr(layer, "base_layer", layer), key)
     assert isinstance(tensor, Tensor)

@@ -212,7 +212,7 @@ class AdapterLinear(TunerLayer):
         check_scale_values(1 + change, f"the trained scales of {self.module_name}")
 
     def stored_scale(self, name: str, change: Tensor) -> Float[Tensor, "out groups"]:
-        """The trained scales of a change, in the smallest dtype that holds them exactly.
+        """The trained scales that a change gives, in the smallest dtype that holds them exactly.
 
         Raises: AdapterError if one is not a finite number above 0.
         """
@@ -266,7 +266,7 @@ class AdapterLinear(TunerLayer):
         if self.training and config.dropout and config.dropout_kind == "token":
             return self._token_dropout_forward(x, name)
         if not self.training and (x.device.type != "cpu" or config.kernels == "triton"):
-            # Here the training layer may round a weight in a million to its other neighbour. What is
+            # A kernel for training may round one weight in a million to its other neighbour. What is
             # evaluated is what a merge writes.
             bias = self._bias()
             weight = self.adapted(name).to(x.dtype)
@@ -324,7 +324,7 @@ class AdapterLinear(TunerLayer):
         return "lowrank" if config.gradient == "lowrank" else "exact"
 
     def _check_step(self, name: str) -> None:
-        """Refuse to train elastic ranks that nobody draws: only the largest rank would learn anything."""
+        """Refuse to train elastic ranks that no trainer sets: only the largest rank would be trained."""
         config = self.settings[name]
         elastic = name in self.sqft_A and len(config.ranks) > 1 and not config.rank_pattern
         trains = self.training and torch.is_grad_enabled() and elastic and self.sqft_A[name].requires_grad

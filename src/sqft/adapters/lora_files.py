@@ -74,7 +74,7 @@ class ForeignAdapter:
         return parts["A"], parts["B"]
 
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        """Raises: AdapterError if it adapts a weight of another shape (out, in) than this one."""
+        """Raises: AdapterError if the adapter is for a weight of another shape than this (out, in)."""
         with safe_open(self.directory / TENSORS, framework="pt") as file:
             shape_A, shape_B = (file.get_slice(self.keys[name][part]).get_shape() for part in ("A", "B"))
         if (shape_B[0], shape_A[1]) != shape:
@@ -177,7 +177,7 @@ def adapter_digests(directory: Path) -> dict[str, str]:
 
 
 def _check_start(directory: Path, start: Any) -> None:
-    """Raises: AdapterError for a start that changed the base, so that the adapter belongs on another one."""
+    """Raises: AdapterError for an initialisation that changed the base, since the adapter fits only that."""
     name = str(start).lower()
     if not name.startswith(("pissa", "corda")) and name not in {"olora", "loftq", "lora_ga"}:
         return

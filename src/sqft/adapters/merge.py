@@ -45,9 +45,11 @@ def codes_digest(peft_model: nn.Module) -> str:
 
 
 def count_differing_codes(peft_model: nn.Module) -> tuple[int, int]:
-    """In how many weights the training layer's own arithmetic differs from what a merge writes, of how many.
+    """How many weights the training layer computes to another value than a merge writes, and of how many.
 
-    0 on a CPU; on a GPU a few codes on the edge of two may differ. Raises: as `merge_adapters`.
+    On a CPU there are none; on a GPU a few weights near the boundary of two codes may differ.
+
+    Raises: as `merge_adapters`.
     """
     adapter_config(peft_model)
     differing = total = 0

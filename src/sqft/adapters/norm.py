@@ -42,7 +42,7 @@ def find_norms(model: nn.Module, names: Sequence[str] | None = None) -> dict[str
 
 
 def norm_weight(layer: nn.Module) -> Tensor:
-    """The weight of a norm of the base, also while a trained one is merged into it."""
+    """The weight of a norm of the base, even while a trained one is merged into it."""
     kept: dict[str, Tensor] = getattr(layer, "kept", {})
     weight = kept.get("weight", getattr(layer, "base_layer", layer).weight)
     assert isinstance(weight, Tensor)

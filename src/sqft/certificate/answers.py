@@ -1,7 +1,7 @@
-"""What changes a model's answers beside its weights, compared with the base's.
+"""Files other than the weights that change a model's answers, compared with those of its base.
 
 settings     config, generation settings, tokenizer, chat template and code are the base's, byte by byte; of
-             the config, what only says who wrote it may differ, and is named
+             the config, entries that only say who wrote it may differ, and are named
 strangers    there is no file that a merge does not write, hidden ones included
 """
 
@@ -90,14 +90,14 @@ def hidden_names(directory: Path) -> list[str]:
 
 
 def _is_evaluation(name: str) -> bool:
-    """Whether it is a figure measured of a model, as the hub keeps them; nothing reads them when it runs."""
+    """Whether a file holds a measured figure in the hub's form; nothing reads these when the model runs."""
     path = Path(name)
     plain = path.suffix in (".json", ".jsonl", ".yaml") and not path.name.startswith(".")
     return path.parent.as_posix() == EVALUATIONS and (plain or path.name == MARK)
 
 
 def _other_facts(directory: Path, base_dir: Path) -> list[str]:
-    """What sqft.json says otherwise than the base's own record of how it was compressed."""
+    """Where sqft.json contradicts the base's own record of how it was compressed."""
     if not (base_dir / LAYERS).is_file():
         return []
     if not (directory / FACTS).is_file():
@@ -111,7 +111,7 @@ def _other_facts(directory: Path, base_dir: Path) -> list[str]:
 
 
 def _scheme(config: dict[str, Any]) -> Any:
-    """What a quantization config says of the weights; each tool writes the rest, all defaults, in its way."""
+    """What a quantization config says of the weights; the rest is defaults, which tools write differently."""
     grid = config.get(GRID)
     if not isinstance(grid, dict):
         return grid

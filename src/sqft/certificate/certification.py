@@ -1,4 +1,4 @@
-"""Certifying a merged model: every check there is, and the record of them beside the weights."""
+"""Certifying a merged model: all checks, and their record beside the weights."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +42,7 @@ def certify_model(
     `codes_digest` of the trained model, taken when training ended; default that of `adapted`.
     trust_remote_code: the model comes with Python code of its own, which opening it runs.
 
-    Returns all checks, the failed ones too: whoever calls must not keep a model of which one failed.
+    Returns all checks, including failed ones: the caller must not keep a model that failed one.
     """
     digest = trained_digest or codes_digest(adapted)
     write_reference(directory, merged, token_ids)

@@ -1,8 +1,8 @@
 """Scales and norms that were trained in the place of the base's own, looked for in the merged model.
 
-The adapter holds them as they are served, so here nothing is computed: the merged file must hold the very
-numbers, of the codes that have no low-rank update every one must be the base's, and what an adapter does not
-name is the base's as well (the checks "grid" and "other tensors").
+The adapter holds these numbers as they are served, so nothing is computed here. The merged file must hold
+exactly them; every code without a low-rank update must be the base's; and whatever the adapter does not name
+must be the base's too, which the checks "grid" and "other tensors" see to.
 """
 
 import hashlib

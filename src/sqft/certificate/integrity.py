@@ -1,4 +1,4 @@
-"""The first level of a certificate: what a model's own files show.
+"""The first level of a certificate: what can be checked from a model's own files.
 
 record       the certificate is as it was written, and says that every check passed then
 digests      every certified file is there, unchanged, and no file was added

@@ -48,8 +48,8 @@ UNIT_ROUNDOFF = 2.0**-24
 STORAGE = {"BF16": (8, -133), "F16": (11, -24), "F32": (24, -149)}
 
 SMALLEST_NORMAL = {"BF16": 2.0**-126, "F16": 2.0**-14, "F32": 2.0**-126}
-UNDECIDED_SHARE = 1e-3  # of a linear's codes of 4 bits up to rank 64, whose updates measure up to 2e-4
-FEW_UNDECIDED = 2  # which a small linear may have by chance
+UNDECIDED_SHARE = 1e-3  # share of a linear's codes, at 4 bits and ranks up to 64; up to 2e-4 was measured
+FEW_UNDECIDED = 2  # undecided weights that a small linear may have by chance
 LARGEST_ERROR = 1e-2  # of the root mean square of a row's adapted weights
 STRAY_ZEROS = 0.01  # share of zeros up to which a weight without a stored mask counts as dense
 DOCUMENTS = ("readme", "license", "notice")  # no part of what was merged
@@ -99,7 +99,7 @@ def check_provenance(
 
 
 def _check_lineage(directory: Path, base_dir: Path, adapter_dir: Path, lineage: Lineage | None) -> str:
-    """Every file that was merged is there and unchanged, and no weights were added; documents may differ."""
+    """Check that all merged files are there, unchanged, with no weights added; documents may differ."""
     recorded = read_json(directory / CERTIFICATE).get("lineage") if lineage is None else lineage
     problems, count = [], 0
     for part, given in (("base", base_dir), ("adapter", adapter_dir)):
@@ -140,7 +140,7 @@ def _check_identity(base: StoredModel, adapter: Adapter) -> str:
 
 
 def _identity(base: StoredModel, adapter: Adapter) -> dict[str, str]:
-    """The digests of what of the base an adapter depends on."""
+    """The digests of those parts of the base that an adapter depends on."""
     quantized = set(base.quantized)
     names = sorted(adapter.factors)
     weights = [

@@ -1,4 +1,4 @@
-"""Reference logits: what a model said at the moment it was certified."""
+"""Reference logits: what a model gave when it was certified."""
 
 from collections.abc import Sequence
 from pathlib import Path

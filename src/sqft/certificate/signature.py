@@ -1,7 +1,8 @@
 """A detached signature over a certificate, with a key that the user has: OpenSSH's `ssh-keygen -Y`.
 
-Digests show accidents; whoever edits a model can compute them anew. A signature over the file that holds the
-digests cannot be made without the signer's key. Keys of ssh are what people have, and every system can check.
+Digests reveal accidents, but whoever edits a model can compute new ones. A signature over the file that holds
+the digests cannot be made without the signer's key. Most people have an ssh key already, and most systems can
+check its signatures.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""What an export would refuse, told before anything is trained."""
+"""Refusing an impossible export before anything is trained."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a model directory, and the report of the run beside it, tell of the model."""
+"""Facts about a model from its directory and from the report of its run."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ Rows = list[dict[str, Any]]
 
 
 def model_records(directory: Path) -> tuple[dict[str, Any] | None, Rows | None]:
-    """The recipe and the evaluation that a model directory, or the report of the run beside it, tells of."""
+    """The recipe and the evaluation of a model, from its directory or from the report of its run."""
     report = read_object(directory.parent / REPORT)
     if Path(str(report.get("merged_dir"))).name != directory.resolve().name:
         report = {}

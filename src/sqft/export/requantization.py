@@ -1,4 +1,4 @@
-"""Moving a model to a grid that it was not trained on, where a user allows it, and saying what that cost."""
+"""Rounding a model to a grid that it was not trained on, where a user allows it, and what that changed."""
 
 from dataclasses import dataclass, replace
 

@@ -98,7 +98,7 @@ def _check_masks(directory: Path, merged_dir: Path) -> str:
 def _check_made_anew(directory: Path, merged_dir: Path) -> str:
     """Export once more, and compare what came out: the graph and tokenizers, settings, and every other file.
 
-    So the versions of libraries that write files should be those of the export.
+    Libraries that write files should therefore have the versions they had at the export.
     """
     record = _model_record(directory)
     if record.get("damage"):

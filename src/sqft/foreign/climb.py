@@ -71,7 +71,7 @@ class Climb:
         return results
 
     def _first(self, rung: str) -> str | None:
-        """polish alone starts from plain rounding."""
+        """The weights that polish starts from when it is the first rung: those of plain rounding."""
         if rung != "polish":
             return None
         self.write("round", None)

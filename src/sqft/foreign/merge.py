@@ -46,7 +46,8 @@ class MergeResult:
 
     unmerged_loss: of the adapter on the dequantized base; trained_on_loss: of the adapter on the base that it
     was trained on, where another one was named. skipped: rungs that were asked for and not tried, and why.
-    sources: the sha256 of the files of base and adapter. The rung is chosen by the loss that is told.
+    sources: the sha256 of the files of base and adapter. The rung is chosen by the very loss that is
+    reported, which is therefore slightly optimistic.
     """
 
     directory: Path
@@ -97,7 +98,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Losses:
-    """What rungs are compared with; all None where nothing is measured."""
+    """The losses that rungs are compared with; all None where nothing is measured."""
 
     base: float | None = None
     unmerged: float | None = None
@@ -105,7 +106,7 @@ class _Losses:
 
     @property
     def aim(self) -> float | None:
-        """Of the adapter where it was trained, or else on this base."""
+        """The loss of the adapter on the base it was trained on, where that is known, else on this base."""
         return self.unmerged if self.trained_on is None else self.trained_on
 
 
@@ -254,7 +255,7 @@ def _check_best(best: RungResult, least: float) -> None:
 
 
 def _check_kept(layers: list[LayerErasure], least: float) -> None:
-    """Refuse a merge that nobody measures and that would all but ship the base.
+    """Refuse a merge that is not measured and would write hardly more than the base.
 
     What is kept of a layer is 1 - erased; layers count alike, as in the mean that is told.
 

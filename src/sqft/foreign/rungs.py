@@ -194,7 +194,7 @@ def _between(unmerged: Tensor, merged: Weight) -> Tensor:
 
 
 def _unit(merged: Weight, start: Tensor) -> Tensor:
-    """What a learning rate of 1 moves a weight by."""
+    """By how much a step of 1 moves a weight."""
     if isinstance(merged, QuantizedWeight):
         size = merged.qparams.group_size(start.shape[1])
         return merged.qparams.scale.repeat_interleave(size, dim=1)

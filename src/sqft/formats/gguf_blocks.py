@@ -77,7 +77,7 @@ def unpack_blocks(data: Bytes, kind: GGMLQuantizationType) -> IntegerWeight:
         steps = _from_nibbles(blocks[..., 2:]) - 8
     else:
         minimum = np.ascontiguousarray(blocks[..., 2:4]).view(np.float16)[..., 0].astype(np.float32)
-        with np.errstate(all="ignore"):  # damaged numbers are told below
+        with np.errstate(all="ignore"):  # damaged numbers are refused below
             offset = np.rint(minimum / scale)
             broken = int((~(offset * scale == minimum)).sum())
         if broken:

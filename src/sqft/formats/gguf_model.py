@@ -125,7 +125,7 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
 
 
 def changed_tokenizer_keys(source: ExportSource, path: Path) -> list[str]:
-    """The keys of a GGUF file's tokenizer that differ from what the model's tokenizer is written as."""
+    """The tokenizer keys of a GGUF file that differ from those that this model's tokenizer gives."""
     arch, _ = ARCHITECTURES[source.architecture]
     writer = GGUFWriter(None, MODEL_ARCH_NAMES[arch])
     write_tokenizer(writer, source.tokenizer, int(source.config["vocab_size"]))
@@ -142,7 +142,7 @@ def head_names(source: ExportSource) -> set[str]:
 
 
 def round_head(tensor: Tensor, head_type: str) -> Tensor:
-    """What a file holds of an embedding or head of a type."""
+    """An embedding or head as a file of this type holds it."""
     return _unpack_plain(*_plain(tensor, head_type))
 
 

@@ -6,7 +6,7 @@
     g_idx    int32 (in,)                      the group of every input
 
 Version 1 (`checkpoint_format: gptq`) stores zero_point - 1 and its readers add the 1 back; version 2
-(`gptq_v2`) stores the zero point itself. A zero point of 0 has no place in version 1 (readers differ on the
+(`gptq_v2`) stores the zero point itself. Version 1 cannot store a zero point of 0 (readers differ on the
 wrap-around), so such a grid is written as version 2; everything else as version 1, which more runtimes read.
 Source: GPTQModel, `gptqmodel/nn_modules/qlinear` and `utils/model.py` (convert_gptq_v1_to_v2_format).
 """

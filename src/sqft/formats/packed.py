@@ -1,4 +1,4 @@
-"""Packed directories: a model whose sparse INT4 weights take the space of what is kept, and back bit for bit.
+"""Packed directories: sparse INT4 weights stored as mask and kept codes, and unpacked again bit for bit.
 
 docs/format.md is the specification. Weight files stay safetensors files; in them a mask
 and the kept codes take the place of all codes (`models/sparse_packing.py`). sqft_packed.json holds what
@@ -210,7 +210,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _packed_name(name: str) -> str:
-    """What a weight file, or the index of such, is called when it is packed."""
+    """The name of a weight file, or of their index, in a packed directory."""
     is_weights = name.startswith("model") and (name.endswith(".safetensors") or name == INDEX)
     return name.replace("model", SPARSE_FILE, 1) if is_weights else name
 
@@ -251,7 +251,7 @@ def _in_order(header: str) -> list[str]:
 
 
 def _original(path: Path) -> dict[str, Any]:
-    """What the record says of a file: its digest, and its header, which for a text is all of it."""
+    """The record's entry for a file: its digest, and its header, which for a text file is the whole text."""
     text = _read_header(path)[0] if path.suffix == ".safetensors" else path.read_text(encoding="utf-8")
     return {"sha256": digest_file(path), "header": text}
 
@@ -292,7 +292,7 @@ def _write_packed(
 
 
 def _plain_heads(checkpoint: Checkpoint) -> list[str]:
-    """The weights of embedding and head where these are no more than that: some scale what they look up."""
+    """The weights of plain embeddings and heads; some embeddings also scale what they look up."""
     model = checkpoint.skeleton()
     modules = {name: model.get_submodule(name.removesuffix(WEIGHT)) for name in head_weights(model)}
     return [name for name, module in modules.items() if type(module) in (nn.Embedding, nn.Linear)]

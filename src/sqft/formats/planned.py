@@ -1,4 +1,4 @@
-"""A model that is not there yet, as formats see it: what they would refuse can be told before it is made."""
+"""A stand-in for a model that is yet to be made, so that formats can refuse it before any work is done."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from sqft.ops import GridSpec, QParams, QuantizedWeight
 __all__ = ["planned_source"]
 
 NOWHERE = Path("(planned)")
-ELEMENTS = 1 << 22  # of a stand-in weight: formats look at its grid and widths, and the rows are alike
+ELEMENTS = 1 << 22  # of a stand-in weight: formats look only at its grid and width, so few rows will do
 
 
 def planned_source(config: Any, shapes: Mapping[str, tuple[int, int]], grid: GridSpec | None) -> ExportSource:

@@ -78,10 +78,10 @@ def target_linears(
 
 
 def fused_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights in the decoder blocks that are matrices of no linear, by full name.
+    """The weight matrices in the decoder blocks that belong to no linear layer, by full name.
 
-    They are the experts of a mixture that the architecture keeps in one tensor, which nothing compresses, and
-    small things such as a router.
+    These are the experts of a mixture that are kept in one tensor, which no method compresses, and small ones
+    such as a router.
     """
     return {
         f"{block_name}.{name}": parameter

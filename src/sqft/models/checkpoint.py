@@ -43,10 +43,10 @@ __all__ = [
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Of a config, what libraries count to before anyone looks at the weights.
+# Counts in a config.json that libraries act on before any weight is read, and the largest that is believed.
 LIMITS = {name: 10_000 for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers")}
 LIMITS |= {"num_labels": 1_000_000, "vocab_size": 100_000_000}
-# Packed files have this in their names in place of "model", so that who cannot read them finds no weights.
+# Packed files have this in their names in place of "model", so that programs that cannot read them find none.
 SPARSE_FILE = "packed"
 PACKED, KEPT = ".weight_packed", ".weight_kept"  # end the names of codes: all of them, or those that are kept
 CODES_ENDS = (PACKED, KEPT)
@@ -140,12 +140,12 @@ class Checkpoint:
 
     @cached_property
     def tied_weights(self) -> dict[str, str]:
-        """Weights that are another weight of the model, as a tied head is the embedding; and which one."""
+        """Weights that share another weight's tensor, as a tied head does the embedding's; and which one."""
         return tied_weights(self.skeleton())
 
 
 def tied_weights(skeleton: PreTrainedModel) -> dict[str, str]:
-    """The weights of a model that are others of its weights, and which."""
+    """The weights of a model that share the tensor of another weight, and which one."""
     return dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
 
 
@@ -321,7 +321,7 @@ def _check_tensors(
         if name in modules and is_linear(modules[name]):
             rows, columns = expected.pop(f"{name}.weight")
             expected |= {n: shape for n, (_, shape) in packed_specs(name, (rows, columns), grid).items()}
-            if f"{name}{KEPT}" in files:  # how many are kept, the mask tells
+            if f"{name}{KEPT}" in files:  # the mask says how many are kept
                 del expected[f"{name}{PACKED}"]
                 kept = _handle(handles, files[f"{name}{KEPT}"]).get_slice(f"{name}{KEPT}").get_shape()
                 shapes = sparse_specs(name, (rows, columns), grid.bits, 0)

@@ -1,4 +1,4 @@
-"""The zeros that a model came with."""
+"""The zeros that a model already has when it arrives."""
 
 from collections.abc import Iterator, Mapping
 

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read within bounds: nothing it claims is believed before the file's length is.
+"""The header of a GGUF file, read within bounds: no count or length in it may reach past the end of the file.
 
 Libraries that read GGUF trust its counts and lengths; a file of 49 bytes can keep them busy for ever.
 Source: the GGUF specification (ggml, docs/gguf.md), versions 2 and 3.

@@ -28,7 +28,8 @@ __all__ = [
 ]
 
 # Share of zeros from which integer weights without a mask count as sparse. Of dense weights, 12 to 22 % round
-# to 0 with 4 bits (normal ones in groups of 32 to whole rows), fewer with 8; with 2 or 3 bits nothing tells.
+# to 0 with 4 bits (normal ones in groups of 32 to whole rows), fewer with 8; with 2 or 3 bits the share tells
+# nothing.
 SPARSE_CODES = 0.4
 
 
@@ -204,7 +205,7 @@ def _quantized_layer(
 
 
 def _check_vocabulary(path: Path, tokenizer: Any) -> None:
-    """An id past the embedding's end would be an IndexError, or on a GPU the end of the process."""
+    """Refuse ids past the embedding's end: an IndexError on a CPU, and on a GPU the process dies."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))

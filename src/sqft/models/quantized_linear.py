@@ -147,7 +147,7 @@ class PackedLinear(GridLinear):
         return scaled_linear(x, self.packed, self.qparams, self.bias)
 
     def base_weight(self) -> Float[Tensor, "out in"]:
-        """The float32 weight of the codes: there is no other."""
+        """The float32 weight of the codes; a packed layer has no weight before rounding."""
         return self.quantized_weight()
 
     def codes(self) -> UInt8[Tensor, "out in"]:

@@ -58,7 +58,7 @@ def _save_packed(
 
 
 def _common_grid(weights: dict[str, QuantizedWeight]) -> GridSpec:
-    """The grid that all weights are on; one group a row is a group of the others' size where it can be."""
+    """The grid that all weights share; one group a row counts as a group of theirs if it is as wide."""
     sizes = {w.qparams.group_size(w.codes.shape[1]) for w in weights.values() if w.qparams.scale.shape[1] > 1}
     like = GridSpec(0, sizes.pop(), True) if len(sizes) == 1 else None
     grids = {weight.grid(like) for weight in weights.values()}

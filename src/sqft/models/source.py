@@ -1,4 +1,4 @@
-"""From what a recipe calls a model to a model directory on this machine."""
+"""Finding the model that a recipe names, as a model directory on this machine."""
 
 import importlib.util
 import json

@@ -140,8 +140,8 @@ def compute_qparams(weight: Float[Tensor, "out in"], grid: GridSpec) -> QParams:
     """The grid that just covers every group of a weight.
 
     symmetric: scale = max|w| / (2^(bits-1) - 1); asymmetric: the range, extended to hold 0, over 2^bits - 1.
-    With 8 significant bits a 4-bit symmetric grid is exact in float16
-    and its scales in bfloat16; 7 bits make an asymmetric one exact in GGUF's Q4_1.
+    With 8 significant bits, the weights of a 4-bit symmetric grid are exact in float16 and its scales in
+    bfloat16; 7 bits make an asymmetric grid exact in GGUF's Q4_1.
 
     Raises: CompressionError if group_size does not divide the width.
     """

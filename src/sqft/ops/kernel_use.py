@@ -57,7 +57,7 @@ def computes_in_bfloat16(device: torch.device) -> bool:
 
 @lru_cache
 def _missing(device: str, interpreter: str) -> str | None:
-    """Why the kernels do not run, or None if they do."""
+    """Why the kernels cannot run here, or None if they can."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install 'sqft[triton]')"
     if device != "cuda" and interpreter in ("", "0"):
@@ -67,5 +67,5 @@ def _missing(device: str, interpreter: str) -> str | None:
 
 @lru_cache
 def _warn(reason: str) -> None:
-    """Told once."""
+    """Log a warning, each text once."""
     logger.warning("kernels: triton is left out, torch computes the same: %s", reason)

@@ -71,7 +71,7 @@ def keep_nonzero(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) 
 
 
 def existing_mask(weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"] | None:
-    """The mask of the zeros that a weight came with, which others made; None for one that counts as dense.
+    """The mask of the zeros that a weight already has; None for a weight that counts as dense.
 
     A dense weight has an exact 0 here and there by chance; up to STRAY_ZEROS of them are no pattern.
     """

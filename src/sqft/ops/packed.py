@@ -70,5 +70,5 @@ def _unpack_into(target: Tensor, packed: Tensor, bits: int) -> None:
 
 
 def _width(bits: int) -> int:
-    """The bits that a code takes: the next of 2, 4 and 8, which divide a byte."""
+    """The bits that a code takes: the smallest of 2, 4 and 8 that holds it, so that codes fill a byte."""
     return next(width for width in (2, 4, 8) if width >= bits)

@@ -1,4 +1,4 @@
-"""What a run would refuse later, told in the first seconds: from settings, shapes and what is installed."""
+"""Refusing in the first seconds what a run would refuse hours later, by settings and shapes alone."""
 
 import importlib.util
 from collections.abc import Iterator

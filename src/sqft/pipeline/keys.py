@@ -10,7 +10,7 @@ __all__ = ["inner_sections", "section_at", "section_defaults", "takes_text"]
 
 
 def takes_text(model: type[BaseModel], path: Sequence[str], value: Any) -> bool:
-    """Whether the key at a path takes a text, and nothing like this value, which is none."""
+    """Whether the key at a path takes a text and nothing of the type of this value, which is no text."""
     section = section_at(model, path[:-1])
     field = section.model_fields.get(path[-1]) if section else None
     if field is None or value is None or isinstance(value, str):
@@ -23,7 +23,7 @@ def takes_text(model: type[BaseModel], path: Sequence[str], value: Any) -> bool:
 
 
 def section_defaults(model: type[BaseModel], name: str) -> dict[str, Any]:
-    """What the settings of a section are where nothing is said; those that have to be said are not there."""
+    """The defaults of a section's settings; settings without a default are left out."""
     section = section_at(model, [name])
     fields = section.model_fields if section else {}
     return {key: field.default for key, field in fields.items() if not field.is_required()}
@@ -57,7 +57,7 @@ def inner_sections(field: FieldInfo) -> Iterator[type[BaseModel]]:
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
-    """The alternatives of an annotation, without what checks them."""
+    """The alternatives of a type annotation, without their validators."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from _kinds(get_args(annotation)[0])

@@ -41,7 +41,7 @@ __all__ = [
     "stage_name",
 ]
 
-# What of the adapters' settings is about their low-rank update.
+# Settings of adapters that concern the low-rank update alone.
 LOW_RANK = ("ranks", "alpha", "dropout", "dropout_kind")
 
 
@@ -163,7 +163,7 @@ class Recipe(Section):
         ]
 
     def _ignored_low_rank(self) -> list[str]:
-        """Settings of a low-rank update that nothing has: of method scales without the dense reference."""
+        """Settings of a low-rank update where there is none: method scales without the dense reference."""
         reference = "dense_tuned" in ((self.evaluate and self.evaluate.models) or [])
         if self.adapters is None or self.adapters.low_rank or reference:
             return []
@@ -386,7 +386,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise RecipeError(f"the value of '{override}' is not valid YAML: {error}") from None
         value = {}
     if takes_text(Recipe, keys, value):
-        value = text  # braces, colons and digits are no YAML where a text is wanted
+        value = text  # where a text is wanted, braces, colons and digits mean themselves
     try:
         set_value(values, path, value)
     except RecipeError as error:

@@ -1,4 +1,4 @@
-"""From finished stages to what the user keeps: the report, and the model under a name of its own."""
+"""Publishing what the user keeps of finished stages: the report, and the model under its own name."""
 
 import json
 import logging
@@ -153,7 +153,7 @@ def _publish(stage: FinishedStage, inside: Path, wanted: Path) -> Path:
     same = there is not None and there.about == about and _digests(there) == digests
     if same and changed_since(wanted, thoroughly=True, beside=(EVALUATIONS,)) is None:
         remove_partial(wanted)
-        return wanted  # with what was measured of it since
+        return wanted  # evaluations of it that were added later
     place = free_place(wanted, about)
     _tell_if_elsewhere(wanted, place)
     mark = read_mark(place)

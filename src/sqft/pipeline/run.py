@@ -58,7 +58,7 @@ def run_recipe(
     models_dir = Workspace(Path(recipe.runtime.workspace)).models
     check_recipe(recipe, model_outline(recipe.model), models_dir)
     workspace = open_workspace(Path(recipe.runtime.workspace))
-    with hold(workspace.lock("models"), "the model"):  # may be converted, once
+    with hold(workspace.lock("models"), "the model"):  # converting a model happens once
         model_directory = resolve_model(recipe.model, workspace.models, progress)
         tuned = _tuned(recipe, workspace.models, progress)
     stages = run_stages(
@@ -86,7 +86,7 @@ def _tuned(recipe: Recipe, models_dir: Path, progress: Progress) -> Path | None:
 
 
 def _refuse_launchers() -> None:
-    """Processes of torchrun would train together, but wait for one another's stages: for ever."""
+    """Refuse torchrun: its processes would wait for one another's stages for ever."""
     count = os.environ.get("WORLD_SIZE", "1")
     if count.isdigit() and int(count) > 1:
         raise RecipeError(
@@ -117,7 +117,7 @@ def workspace_status(workspace: Path) -> list[StageStatus]:
             continue
         finished = not directory.name.endswith(".partial") and (directory / MANIFEST).exists()
         mark = read_mark(directory)
-        if mark is not None and mark.files is not None:  # without a look at every file
+        if mark is not None and mark.files is not None:  # without looking at every file
             size = sum(entry[0] for entry in mark.files.values())
         else:
             size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

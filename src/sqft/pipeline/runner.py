@@ -166,7 +166,7 @@ def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
 
 
 def environment(device: str) -> dict[str, str]:
-    """What a bit-identical result depends on beside the recipe."""
+    """Everything but the recipe that a bit-identical result depends on."""
     import torch
 
     versions = {name: importlib.metadata.version(name) for name in VERSIONED}
@@ -198,7 +198,7 @@ def _reuse(stage: Stage, final: Path, key: str, workspace: Workspace) -> Finishe
 
 
 def damaged_stage(directory: Path, what: str) -> WorkspaceError:
-    """What to say of a stage that is not as it was written."""
+    """The message about a stage that is not as it was written."""
     return WorkspaceError(f"{directory} is damaged ({what}); delete that folder and run again")
 
 
@@ -268,7 +268,7 @@ def _read_environment(path: Path) -> dict[str, str]:
 
 
 def _data_key(recipe: Recipe) -> str:
-    """Of the items: file contents, their format, and how splits are drawn where they are not given."""
+    """The identity of the items: contents of files, their format, and how missing splits are drawn."""
     data = recipe.data
     if data is None:
         return ""
@@ -281,7 +281,7 @@ def _data_key(recipe: Recipe) -> str:
 
 
 def _texts_key(recipe: Recipe) -> str:
-    """Of what `evaluate` reads beside the items: the perplexity text and tasks, files by content."""
+    """The identity of what `evaluate` reads beside the items: the perplexity text and the tasks."""
     from sqft.evaluation import find_task_data, general_path
 
     section = recipe.evaluate
@@ -304,7 +304,7 @@ def _texts_key(recipe: Recipe) -> str:
 
 
 def _tuned_key(recipe: Recipe) -> str:
-    """Of an adapter or a tuned model that exists already."""
+    """The identity of an adapter or a tuned model that exists already."""
     from sqft.adapters.lora_files import adapter_digests
     from sqft.models import model_identity
 
@@ -315,7 +315,7 @@ def _tuned_key(recipe: Recipe) -> str:
 
 
 def _calibration_key(recipe: Recipe) -> str:
-    """Of calibration texts; training items come from a stage of their own."""
+    """The identity of calibration texts; training items come from a stage of their own."""
     calibration = recipe.calibration or CalibrationSection()
     texts = [(setting, source) for setting, source, _ in calibration.sources if source != "train"]
     if not texts or not recipe.needs_calibration:

@@ -1,4 +1,4 @@
-"""Which source a stage runs, read off the imports: what enters its identity in a development install.
+"""The source files that a stage runs, found by its imports; they enter its identity in a development install.
 
 A stage runs the module of its step and whatever that imports, inside functions too. `from package import
 name` leads to the module that defines the name, not to all of the package.

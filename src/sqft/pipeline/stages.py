@@ -37,9 +37,9 @@ __all__ = ["Stage", "StageKind", "recipe_stages"]
 StageKind = Literal[
     "items", "tune", "sparsify", "quantize", "train", "search", "merge", "train_dense", "evaluate", "export"
 ]
-# Of evaluate: what is a stage of its own, or enters by content.
+# Settings of evaluate that other stages make, or that enter by content.
 CONTENT = {"models", "general_text", "perplexity", "tasks", "tasks_data"}
-# Fields of TrainingArguments that say what is told of a training, and change nothing in it.
+# Fields of TrainingArguments that only say what is reported of a training.
 REPORTING = ("report_to", "run_name", "logging_dir", "logging_steps", "logging_strategy", "project")
 
 Step = Callable[[StageContext], dict[str, Any]]
@@ -173,7 +173,7 @@ def _training_settings(recipe: Recipe, adapters: AdapterSection) -> dict[str, An
 
 
 def _trainer_settings(recipe: Recipe, section: TrainingSection, seed: int) -> dict[str, Any]:
-    """What a training depends on beside what is trained."""
+    """The settings of the trainer that enter a training's identity."""
     rates = {"scale_learning_rate", "norm_learning_rate"} if isinstance(section, TrainSection) else set()
     fields = set(TrainingSection.model_fields) | rates
     watching = set() if section.selects else {"eval_steps", "early_stopping", "keep"}

@@ -8,7 +8,7 @@ from sqft.pipeline.merging import write_certified
 
 __all__ = ["merge"]
 
-# What of a recipe a merged model depends on; data enters by content.
+# Sections of a recipe that a merged model depends on; data enters by content.
 DETERMINING = {
     "model", "seed", "calibration", "tune", "sparsify", "quantize", "adapters", "train", "search"
 }  # fmt: skip
@@ -19,7 +19,7 @@ def merge(context: StageContext) -> dict[str, Any]:
     from sqft.data import read_items
 
     adapter_dir = context.inputs[context.recipe.adapter_stage]
-    # Of data too small to be split, what was trained on serves as well: logits are compared, not answers.
+    # Data too small to be split has no test items; training items do as well, since only logits are compared.
     items = read_items(context.inputs["items"], "test") or read_items(context.inputs["items"], "train")
     checks = write_certified(
         context.directory,

@@ -23,7 +23,7 @@ TRIED = "tried with SmolLM2-135M"  # docs/results/deploy.md
 def serving_commands(
     format_name: str, directory: Path, file: str | None = None, *, base: Path | None = None
 ) -> list[str]:
-    """One command a line, its paths quoted; a comment says what it needs, and whether it was ever tried.
+    """Serving commands, one a line with quoted paths; comments say what each needs, and which were tested.
 
     base: of an adapter (peft, or gguf with `file`), the model that it is served with.
     """

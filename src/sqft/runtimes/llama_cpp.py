@@ -101,7 +101,7 @@ class LlamaCpp:
         told = answer["choices"][0]["logprobs"]
         if told is not None and told["content"] and told["content"][0]["id"] == token:
             return float(told["content"][0]["logprob"])
-        # Of the first byte of a character the server says nothing, unless it is one of many.
+        # The server gives no probability of a lone first byte of a character, unless it lists many tokens.
         answer = self._complete(request | {"n_probs": EVERY_TOKEN, "logit_bias": [[self._letter, 1000.0]]})
         entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return next((float(entry["logprob"]) for entry in entries if entry["id"] == token), -math.inf)
@@ -125,7 +125,7 @@ class LlamaCpp:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the file says how messages become a text; else llama.cpp would take a form of its own."""
+        """Whether the file has a chat template; without one llama.cpp would use a form of its own."""
         return "tokenizer.chat_template" in open_gguf(self.path).fields
 
     def chat(
@@ -208,7 +208,7 @@ def check_tokenizer(tokenizer: Any, runtime: LlamaCpp) -> None:
 
 @contextmanager
 def silent_output() -> Iterator[None]:
-    """Send what native code prints to nowhere."""
+    """Discard what native code prints."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(descriptor) for descriptor in (1, 2)]

@@ -30,7 +30,7 @@ MUL_MAT = 29  # the number of the product among ggml's operations
 def use_packed_products(wanted: bool = True) -> None:
     """Pack the sparse Q4_0 weights of the models that llama.cpp opens from now on in this process, or do not.
 
-    The first call must come before llama.cpp opens its first model: it makes up its mind about buffers then.
+    The first call must come before llama.cpp opens its first model, which is when it chooses its buffers.
 
     Raises: ExportError if the plug-in does not fit the xllamacpp that is installed, or cannot be compiled;
     MissingExtraError without xllamacpp.

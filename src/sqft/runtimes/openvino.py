@@ -32,7 +32,7 @@ class OpenVinoModel:
         self.max_length = max_length
 
     def reset(self) -> None:
-        """Forget the context."""
+        """Clear the key-value cache."""
         self._request.reset_state()
         self._length = 0
 

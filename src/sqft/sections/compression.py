@@ -119,7 +119,7 @@ class QuantizeSection(Section):
     scale_fit: bool = Field(
         False, description="Before each sweep of descent, fit the scales to the codes by least squares."
     )
-    scale_search: bool = Field(False, description="Try scales below the covering one, by squared error.")
+    scale_search: bool = Field(False, description="Try smaller scales than the one that covers a group.")
     refit: int = Field(
         0, ge=0, description="Steps of least squares for the kept weights before they are rounded."
     )

@@ -23,8 +23,8 @@ class EvaluateSection(Section):
     )
     split: Literal["test", "search"] = Field(
         "test",
-        description="search: measure on the search items, to choose a setting among several runs by; test "
-        "items that were chosen by tell nothing.",
+        description="search: measure on the search items, to choose between runs; figures on test items "
+        "that a choice was made by mean nothing.",
     )
     max_items: Positive | None = Field(None, description="Use the first so many items.")
     batch_size: Positive = 16
