@@ -96,6 +96,7 @@ def changed(**values: Any) -> Callable[[str], str]:
     [
         ("tokenizer_config.json", {"model_max_length": "a"}, "tokenizer"),
         ("generation_config.json", {"max_new_tokens": "a"}, "generation_config.json"),
+        ("config.json", {"dtype": 5}, "config.json"),
         ("config.json", {"quantization_config": {"config_groups": [1]}}, "quantization_config"),
         ("config.json", {"quantization_config": {"config_groups": {"a": {"weights": 3}}}}, "config"),
     ],

@@ -217,7 +217,10 @@ def open_config(directory: Path, trust_remote_code: bool) -> Any:
         )
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise TypeError(f"dtype is {config.dtype!r}")
+        return config
     except (ValueError, KeyError, OSError) as error:
         raise ModelError(
             f"{path} is of no architecture that transformers knows: {first_line(error)}"
@@ -240,8 +243,9 @@ def read_generation(directory: Path) -> GenerationConfig | None:
 
 def build_skeleton(config: Any, trust_remote_code: bool) -> PreTrainedModel:
     """A model with its parameters on the meta device. Raises: ModelError if it is no language model."""
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     try:
+        values = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+        plain = type(config).from_dict(values)
         with init_empty_weights(include_buffers=False), no_init_weights(), quiet_transformers():
             model = AutoModelForCausalLM.from_config(
                 plain, dtype=torch.float32, trust_remote_code=trust_remote_code
