@@ -3,8 +3,8 @@
     python -m benchmarks.scale [--items N] [--part items|layers|record] --json FILE
 
 items: reading, formatting, splitting and writing them; the tokenizer's own time is taken apart. layers: a
-model of 290 small blocks is planned, made sparse and quantized. record: a finished stage with that record is found
-by `plan` and listed by `status`. Times are of the processor, memory is the peak of the process.
+model of 290 small blocks is planned, made sparse and quantized. record: a finished stage with that record is
+listed by `status`, and found by another run. Times are of the processor, memory is the peak of the process.
 """
 
 import json

@@ -156,3 +156,33 @@ def test_preview_shows_items_and_what_the_loss_counts(
     assert run_command_line(["preview", str(recipe), "data=null", "adapters=null", "train=null",
                              "search=null", "evaluate=null", "calibration.source=x.txt"]) == 2  # fmt: skip
     assert "nothing to preview" in capsys.readouterr().err
+
+
+def test_a_config_alone_is_planned_and_does_not_run(
+    make_recipe: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    tiny_model_dir: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And where nothing can be written, nothing is: a folder stands where digests would be kept."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((tiny_model_dir("llama") / "config.json").read_bytes())
+    (tmp_path / "runs" / ".digests.json").mkdir(parents=True)
+    values = make_recipe("llama", {"model": str(tmp_path / "bare")})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    whole = plan_recipe(parse_recipe(make_recipe("llama", {})))
+    bare = plan_recipe(parse_recipe(values))
+    assert [(s.name, s.memory_bytes) for s in bare.stages] == [(s.name, s.memory_bytes) for s in whole.stages]
+    assert run_command_line(["plan", str(tmp_path / "recipe.yaml")]) == 0
+    assert "a run needs them" in capsys.readouterr().out
+    assert run_command_line(["run", str(tmp_path / "recipe.yaml")]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_memory_grows_with_what_a_method_holds(make_recipe: Callable[..., dict[str, Any]]) -> None:
+    def needs(**quantize: Any) -> int:
+        values = make_recipe("llama", {"quantize": {"group_size": 32} | quantize})
+        (stage,) = (s for s in plan_recipe(parse_recipe(values)).stages if s.name == "quantize")
+        return stage.memory_bytes
+
+    assert needs(method="rtn") < needs(method="gptq") < needs(method="gptaq")

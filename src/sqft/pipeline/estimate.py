@@ -3,7 +3,7 @@
 Memory is what a stage holds at most beyond the half gigabyte of Python and its libraries, pages of mapped
 files not counted. It follows the code that runs: `compression/walk.py` for one block and its calibration,
 `compression/statistics.py` for Hessians and their factors, `models/loading.py` for whole models. The factors
-below were measured (`python -m benchmarks.planning`, docs/results/planning.md).
+below were measured (`python -m benchmarks.planning`, docs/results/scale.md).
 """
 
 import math
