@@ -1,6 +1,6 @@
 """Files that plant code or a fetch, read without trust_remote_code: does any run, or reach for the net?
 
-    python -m benchmarks.payloads [--json FILE]
+    python -m benchmarks.payloads [--kind NAME] [--json FILE]
 
 Each payload is put into a whole file, and a command reads it in a child that notes, by Python's audit events,
 every process that is started, every connection and every name that is looked up; the planted code itself
@@ -431,7 +431,10 @@ CASES = (pickles, configs, templates, tasks, recipes)
 
 def main() -> None:
     """Plant everything, and tell what ran."""
-    options = parse_options(make_parser(__doc__))
+    parser = make_parser(__doc__)
+    kinds = {kind.__name__: kind for kind in CASES}
+    parser.add_argument("--kind", choices=list(kinds), action="append", help="only this one")
+    options = parse_options(parser)
     here = environment()
     import_everything()
     results: dict[str, Any] = {}
@@ -440,7 +443,7 @@ def main() -> None:
         platform.processor()  # asks `uname`, once a process
         _, happened, usual = one_case(sources, Path(root) / "case", _task(), set())
         assert not any("socket" in line for line in usual), happened
-        for kind in CASES:
+        for kind in (kinds[name] for name in options.kind or kinds):
             found: dict[str, Any] = {"payloads": 0, "good": 0, "bad": []}
             for name, plant in kind():
                 good, happened, _ = one_case(sources, Path(root) / "case", plant, usual)

@@ -239,11 +239,9 @@ def _write_cache(cache: Path, known: dict[str, str]) -> None:
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:
-    if cache is None or not cache.exists():
-        return {}
     try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except ValueError:
+        known = json.loads(cache.read_text(encoding="utf-8")) if cache is not None else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return known if isinstance(known, dict) else {}
 

@@ -6,11 +6,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sqft.artifacts import digest_json
-from sqft.errors import DataError, first_line, require
+from sqft.errors import DataError, SqftError, first_line, is_out_of_memory, require
 from sqft.evaluation.definitions import find_definition, is_our_own
 from sqft.evaluation.harness_models import wrap_model
 from sqft.evaluation.scoring import Scorable
@@ -90,7 +89,9 @@ def evaluate_tasks(
                 numpy_random_seed=None,
                 torch_random_seed=None,
             )
-        except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
+        except Exception as error:  # of many kinds: the harness, its templates, and the readers of data sets
+            if isinstance(error, SqftError) or is_out_of_memory(error):
+                raise
             raise DataError(_reason(error, ", ".join(sources))) from error
     return {
         task: _figures(task, results, samples) | {"data_set": data_set}
