@@ -14,11 +14,13 @@ from sqft.cli.demo import demo
 from sqft.cli.doctor import doctor
 from sqft.cli.evaluate import evaluate
 from sqft.cli.export import export
+from sqft.cli.init import init
 from sqft.cli.inspect import inspect
 from sqft.cli.merge import merge
 from sqft.cli.pack import pack, unpack
 from sqft.cli.plan import plan
 from sqft.cli.preview import preview
+from sqft.cli.push import push
 from sqft.cli.reproduce import reproduce
 from sqft.cli.run import run
 from sqft.cli.schema import schema
@@ -34,8 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    run, sweep, plan, preview, status, clean, evaluate, compare, verify, sign, compress, export, merge, pack,
-    unpack, bench, chat, inspect, reproduce, demo, schema, doctor,
+    init, run, sweep, plan, preview, status, clean, evaluate, compare, verify, sign, compress, export,
+    push, merge, pack, unpack, bench, chat, inspect, reproduce, demo, schema, doctor,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -1,10 +1,14 @@
 """`sqft plan`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqft.cli.options import AsJson, Overrides, RecipePath, print_json
 
-__all__ = ["plan"]
+if TYPE_CHECKING:
+    from sqft.pipeline import Plan
+
+__all__ = ["plan", "print_stages"]
 
 
 def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -12,24 +16,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     from sqft.cli.preview import print_data
     from sqft.cli.tables import print_table
     from sqft.pipeline import load_recipe, plan_recipe
-    from sqft.report.summary import format_bytes
 
     planned = plan_recipe(load_recipe(recipe, overrides))
     if as_json:
         print_json(planned)
         return
     print(f"{planned.name}: {planned.model}, {planned.num_parameters / 1e6:.1f} M parameters\n")
-    stages = [
-        [
-            stage.name,
-            "reused" if stage.reused else "resumed" if stage.resumed else "runs",
-            format_bytes(stage.memory_bytes),
-            format_bytes(stage.disk_bytes),
-            Path(stage.directory).name,
-        ]
-        for stage in planned.stages
-    ]
-    print_table(["stage", "state", "peak memory", "disk", "directory"], stages, left=2)
+    print_stages(planned)
     tunes = any(module.tuned_rank for module in planned.modules)
     modules = [
         [
@@ -53,3 +46,21 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     if not planned.has_weights:
         print(f"\n{planned.model} has a config and no weights: a run needs them, and the data is not opened")
     print("\nMemory and disk are estimates from shapes; Python and its libraries take about 0.5 GB more.")
+
+
+def print_stages(planned: "Plan") -> None:
+    """The table of stages: what is there already, and what each would take."""
+    from sqft.cli.tables import print_table
+    from sqft.report.summary import format_bytes
+
+    stages = [
+        [
+            stage.name,
+            "reused" if stage.reused else "resumed" if stage.resumed else "runs",
+            format_bytes(stage.memory_bytes),
+            format_bytes(stage.disk_bytes),
+            Path(stage.directory).name,
+        ]
+        for stage in planned.stages
+    ]
+    print_table(["stage", "state", "peak memory", "disk", "directory"], stages, left=2)
