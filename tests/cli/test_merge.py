@@ -34,6 +34,13 @@ def test_a_merge_goes_into_a_format(
     assert (tmp_path / "out-safetensors-float32" / "sqft_export.json").is_file()
 
 
+def test_a_merge_as_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] == "round"
+    assert len(found["erasure"]) == 2
+
+
 def test_a_format_is_checked_before_the_work(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ def invent_report(**changes: Any) -> ReportData:
             for i, group in enumerate(["self_attn.qkv", "mlp.up", "mlp.down"])
         },
         "training": [(s, 0.4 + 2 * math.exp(-s / 30) + 0.2 * math.sin(s * 12.9)) for s in range(1, 121)],
+        "eval_losses": [(s, 0.5 + 1.8 * math.exp(-s / 30)) for s in range(20, 121, 20)],
         "lineage": [
             LineageRow("sparsify", "ab" * 32, "sparsify-abab", 20.0),
             LineageRow("train", "cd" * 32, reused=True),

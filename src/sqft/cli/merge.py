@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqft.cli.options import AsJson, print_json
 from sqft.sections import MergeSection
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def merge(
         bool,
         typer.Option("--allow-requantize", help="With --into: change the grid where the format needs it."),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into a quantized or sparse base, and say how much of it survives.
 
@@ -84,7 +86,7 @@ def merge(
     from sqft.cli.messages import RichProgress
     from sqft.directories import check_destination
     from sqft.export.table import find_format, require_runtime
-    from sqft.foreign import merge_foreign
+    from sqft.foreign import MergeObserver, merge_foreign
 
     ours = read_object(adapter / "adapter_config.json").get("peft_type") == "SQFT"
     section = _merge_section(
@@ -107,7 +109,7 @@ def merge(
     stdout = sys.stdout  # the bars take it over, which is right only where both are one terminal
     with RichProgress() as progress, redirect_stdout(sys.stdout if stdout.isatty() else stdout):
         if ours:
-            _merge_ours(base, adapter, output, progress)
+            found = _merge_ours(base, adapter, output, progress, silent=as_json)
         else:
             result = merge_foreign(
                 base,
@@ -116,20 +118,30 @@ def merge(
                 section,
                 calibration=calibration,
                 measure=measure,
-                observer=_printer(layers),
+                observer=MergeObserver() if as_json else _printer(layers),
                 progress=progress,
             )
-            _print_result(result)
+            found = result.as_dict()
+            if not as_json:
+                _print_result(result)
         if into is not None:
-            _export(output, into, exported_dir, allow_requantize, progress)
+            found["exported"] = _export(
+                output, into, exported_dir, allow_requantize, progress, silent=as_json
+            )
+        if as_json:
+            print_json(found)
 
 
-def _merge_ours(base: Path, adapter: Path, output: Path, progress: "Progress") -> None:
+def _merge_ours(
+    base: Path, adapter: Path, output: Path, progress: "Progress", *, silent: bool
+) -> dict[str, Any]:
     """Merge what sqft trained: exactly, so that there is nothing to measure, and with a certificate."""
     from sqft.pipeline.merging import merge_trained
 
     checks = merge_trained(base, adapter, output, progress=progress)
-    print(f"merged: {output}; certificate: {len(checks)} of {len(checks)} checks passed")
+    if not silent:
+        print(f"merged: {output}; certificate: {len(checks)} of {len(checks)} checks passed")
+    return {"directory": output.name, "checks": checks}
 
 
 def _refuse_ignored(options: dict[str, Any]) -> None:
@@ -140,16 +152,21 @@ def _refuse_ignored(options: dict[str, Any]) -> None:
         raise AdapterError(f"{given} would be ignored: an adapter of sqft merges exactly; leave it out")
 
 
-def _export(merged: Path, into: str, output: Path, allow_requantize: bool, progress: "Progress") -> None:
+def _export(
+    merged: Path, into: str, output: Path, allow_requantize: bool, progress: "Progress", *, silent: bool
+) -> dict[str, Any]:
     from sqft.export import export_model
 
     exported = export_model(merged, into, output, allow_requantize=allow_requantize, progress=progress)
+    if silent:
+        return exported.as_dict()
     print(f"exported: {exported.directory}, {exported.code_comparison.changed} codes changed")
     if exported.damage is not None:
         damage = exported.damage
         print(f"requantized to {damage.grid}: {damage.changed} of {damage.weights} weights changed")
     for line in exported.serve:
         print(line)
+    return exported.as_dict()
 
 
 def _measurement(

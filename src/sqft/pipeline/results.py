@@ -102,6 +102,7 @@ def report_data(
         layers=[LayerRow(row["name"], row.get("sparsity"), row.get("error")) for row in layers],
         ranks=metrics.get("search", {}).get("ranks", {}),
         training=[(step, loss) for step, loss in training.get("curve", [])],
+        eval_losses=[(step, loss) for step, loss in training.get("eval_curve", [])],
         lineage=[_lineage(stage) for stage in stages],
         data=metrics.get("items", {}).get("data", {}),
         notes=compare_models(_items(stages)),

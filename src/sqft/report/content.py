@@ -71,7 +71,8 @@ class ReportData:
     """Everything that a report shows.
 
     checks: None where nothing was merged. ranks: rank group to the rank that was chosen.
-    training: (optimizer step, loss). chance_accuracy: what guessing would reach.
+    training: (optimizer step, loss); eval_losses: the same, on the search items.
+    chance_accuracy: what guessing would reach.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ReportData:
     layers: list[LayerRow] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     training: list[tuple[int, float]] = field(default_factory=list)
+    eval_losses: list[tuple[int, float]] = field(default_factory=list)
     lineage: list[LineageRow] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -113,12 +115,13 @@ class ReportData:
         """The inverse of `to_json`. Raises: KeyError, TypeError if it is not such a report."""
         values = dict(values)
         certificate = values.pop("certificate")
-        training = values.pop("training", [])
+        training, held_out = values.pop("training", []), values.pop("eval_losses", [])
         rows: dict[str, Any] = {
             "models": [ModelRow(**row) for row in values.pop("models")],
             "layers": [LayerRow(**row) for row in values.pop("layers", [])],
             "lineage": [LineageRow(**row) for row in values.pop("lineage", [])],
             "training": [(int(step), float(loss)) for step, loss in training if loss is not None],
+            "eval_losses": [(int(step), float(loss)) for step, loss in held_out if loss is not None],
             "checks": None if certificate is None else [Check(**row) for row in certificate["checks"]],
         }
         return cls(**rows, **values)

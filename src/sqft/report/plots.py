@@ -52,8 +52,8 @@ def draw_plots(data: ReportData) -> list[Plot]:
         (
             len(data.training) > 1,
             "Training loss",
-            "Thin: every optimizer step. Thick: running mean. With elastic ranks each step trains another "
-            "sub-adapter.",
+            "Thin: every optimizer step. Thick: running mean. Dots: the search items, which are not trained "
+            "on. With elastic ranks each step trains another sub-adapter.",
             2.8,
             lambda figure: _draw_training(figure, data),
         ),
@@ -185,6 +185,10 @@ def _draw_training(figure: Any, data: ReportData) -> None:
     losses = [loss for _, loss in data.training]
     axes.plot(steps, losses, color=PALETTE[0], linewidth=0.8, alpha=0.45)
     axes.plot(steps, _running_mean(losses, len(losses) // 25), color=PALETTE[0], linewidth=2)
+    if data.eval_losses and not data.among_choices:  # of choices it is another quantity
+        axes.plot(
+            *zip(*data.eval_losses, strict=True), color=PALETTE[1], marker="o", markersize=4, linewidth=1
+        )
     axes.set_xlabel("optimizer step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("nats per token")
