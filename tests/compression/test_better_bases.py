@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.compression.tiny_runs import hessian_of, inputs, quantize, sparsify, tokens
 from tests.memory import Watch
 from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 
-from sqft.compression import quantize_model, sparsify_model
+from sqft.compression import sparsify_model
 from sqft.compression.budget import arithmetic_offsets, outlier_offsets, share_out
 from sqft.compression.descent import descend, fit_scales
 from sqft.compression.gptq import gptq
@@ -20,7 +21,7 @@ from sqft.compression.refine import fit_kept_weights, swap_mask
 from sqft.compression.ria import ria_scores
 from sqft.compression.scale_search import search_qparams
 from sqft.compression.sparsegpt import prune_and_round, sparsegpt
-from sqft.compression.statistics import DenseTargetHessian, Hessian
+from sqft.compression.statistics import DenseTargetHessian
 from sqft.compression.walk import BlockWalk
 from sqft.errors import CompressionError
 from sqft.models import CheckpointWriter, load_model, open_checkpoint, read_masks, read_quantized
@@ -28,22 +29,9 @@ from sqft.ops import GridSpec, compute_qparams, dequantize, fake_quantize, mask_
 from sqft.ops import quantize as quantize_codes
 from sqft.ops.grid import round_scale
 from sqft.ops.pattern import fits_pattern
-from sqft.sections import QuantizeSection, SparsifySection
+from sqft.sections import SparsifySection
 
 Maker = Callable[..., Path]
-
-
-def inputs(tokens: int = 300, columns: int = 24, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, columns, generator=generator) @ torch.randn(
-        columns, columns, generator=generator
-    )
-
-
-def hessian_of(x: Tensor) -> Hessian:
-    hessian = Hessian(x.shape[1], x.device)
-    hessian.update(x)
-    return hessian
 
 
 def loss(weight: Tensor, dense: Tensor, x: Tensor) -> float:
@@ -233,27 +221,6 @@ def test_budgets() -> None:
     assert all(0 <= share <= 1 for share in shares.values())
 
 
-def tokens(rows: int = 10, length: int = 24, seed: int = 0) -> Tensor:
-    return torch.randint(4, 288, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def sparsify(directory: Path, out: Path, **settings: Any) -> list[Any]:
-    writer = CheckpointWriter(out, open_checkpoint(directory))
-    reports = sparsify_model(writer.source, SparsifySection(**settings), tokens(), writer)
-    writer.close({})
-    return reports
-
-
-def quantize(
-    directory: Path, out: Path, masks: dict[str, Tensor] | None = None, **settings: Any
-) -> list[Any]:
-    writer = CheckpointWriter(out, open_checkpoint(directory))
-    section = QuantizeSection(**({"group_size": 32} | settings))
-    reports = quantize_model(writer.source, masks, section, tokens(), writer)
-    writer.close({})
-    return reports
-
-
 def divergence(directory: Path, other: Path) -> float:
     ids = tokens(4, seed=7)
     expected = load_model(directory)(ids).logits.log_softmax(-1)
@@ -276,15 +243,16 @@ def test_overall_sparsity_is_exact(
 
 def test_each_refinement_lowers_the_layer_errors(tiny_model_dir: Maker, tmp_path: Path) -> None:
     directory = tiny_model_dir("llama")
-    errors = {}
-    for name, settings in {
+    refinements: dict[str, dict[str, Any]] = {
         "plain": {},
         "swaps": {"swaps": 20},
         "refit": {"refit": 20},
         "both": {"swaps": 20, "refit": 20},
-    }.items():
+    }
+    errors = {}
+    for name, settings in refinements.items():
         reports = sparsify(directory, tmp_path / name, method="wanda", **settings)
-        errors[name] = sum(r.error for r in reports[:7])
+        errors[name] = sum(r.error or 0.0 for r in reports[:7])
     assert errors["swaps"] < errors["plain"]
     assert errors["refit"] < errors["plain"]
     assert errors["both"] < errors["swaps"]
@@ -293,7 +261,7 @@ def test_each_refinement_lowers_the_layer_errors(tiny_model_dir: Maker, tmp_path
 @pytest.mark.parametrize("arch", ["llama", "phi3", "gemma2"])
 @pytest.mark.parametrize("settings", [{"dense_targets": True}, {"sequential": True}])
 def test_walk_options_on_every_kind_of_block(
-    tiny_model_dir: Maker, tmp_path: Path, arch: str, settings: dict[str, bool]
+    tiny_model_dir: Maker, tmp_path: Path, arch: str, settings: dict[str, Any]
 ) -> None:
     out = tmp_path / "out"
     sparsify(tiny_model_dir(arch), out, method="sparsegpt", pattern="2:4", swaps=3, refit=3, **settings)

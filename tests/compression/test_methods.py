@@ -4,27 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.compression.tiny_runs import hessian_of, inputs
 from torch import Tensor
 
 from sqft.compression.gptq import gptq
 from sqft.compression.rtn import rtn
-from sqft.compression.statistics import TILE, Hessian, InputNorm, factor_inverse
+from sqft.compression.statistics import TILE, InputNorm, factor_inverse
 from sqft.compression.wanda import wanda_scores
 from sqft.errors import CompressionError
 from sqft.ops import GridSpec, compute_qparams, dequantize, mask_rows, quantize
-
-
-def inputs(tokens: int = 200, columns: int = 24, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator)
-    return torch.randn(tokens, columns, generator=generator) @ mixing
-
-
-def hessian_of(x: Tensor) -> Hessian:
-    hessian = Hessian(x.shape[1], x.device)
-    for batch in x.split(64):
-        hessian.update(batch)
-    return hessian
 
 
 def test_statistics() -> None:

@@ -32,10 +32,13 @@ def tokens(rows: int = 10, length: int = 24, seed: int = 0) -> Tensor:
     return torch.randint(4, 288, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def sparsify(directory: Path, out: Path, *, spill: bool = False, **settings: Any) -> list[LayerReport]:
-    """A sparse model in `out`."""
+def sparsify(
+    directory: Path, out: Path, calibration: Tensor | None = None, *, spill: bool = False, **settings: Any
+) -> list[LayerReport]:
+    """A sparse model in `out`. calibration: default `tokens()`."""
     writer = CheckpointWriter(out, open_checkpoint(directory))
-    reports = sparsify_model(writer.source, SparsifySection(**settings), tokens(), writer, spill=spill)
+    ids = tokens() if calibration is None else calibration
+    reports = sparsify_model(writer.source, SparsifySection(**settings), ids, writer, spill=spill)
     writer.close({})
     return reports
 
