@@ -178,7 +178,7 @@ class WeightBlocks:
     def _multiply_scale(
         self, steps: Tensor, rows: slice, gradient: Tensor | None, dscale: Tensor | None
     ) -> None:
-        """Multiply steps by the scale, in place; also the trained scale's gradient, and the weight's."""
+        """Multiply steps by the scale in place, and fill in the gradients of scale and weight."""
         assert self.qparams is not None
         scale = self.qparams.scale[rows, :, None]
         groups = steps.unflatten(1, (scale.shape[1], -1))

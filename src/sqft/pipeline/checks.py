@@ -1,4 +1,4 @@
-"""Refusing in the first seconds what a run would refuse hours later, by settings and shapes alone."""
+"""Refusing in the first seconds what a run would refuse hours later: settings, shapes, missing extras."""
 
 import importlib.util
 from collections.abc import Iterator
