@@ -1,6 +1,7 @@
 """`sqft evaluate`: merged models, adapters, exports; the prompt of training; results beside the model."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,11 @@ def test_perplexity_and_the_command_line(
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog and runs home " * 60)
     model = str(tiny_model_dir("llama"))
-    assert run_command_line(["evaluate", model, "--perplexity", str(text), "--no-write", "--json"]) == 0
+    texts = ["--perplexity", str(text), "--general", str(text)]
+    assert run_command_line(["evaluate", model, *texts, "--no-write", "--json"]) == 0
     (values,) = json.loads(capsys.readouterr().out)
     assert values["perplexity"] > 1
+    assert values["general_loss"] == pytest.approx(math.log(values["perplexity"]))
     assert values["loss"] is None
     arguments = ["evaluate", str(result.model_dir), model, "--data", str(test), "--prompt", "Q: {question}"]
     assert run_command_line([*arguments, "--no-write", "--max-items", "3", "--max-new-tokens", "2"]) == 0

@@ -14,12 +14,18 @@ SIZES: dict[str, tuple[dict[str, dict[str, Any]], dict[str, int]]] = {
     "demo-small": (
         {
             "train": {"max_steps": 20, "warmup_steps": 2},
-            "search": {"num_trials": 2},
         },
         {"train_items": 400, "search_items": 16, "test_items": 48},
     ),
-    # The same data, steps and search, so that every stage of the demo is shared.
-    "demo-full": ({"evaluate": {"models": ["base", "dense_tuned", "sparse", "quantized", "merged"]}}, {}),
+    # The same data and steps, so that every stage of the demo is shared, and what the reference needs.
+    "demo-full": (
+        {
+            "evaluate": {"models": ["base", "dense_tuned", "sparse", "quantized", "merged"]},
+            "adapters": {"ranks": [16], "alpha": 32},
+            "train": {"learning_rate": 3.0e-3},
+        },
+        {},
+    ),
 }
 
 
