@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from benchmarks.common import check, checks_table, environment, make_parser, par
 from benchmarks.tiny import write_model
 from benchmarks.warm import run_child
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sqft.artifacts import Manifest
 from sqft.cli import run_command_line
@@ -34,14 +36,18 @@ WORDS = "the a of to and in that is was he for it with as his on be at by i this
 
 
 def items(folder: Path, count: int) -> list[dict[str, Any]]:
-    """Questions of 18 words and answers of three, read as a stage reads them."""
+    """Questions of 18 words and answers of three, read as a stage reads them; a word is about a token."""
     path, draw = folder / "items.jsonl", random.Random(0)
     with path.open("w") as file:
         for number in range(count):
             question = " ".join(draw.choices(WORDS, k=18))
             item = {"question": f"{question} {number}?", "answer": " ".join(draw.choices(WORDS, k=3))}
             file.write(json.dumps(item) + "\n")
-    tokenizer = AutoTokenizer.from_pretrained(write_model(folder / "model"))
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=["</s>"], show_progress=False)
+    core.train_from_iterator(islice(path.open(), 2000), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
     kind, inside = type(tokenizer), [0.0]
     original = kind.__call__
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from sqft.sections import DataSection
 
 __all__ = ["PromptFormat"]
 
+Ids = TypeVar("Ids", list[int], tuple[int, ...])
 CHUNK = 512  # records that are tokenized together
 EMPTY = "the prompt is empty, so there is nothing to answer"
 
@@ -104,15 +106,20 @@ class PromptFormat:
         found = [_following(ids, whole) for ids, whole in zip(prompts, wholes, strict=True)]
         alone = [shape.answer for shape, ids in zip(there, found, strict=True) if ids is None]
         rest = iter(self._encode_all(alone, add_special_tokens=False))
-        items = zip(there, prompts, [next(rest) if ids is None else ids for ids in found], strict=True)
+        items = zip(prompts, [next(rest) if ids is None else ids for ids in found], strict=True)
         for shape, record in zip(asked, records, strict=True):
             if shape is None:
                 yield None
                 continue
-            _, prompt_ids, answer_ids = next(items)
+            prompt_ids, answer_ids = next(items)
             if not prompt_ids:
                 raise DataError(f"{record.place}: {EMPTY}")
-            yield Example(shape.prompt, shape.answer, prompt_ids, (*answer_ids, self.tokenizer.eos_token_id))
+            yield Example(
+                shape.prompt,
+                shape.answer,
+                shared_ids(prompt_ids, self.share),
+                shared_ids([*answer_ids, self.tokenizer.eos_token_id], self.share),
+            )
 
     def _choices(self, shape: Choices, record: Record) -> Example:
         right = shape.choices[shape.label]
@@ -213,18 +220,18 @@ class PromptFormat:
         return (*self._answer_ids(prompt, prompt_ids, answer), self.tokenizer.eos_token_id)
 
     def _encode(self, text: str, **options: bool) -> tuple[int, ...]:
-        return self._encode_all([text], **options)[0]
+        return tuple(self._encode_all([text], **options)[0])
 
-    def _encode_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[tuple[int, ...]]:
+    def _encode_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         if not texts:
             return []
         found = self.tokenizer(texts, verbose=False, add_special_tokens=add_special_tokens)["input_ids"]
         end = self.tokenizer.eos_token_id if add_special_tokens else None
         # Some tokenizers end every text themselves.
-        return [shared_ids(ids[:-1] if ids and ids[-1] == end else ids, self.share) for ids in found]
+        return [ids[:-1] if ids and ids[-1] == end else ids for ids in found]
 
 
-def _following(ids: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...] | None:
+def _following(ids: Ids, whole: Ids) -> Ids | None:
     """What follows the ids in the tokens of a whole text; None where these begin differently."""
     continues = len(whole) > len(ids) and whole[: len(ids)] == ids
     return whole[len(ids) :] if continues else None
