@@ -35,6 +35,7 @@ COPIES = {
     "magnitude": 4, "wanda": 4, "ria": 5, "sparsegpt": 5, "rtn": 10, "gptq": 10, "gptaq": 10, "joint": 10,
 }  # fmt: skip
 FACTORING = 6  # matrices of the width that a factorisation holds at most, its result among them
+TARGETING = 5  # and as many more where the weight aims at what the dense model puts out
 SHARED_INPUTS = ("k_proj", "v_proj", "up_proj")  # read what q_proj and gate_proj read
 WORKING = 4  # float32 copies of the largest linear while a model runs: its adapted weight, products
 
@@ -128,7 +129,8 @@ class Estimate:
         sums = streams * FLOAT32 * sum(width**2 for width in widths) if gram else 0
         last = FLOAT32 * self.widest**2 if gram else 0
         factors = sum(FLOAT32 * width**2 for width in widths) - last if gram else 0
-        working = factors + max(FACTORING * last, last + linears) if gram else linears
+        matrices = FACTORING + (TARGETING if streams > 1 else 0)
+        working = factors + max(matrices * last, last + linears) if gram else linears
         return max(embedding + states, states + block + sums + max(passing, working))
 
     def _stored(self, *, quantized: bool, latent: bool) -> float:
