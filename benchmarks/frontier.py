@@ -42,6 +42,7 @@ REFERENCE = "lora"
 TITLES = {
     "untuned": "dense, untuned",
     "lora": "dense + LoRA",
+    "lora-gentle": "dense + LoRA, a third of the rate",
     "tuned-int4": "LoRA, then INT4",
     "tuned-int3": "LoRA, then INT3",
     "tuned-sparse-int4": "LoRA, then 50 % INT4",
@@ -50,12 +51,13 @@ TITLES = {
     "recovered-sparse-int4": "LoRA, 50 % INT4, then scales and norms",
     "qa-paper": "50 % INT4 as in the paper, then QA-SparsePEFT + NLS",
     "scales-paper": "50 % INT4 as in the paper, then scales and norms",
+    "scales-gentle-paper": "the same, about a third of the rate",
     "both-paper": "50 % INT4 as in the paper, then QA-SparsePEFT, scales and norms",
     "scales-sparse-int4": "50 % INT4 by the best recipe, then scales and norms",
     "scales-int4": "INT4, then scales and norms",
     "scales-int3": "INT3, then scales and norms",
 }
-OURS = ("scales-paper", "scales-sparse-int4", "recovered-sparse-int4")
+OURS = ("scales-paper", "scales-gentle-paper", "scales-sparse-int4", "recovered-sparse-int4")
 
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
