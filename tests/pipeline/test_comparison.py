@@ -79,6 +79,16 @@ def test_a_share_of_nothing_keeps_its_interval(run: Run) -> None:
         assert figure.high == pytest.approx(0.3244, abs=1e-3)
 
 
+def test_two_seeds_reach_no_further_than_there_is(run: Run) -> None:
+    good = [
+        run(f"good-seed{seed}", seed=seed, right=[True] * (6 + seed) + [False] * (2 - seed))
+        for seed in (0, 1)
+    ]
+    figure = compare_runs([*map(str, good), str(run("other", recipe={"train": {}}))]).rows[0].figures
+    assert figure["accuracy"].high == 1.0
+    assert figure["loss"].low >= 0.0
+
+
 def test_a_single_item_has_no_interval_to_show(run: Run) -> None:
     one, two = run("one", ids=["only"]), run("two", 0.1, ids=["only"], recipe={"train": {}})
     shown = markdown(compare_runs([str(one), str(two)]))

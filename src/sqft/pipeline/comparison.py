@@ -5,6 +5,7 @@ refused, since a difference would then be one of the questions.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,6 +294,8 @@ def _estimate(measure: str, seeds: Sequence[_Series]) -> Estimate:
     if _counts_answers(measure, seeds) and (len(seeds) == 1 or low == high):
         total = len(seeds[0].values)
         low, high = wilson_interval(round(found.difference * total), total)
+    if math.isfinite(low) and math.isfinite(high):  # few seeds reach beyond what there is
+        low, high = max(0.0, low), min(high, 1.0) if is_share(measure) else high
     return Estimate(found.difference, low, high)
 
 
