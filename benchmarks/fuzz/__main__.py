@@ -9,6 +9,7 @@ are a traceback, a hang, or memory beyond the limit. Seeds of bad tries are told
 `--one SEED` repeats one and keeps its files.
 """
 
+import os
 import random
 import shutil
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,14 @@ def prepare(sources: Sources, kinds: list[str]) -> None:
         folder = sources.root / "whole"
         folder.mkdir()
         made = KINDS[kind](sources, folder, Editor(random.Random(kind), works=False))
-        with redirect_stdout(StringIO()) as said:
+        with redirect_stdout(StringIO()) as said, chdir(folder):
             code = _work(made)
         assert code == 0, f"{kind}: a whole file ends with {code}: {said.getvalue()}"
         shutil.rmtree(folder)
 
 
 def _work(made: Try) -> int:
+    os.chdir(made.edited.parent)  # where a path may lead that an edit made relative
     code = run_command_line(made.arguments)
     return _judged(made) if code == 0 else code
 
@@ -84,7 +86,9 @@ def _run_process(made: Try) -> Ended:
     started = time.monotonic()
     command = [sys.executable, "-m", "sqft", *made.arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=WALL)
+        done = subprocess.run(
+            command, cwd=made.edited.parent, capture_output=True, text=True, errors="replace", timeout=WALL
+        )
     except subprocess.TimeoutExpired:
         return Ended(-signal.SIGKILL, "", WALL, 0)
     said = done.stdout + done.stderr
