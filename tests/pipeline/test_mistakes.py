@@ -54,6 +54,8 @@ MISTAKES = {
     "data.form=template": "data: form template needs prompt and answer",
     "data.form=text|data.template=chat": "data: texts have no template; leave it out",
     "data.train=[]": "data.train: the list is empty; name a file",
+    "data.train=[5]": "data.train.0: takes a text (given 5)",
+    "data.train={hub: 5}": "data.train.hub: takes a text (given 5)",
     "data.split=test": "data.split: unknown key (did you mean train?)",
     "data.batch_size=3": "data.batch_size: unknown key (did you mean train.batch_size?)",
     "calibration.num_samples=0": "calibration.num_samples: must be greater than 0",

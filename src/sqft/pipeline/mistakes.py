@@ -1,6 +1,6 @@
 """What to say of a recipe that is wrong: where, and what to write in its place."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from sqft.pipeline.keys import inner_sections, section_at
 
-__all__ = ["describe_mistake"]
+__all__ = ["describe_mistake", "of_one_kind"]
 
 # What other tools call these.
 ALIASES = {
@@ -58,7 +58,7 @@ def describe_mistake(model: type[BaseModel], item: Mapping[str, Any]) -> str:
 
     model: the recipe's class, which names sections for keys that are unknown.
     """
-    path = [str(part) for part in item["loc"]]
+    path = [str(part) for part in item["loc"] if not _is_branch(part)]
     place = ".".join(path)
     kind, given = str(item["type"]), item.get("input")
     if kind == "extra_forbidden":
@@ -85,6 +85,29 @@ def describe_mistake(model: type[BaseModel], item: Mapping[str, Any]) -> str:
     if not place:
         return message
     return f"{place}: {message[0].lower()}{message[1:]}{_shown(given)}"
+
+
+def of_one_kind(items: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The errors without those of kinds that a value was not meant to be.
+
+    Where a value may be of several kinds (a file, a list of files, a hub source), pydantic tells of each why
+    it is not that one. What was meant is the kind that an error lies deepest in; the first one if none does.
+    """
+    kinds: dict[tuple[Any, ...], dict[Any, list[Mapping[str, Any]]]] = {}
+    for item in items:
+        loc = tuple(item["loc"])
+        at = next((i for i, part in enumerate(loc) if _is_branch(part)), len(loc))
+        kinds.setdefault(loc[:at], {}).setdefault(loc[at : at + 1], []).append(item)
+    return [
+        item
+        for found in kinds.values()
+        for item in max(found.values(), key=lambda errors: max(len(error["loc"]) for error in errors))
+    ]
+
+
+def _is_branch(part: object) -> bool:
+    """Whether a part of pydantic's place names a kind of value and no key, as `list[str]` does."""
+    return isinstance(part, str) and "[" in part
 
 
 def _shown(given: Any) -> str:

@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator, model
 
 from sqft.errors import RecipeError
 from sqft.pipeline.keys import takes_text
-from sqft.pipeline.mistakes import describe_mistake
+from sqft.pipeline.mistakes import describe_mistake, of_one_kind
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
@@ -334,9 +334,8 @@ def parse_recipe(
         recipe._path = path
         return recipe
     except ValidationError as error:
-        raise RecipeError(
-            f"{origin}: " + "; ".join(describe_mistake(Recipe, item) for item in error.errors())
-        ) from None
+        mistakes = (describe_mistake(Recipe, item) for item in of_one_kind(error.errors()))
+        raise RecipeError(f"{origin}: " + "; ".join(mistakes)) from None
 
 
 def set_value(values: dict[str, Any], path: str, value: Any) -> None:
