@@ -53,6 +53,7 @@ def test_every_kind_of_stage_is_made_by_some_recipe(tmp_path: Any) -> None:
         {
             "model": "model",
             "data": {"train": str(tmp_path / "train.jsonl")},
+            "tune": {},
             "sparsify": {},
             "quantize": {},
             "adapters": {},

@@ -262,7 +262,7 @@ def test_what_is_no_base_is_told(merged_dir: MergedDir, tiny_model_dir: ModelDir
         convert_base(merged_dir(), out, dequantize=True)
     with pytest.raises(ModelError, match="is quantized already; nf4: stands before a 16-bit directory"):
         convert_training_base(f"nf4:{merged_dir()}", out)
-    with pytest.raises(ModelError, match=r"not a model directory: config\.json cannot be read"):
+    with pytest.raises(ModelError, match=r"not a model directory: it has no config\.json"):
         convert_training_base(str(tmp_path / "nothing"), out)
     directory = write_gptq(tiny_model_dir(), tmp_path / "gptq")
     damages: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
