@@ -83,7 +83,8 @@ class OpenVinoLinears:
         nibbles = (pairs[:, 0] | pairs[:, 1] << 4).astype(np.uint8)
         scales = scale.numpy().astype(np.float16)
         vector = op.parameter([-1, columns], np.float32)
-        keep, results = [], []
+        keep: list[np.ndarray] = []
+        results = []
         for _ in range(self.count):  # of memory of their own, or OpenVINO would see that they are alike
             keep.append(nibbles.copy())
             shape = ov.Shape([rows, columns // 32, 32])
@@ -94,7 +95,7 @@ class OpenVinoLinears:
         model = ov.Model(results, [vector])
         options = {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
         self._request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
-        keep.clear()
+        self._keep = keep  # the constants share this memory, and what is compiled may read it
 
     def multiply(self, x: Tensor) -> Tensor:
         """All products, of which the first is given back."""
