@@ -56,6 +56,7 @@ MISTAKES = {
     "data.train=[]": "data.train: the list is empty; name a file",
     "data.train=[5]": "data.train.0: takes a text (given 5)",
     "data.train={hub: 5}": "data.train.hub: takes a text (given 5)",
+    "train.steps[0]=3": "train.steps[0]: unknown key",
     "data.split=test": "data.split: unknown key (did you mean train?)",
     "data.batch_size=3": "data.batch_size: unknown key (did you mean train.batch_size?)",
     "calibration.num_samples=0": "calibration.num_samples: must be greater than 0",

@@ -1,5 +1,6 @@
 """What to say of a recipe that is wrong: where, and what to write in its place."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -43,6 +44,7 @@ ALIASES = {
 }
 # Sections in which a key is looked for that its own section lacks, the likeliest first.
 LIKELY = ("train", "data", "runtime")
+BRANCH = re.compile(r"(list|dict|tuple|function-\w+)\[")  # how pydantic begins the name of a kind
 # pydantic's words for a value of a wrong kind, and ours.
 KINDS = {
     "int": "takes a whole number",
@@ -107,7 +109,7 @@ def of_one_kind(items: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _is_branch(part: object) -> bool:
     """Whether a part of pydantic's place names a kind of value and no key, as `list[str]` does."""
-    return isinstance(part, str) and "[" in part
+    return isinstance(part, str) and BRANCH.match(part) is not None
 
 
 def _shown(given: Any) -> str:
