@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.common import check, checks_table, environment, make_parser, parse_options, write_result
 from benchmarks.faulty_disk import Shadow, damage, fail, kill, watch
 from benchmarks.tiny import LEVELS, write_model, write_recipe
-from benchmarks.warm import import_everything, run_child
+from benchmarks.warm import import_everything, in_turn, run_child
 
 from sqft.artifacts import digest_files
 from sqft.cli import run_command_line
@@ -169,20 +169,14 @@ def run_campaigns(
     """Tries of each campaign, at most so many, and together no longer than `seconds`."""
     bench = prepare(root)
     results: dict[str, Any] = {name: {"tries": 0, "good": 0, "bad": []} for name in campaigns}
-    ends = time.monotonic() + seconds
-    number = 0
-    while time.monotonic() < ends and any(r["tries"] < (tries or AIMS[n]) for n, r in results.items()):
-        for name, result in results.items():
-            if result["tries"] >= (tries or AIMS[name]) or time.monotonic() > ends:
-                continue
-            key = f"{seed}:{name}:{number}"
-            good, what = one_try(bench, name, key)
-            result["tries"] += 1
-            result["good"] += good
-            if not good:
-                result["bad"].append({"seed": key, "what": what})
-                print(f"BAD {key}: {what}", flush=True)
-        number += 1
+    for name, key in in_turn({name: tries or AIMS[name] for name in campaigns}, seconds, seed):
+        result = results[name]
+        good, what = one_try(bench, name, key)
+        result["tries"] += 1
+        result["good"] += good
+        if not good:
+            result["bad"].append({"seed": key, "what": what})
+            print(f"BAD {key}: {what}", flush=True)
     return results
 
 

@@ -14,7 +14,6 @@ import json
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from benchmarks.common import (
 )
 from benchmarks.faulty_disk import damage
 from benchmarks.fuzz.sources import EXPORTS, Sources
-from benchmarks.warm import import_everything, run_child
+from benchmarks.warm import import_everything, in_turn, run_child
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -266,21 +265,16 @@ def run_campaigns(
         ended = run_child(lambda whole=whole: run_command_line(["verify", str(whole)]))  # type: ignore[misc]
         assert ended.code == 0, f"{name} does not pass untouched: {ended.said}"
     results: dict[str, Any] = {name: {"tries": 0, "told": 0, "of": {}, "bad": []} for name in campaigns}
-    ends, number = time.monotonic() + seconds, 0
-    while time.monotonic() < ends and any(r["tries"] < (tries or AIMS[n]) for n, r in results.items()):
-        for name, result in results.items():
-            if result["tries"] >= (tries or AIMS[name]) or time.monotonic() > ends:
-                continue
-            key = f"{seed}:{name}:{number}"
-            told, what = one_try(sources, key, root / "try")
-            kind = what.split("/")[0].split(":")[0]
-            result["tries"] += 1
-            result["told"] += told
-            result["of"][kind] = result["of"].get(kind, 0) + 1
-            if not told:
-                result["bad"].append({"seed": key, "what": what})
-                print(f"BAD {key}: {what}", flush=True)
-        number += 1
+    for name, key in in_turn({name: tries or AIMS[name] for name in campaigns}, seconds, seed):
+        result = results[name]
+        told, what = one_try(sources, key, root / "try")
+        kind = what.split("/")[0].split(":")[0]
+        result["tries"] += 1
+        result["told"] += told
+        result["of"][kind] = result["of"].get(kind, 0) + 1
+        if not told:
+            result["bad"].append({"seed": key, "what": what})
+            print(f"BAD {key}: {what}", flush=True)
     return results
 
 
