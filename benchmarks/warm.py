@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import sqft
 
 __all__ = ["Ended", "import_everything", "in_turn", "run_child"]
@@ -73,6 +75,9 @@ def run_child(
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         code = 70
         try:
+            # torch renews its thread pool in the first operation after a fork, and two threads that come to
+            # it at once (a loader's) find none: "Invalid thread pool!", one fork in eighty. Here one comes
+            torch.set_num_threads(torch.get_num_threads())
             if processor_seconds is not None:
                 resource.setrlimit(resource.RLIMIT_CPU, (processor_seconds, processor_seconds))
             if memory_bytes is not None:
