@@ -52,7 +52,7 @@ from sqft.sections import ModelSection, QuantizeSection, SparsifySection
 
 GRID: dict[str, Any] = {"bits": 4, "group_size": 64}
 WINDOW, HELD_OUT = 512, 256  # tokens
-ROWS = ["best", "gptq", "masked", "sparsegpt", "joint", "others", "dense"]
+ROWS = ["wanda", "best", "gptq", "masked", "sparsegpt", "joint", "others", "dense"]
 BEST_SPARSE: dict[str, Any] = {"method": "wanda", "refit": 10}
 BEST_INT4: dict[str, Any] = GRID | {
     "method": "gptq",
@@ -103,8 +103,8 @@ class Bench:
         self.dense = window_losses(directory, self.test)
         self.rows: list[dict[str, Any]] = []
 
-    def sparsify(self, level: str, name: str, **settings: Any) -> Path:
-        """A sparse model and its row."""
+    def sparsify(self, level: str, name: str, *, measured: bool = True, **settings: Any) -> Path:
+        """A sparse model and, if it is to be measured, its row."""
         shape = {"pattern": level} if ":" in level else {"sparsity": int(level) / 100}
         section = SparsifySection(**(settings | shape))
         out = self.workspace / f"{level}-{name}".replace(" ", "-").replace(":", "of")
@@ -112,7 +112,7 @@ class Bench:
         def work(writer: CheckpointWriter) -> list[LayerReport]:
             return sparsify_model(self.source, section, self.calibration, writer)
 
-        return self._run(level, name, "16 bit", self.source, out, work, settings)
+        return self._run(level, name, "16 bit", self.source, out, work, settings, measured)
 
     def quantize(
         self, level: str, name: str, *, masks: Path | None, source: Path | None = None, **settings: Any
@@ -129,13 +129,23 @@ class Bench:
         return self._run(level, name, f"INT{section.bits}", checkpoint, out, work, settings)
 
     def _run(
-        self, level: str, name: str, precision: str, source: Checkpoint, out: Path, work: Any, settings: Any
+        self,
+        level: str,
+        name: str,
+        precision: str,
+        source: Checkpoint,
+        out: Path,
+        work: Any,
+        settings: Any,
+        measured: bool = True,
     ) -> Path:
         started, cpu = time.perf_counter(), time.process_time()
         writer = CheckpointWriter(out, source)
         reports = work(writer)
         writer.close({})
         wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+        if not measured:
+            return out
         increase = window_losses(out, self.test) - self.dense
         errors = layer_errors(self.source, open_checkpoint(out), self.inputs)
         row = {
@@ -173,7 +183,7 @@ class Bench:
     def level(self, level: str, methods: list[str]) -> None:
         """All rows of one sparsity."""
         shape = {"pattern": level} if ":" in level else {"sparsity": int(level) / 100}
-        wanda = self.sparsify(level, "wanda", method="wanda")
+        wanda = self.sparsify(level, "wanda", measured="wanda" in methods, method="wanda")
         if "best" in methods:
             self.sparsify(level, "best", **BEST_SPARSE)
         if "sparsegpt" in methods:
@@ -276,7 +286,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", metavar="DATA_DIR")
     parser.add_argument("--levels", nargs="+")
     parser.add_argument(
-        "--methods", nargs="*", help="rows, beside Wanda: " + " ".join(ROWS) + "; masked: of gptq the second"
+        "--methods", nargs="*", help="rows: " + " ".join(ROWS) + "; masked: of gptq the second"
     )
     parser.add_argument("--model", default=SMALL_MODEL)
     parser.add_argument("--sequences", type=int, help="calibration sequences")
