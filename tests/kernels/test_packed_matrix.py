@@ -1,6 +1,9 @@
 """The compiled CPU kernels against what they should compute, whatever instructions the machine has."""
 
+import mmap
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +204,24 @@ def test_nothing_is_read_that_was_not_written(instructions: str) -> None:
             assert torch.equal(again.data[: again.num_bytes], packed.data[: packed.num_bytes])
             results += [packed.multiply(x), again.multiply(x)]
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").is_file(), reason="the system does not tell how memory is mapped"
+)
+def test_weights_lie_in_huge_pages_where_there_are_some() -> None:
+    """Memory is private, as shared memory comes in small pages, and the system is asked for huge ones."""
+    kept = HugePages().keep(torch.ones(4096, dtype=torch.uint8))
+    maps = Path("/proc/self/smaps").read_text()
+    pattern = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) .*?^VmFlags: ([^\n]*)", re.M | re.S)
+    found = [
+        (kind, flags.split())
+        for first, end, kind, flags in pattern.findall(maps)
+        if int(first, 16) <= kept.data_ptr() < int(end, 16)
+    ]
+    assert len(found) == 1
+    assert found[0][0].endswith("p")
+    assert "hg" in found[0][1] or not hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def test_sizes_are_those_that_are_stated() -> None:

@@ -236,7 +236,10 @@ class HugePages:
 
 def _map_pages(size: int) -> Tensor:
     """Bytes from the system, at the start of a huge page."""
-    memory = mmap.mmap(-1, size + HUGE_PAGE)
+    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory, which is the default, mostly comes in small pages
+        memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        memory = mmap.mmap(-1, size + HUGE_PAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # small pages do as well

@@ -6,7 +6,7 @@
 #include "layouts.h"
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
-#define AHEAD 2048 /* bytes that are fetched before they are needed */
+#define AHEAD 4096 /* bytes that are fetched before they are needed: a processor's own prefetcher stops at a page */
 
 typedef const struct sqft_activation *vectors;
 
@@ -187,7 +187,8 @@ INLINE void stripes(const int layout, const int ratio, const int n, const struct
             p += 2 * SQFT_LANES;
             for (int k = 0; k < ratio; k++, b++, p += block_bytes) {
                 __m256i sum[8];
-                for (int line = 0; line < block_bytes; line += 64) _mm_prefetch((const char *)p + AHEAD + line, _MM_HINT_T0);
+                const int with_scales = block_bytes + (k == 0 ? 2 * SQFT_LANES : 0); /* or lines would be left out */
+                for (int line = 0; line < with_scales; line += 64) _mm_prefetch((const char *)p + AHEAD + line, _MM_HINT_T0);
                 block_sums(layout, p, x, n, b, sum);
                 for (int v = 0; v < n; v++) {
                     __m256 factor = _mm256_mul_ps(scale, _mm256_broadcast_ss(x[v].scale + b));
