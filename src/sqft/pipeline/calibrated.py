@@ -28,14 +28,18 @@ def read_calibration(context: StageContext, asking: SparsifySection | QuantizeSe
 
 
 def record_layers(
-    context: StageContext, layers: list["LayerReport"], tokens: "Tensor | None"
+    context: StageContext, layers: list["LayerReport"], tokens: "Tensor | None", made_with: set[str]
 ) -> dict[str, Any]:
-    """Keep beside the weights what was done to each layer, and with what calibration."""
+    """Keep beside the weights what was done to each layer, and with what calibration.
+
+    made_with: the sections that this stage depends on, beside the model and the seed. Another recipe that
+    shares the stage may differ in all others, and the certificate compares what is recorded here.
+    """
     from sqft.compression.walk import digest_tensor
 
     rows = [layer.to_json() for layer in layers]
-    made_with = {"model", "seed", "tune", "sparsify", "quantize"}
-    recipe = context.recipe.model_dump(mode="json", include=made_with, exclude_none=True)
+    determining = {"model", "seed", *made_with}
+    recipe = context.recipe.model_dump(mode="json", include=determining, exclude_none=True)
     untimed = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
     record: dict[str, Any] = {"recipe": recipe, "layers": untimed}
     if tokens is not None:

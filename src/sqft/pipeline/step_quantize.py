@@ -31,4 +31,4 @@ def quantize(context: StageContext) -> dict[str, Any]:
     writer = CheckpointWriter(context.directory, source)
     layers = quantize_model(source, masks, section, tokens, writer, **context.compressing)
     writer.close()
-    return record_layers(context, layers, tokens)
+    return record_layers(context, layers, tokens, {"tune", "sparsify", "quantize"})

@@ -20,4 +20,4 @@ def sparsify(context: StageContext) -> dict[str, Any]:
     writer = CheckpointWriter(context.directory, source)
     layers = sparsify_model(source, section, tokens, writer, **context.compressing)
     writer.close()
-    return record_layers(context, layers, tokens)
+    return record_layers(context, layers, tokens, {"tune", "sparsify"})
