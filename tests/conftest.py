@@ -21,6 +21,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "sqft"
 # Before anything of sqft is imported. Triton reads the source of its kernels again, and finds no hook there.
 CHECKED = [f"sqft.{path.name}" for path in SOURCE.iterdir() if path.is_dir() and path.name != "kernels"]
 install_import_hook(CHECKED, f"{tests.shapes.__name__}.check_shapes")
+# What a test writes need not outlive a power cut; benchmarks.faults plays one in processes of its own.
+os.fsync = lambda descriptor: None  # type: ignore[assignment]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # tiny tensors gain nothing from more than one
 if not torch.cuda.is_available():
     use_interpreter()  # before what follows imports Triton

@@ -54,7 +54,7 @@ def bandwidth(rows: Rows) -> dict[str, float]:
     """Bytes a second of a copy on the device, those read and those written."""
     source = torch.randn((1 << 12) if rows.dry else (1 << 29), device=rows.device)
     target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), rows.device)
+    seconds = median_seconds(lambda: target.copy_(source), rows)
     return {"bytes_per_second": 2 * source.nbytes / seconds}
 
 
@@ -62,7 +62,7 @@ def matrix_rate(rows: Rows) -> dict[str, float]:
     """Floating point operations a second of a product in bfloat16, of random numbers."""
     side = 64 if rows.dry else 8192
     left, right = (torch.randn(side, side, device=rows.device, dtype=torch.bfloat16) for _ in range(2))
-    return {"flops_per_second": 2 * side**3 / median_seconds(lambda: left @ right, rows.device)}
+    return {"flops_per_second": 2 * side**3 / median_seconds(lambda: left @ right, rows)}
 
 
 def merged_codes(rows: Rows) -> dict[str, int]:
@@ -80,15 +80,16 @@ def merged_codes(rows: Rows) -> dict[str, int]:
     return {"differing": int((found[0] != found[1]).sum()), "of": base.numel()}
 
 
-def median_seconds(job: Callable[[], Any], device: str) -> float:
-    """Of single runs after two to warm up."""
+def median_seconds(job: Callable[[], Any], rows: Rows) -> float:
+    """Of single runs after two to warm up; a dry run's figure means nothing, and is that of one run."""
     seconds = []
-    for turn in range(ROUNDS + 2):
-        synchronize(device)
+    warmup, rounds = (0, 1) if rows.dry else (2, ROUNDS)
+    for turn in range(warmup + rounds):
+        synchronize(rows.device)
         start = time.perf_counter()
         job()
-        synchronize(device)
-        if turn >= 2:
+        synchronize(rows.device)
+        if turn >= warmup:
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 

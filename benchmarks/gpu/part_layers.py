@@ -142,7 +142,7 @@ class Layer:
             for _ in range(inner):
                 job()
 
-        return 1e3 * median_seconds(several, self.device) / inner
+        return 1e3 * median_seconds(several, self.rows) / inner
 
     def choice_of(self, found: dict[str, Any]) -> Choice:
         """The fastest cut of each kernel that rounds as the definition does."""
@@ -156,14 +156,15 @@ class Layer:
         jobs = {name: self.job(forward) for name, forward in self.forwards(best).items()}
         seconds: dict[str, list[float]] = {name: [] for name in jobs}
         failed: dict[str, str] = {}
-        for turn in range(2 + (1 if self.rows.dry else ROUNDS)):
+        warmup, rounds = (0, 1) if self.rows.dry else (2, ROUNDS)
+        for turn in range(warmup + rounds):
             for name in [n for n in jobs if n not in failed]:
                 try:
-                    seconds[name].append(self.once(jobs[name]))
+                    spent = self.once(jobs[name])
                 except Exception as error:  # the other variants go on
                     failed[name] = f"{type(error).__name__}: {error}"[:200]
-                if turn == 1:
-                    seconds[name].clear()
+                else:
+                    seconds[name] += [spent] if turn >= warmup else []
         medians = {name: statistics.median(values) for name, values in seconds.items() if values}
         kind = "qa_sparse_peft exact" if self.quantized else "sparse_peft exact"
         ours = {name: value for name, value in medians.items() if name.startswith(kind)}
@@ -270,9 +271,7 @@ def loss_rows(rows: Rows) -> dict[str, Any]:
     found: dict[str, Any] = {"capability": device_capability(torch.device(rows.device))}
     for name, loss in (("torch", chunked_cross_entropy), ("liger", liger_cross_entropy)):
         try:
-            found[f"{name}_ms"] = 1e3 * median_seconds(
-                partial(loss_step, loss, hidden, head, targets), rows.device
-            )
+            found[f"{name}_ms"] = 1e3 * median_seconds(partial(loss_step, loss, hidden, head, targets), rows)
         except Exception as error:  # Liger is an extra
             found[f"{name}_error"] = f"{type(error).__name__}: {error}"[:200]
     return found

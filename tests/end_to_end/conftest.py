@@ -37,6 +37,13 @@ def recipe_values(task_files: dict[str, str], tmp_path: Path) -> Callable[..., d
     return values_maker(task_files, tmp_path / "runs")
 
 
+@pytest.fixture(scope="module")
+def shared_values(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """As `recipe_values`, in one workspace: a stage that several tests of a module need is made once."""
+    directory = tmp_path_factory.mktemp("shared")
+    return values_maker(write_task(directory), directory / "runs")
+
+
 def values_maker(task_files: dict[str, str], workspace: Path) -> Callable[..., dict[str, Any]]:
     """`make(pipeline, model_dir)`: one of the four pipelines, small enough for a test."""
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("seconds", "seed"), [(15, 1), pytest.param(600, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seconds", "seed"), [(10, 1), pytest.param(600, 2, marks=pytest.mark.slow)])
 def test_every_fault_ends_with_the_same_bits_or_one_line(seconds: int, seed: int, tmp_path: Path) -> None:
     output = tmp_path / "faults.json"
     command = [sys.executable, "-m", "benchmarks.faults", "--seconds", str(seconds), "--seed", str(seed)]

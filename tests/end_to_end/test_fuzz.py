@@ -38,7 +38,7 @@ def round_of(module: str, tmp_path: Path, *options: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("kinds", "seconds", "seed"),
-    [(QUICK, 6, 1), pytest.param((), 600, 2, marks=pytest.mark.slow)],
+    [(QUICK, 5, 1), pytest.param((), 600, 2, marks=pytest.mark.slow)],
 )
 def test_broken_files_end_right_or_in_one_line(
     kinds: tuple[str, ...], seconds: int, seed: int, tmp_path: Path

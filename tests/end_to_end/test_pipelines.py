@@ -26,10 +26,11 @@ TOKENS = torch.arange(4, 24).reshape(2, 10)
 def test_result_is_the_trained_model(
     pipeline: str,
     arch: str,
-    recipe_values: Callable[..., dict[str, Any]],
+    shared_values: Callable[..., dict[str, Any]],
     tiny_model_dir: Callable[..., Path],
 ) -> None:
-    result = run_recipe(parse_recipe(recipe_values(pipeline, tiny_model_dir(arch))))
+    values = shared_values(pipeline, tiny_model_dir(arch)) | {"name": f"{pipeline}-{arch}"}
+    result = run_recipe(parse_recipe(values))
     stages = {stage.name: stage.directory for stage in result.stages}
     base_stage = "quantize" if pipeline in ("sqft", "qa_sparse_peft") else "sparsify"
     assert result.model_dir is not None
@@ -104,9 +105,9 @@ def test_second_run_does_nothing_and_a_changed_section_reuses_what_stands_before
 
 
 def test_dense_quantization_aware_training_needs_no_mask(
-    recipe_values: Callable[..., dict[str, Any]], tiny_model_dir: Callable[..., Path]
+    shared_values: Callable[..., dict[str, Any]], tiny_model_dir: Callable[..., Path]
 ) -> None:
-    values = recipe_values("qa_sparse_peft", tiny_model_dir("llama"))
+    values = shared_values("qa_sparse_peft", tiny_model_dir("llama")) | {"name": "dense"}
     del values["sparsify"]
     values["evaluate"]["models"] = ["base", "dense_tuned", "quantized", "adapted", "merged"]
     result = run_recipe(parse_recipe(values))

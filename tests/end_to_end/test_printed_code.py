@@ -30,15 +30,15 @@ CASES: dict[str, tuple[str, dict[str, Any] | None]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_printed_code_runs(
     case: str,
-    recipe_values: Callable[..., dict[str, Any]],
+    shared_values: Callable[..., dict[str, Any]],
     tiny_model_dir: Callable[..., Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pipeline, changes = CASES[case]
-    values = recipe_values(pipeline, tiny_model_dir("llama")) | (changes or {})
+    values = shared_values(pipeline, tiny_model_dir("llama")) | (changes or {})
     values = {key: value for key, value in values.items() if value is not None}
-    values["evaluate"] = None
+    values |= {"evaluate": None, "name": f"case-{list(CASES).index(case)}"}
     values.get("search", {}).update(method="median", num_trials=20)
     values["train"] = values.get("train") and values["train"] | {"max_steps": 1}
     path = tmp_path / "recipe.yaml"

@@ -28,12 +28,13 @@ DENSE_FORMATS = ["safetensors", "gguf", "openvino"]
 FORMATS = ["compressed-tensors", "gguf", "gptq", "openvino"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def values(
-    recipe_values: Callable[..., dict[str, Any]], tiny_model_dir: Callable[..., Path]
+    shared_values: Callable[..., dict[str, Any]], tiny_model_dir: Callable[..., Path]
 ) -> Callable[..., dict[str, Any]]:
     def make(kind: str, arch: str = "llama") -> dict[str, Any]:
-        made = recipe_values("sparse_peft" if kind == "sparse" else "qa_sparse_peft", tiny_model_dir(arch))
+        made = shared_values("sparse_peft" if kind == "sparse" else "qa_sparse_peft", tiny_model_dir(arch))
+        made["name"] = f"{kind}-{arch}"
         made["adapters"] = ADAPTERS[kind]
         made["train"] |= {"scale_learning_rate": 2e-2, "norm_learning_rate": 1e-2}
         if kind == "scales":

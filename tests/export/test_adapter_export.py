@@ -68,17 +68,18 @@ def test_a_masked_adapter_is_never_written_dense(merged_dir: Callable[..., Path]
     assert not (tmp_path / "out").exists()
 
 
-def test_speed_is_measured_side_by_side(merged_dir: Callable[..., Path], tmp_path: Path) -> None:
+def test_speed_is_measured_in_every_launch(merged_dir: Callable[..., Path], tmp_path: Path) -> None:
+    # Merged and unmerged side by side: tests/runtimes/test_speed.py. A launch imports torch and transformers.
     write_adapter(merged_dir(), tmp_path / "adapter")
-    artefacts = [
-        open_artefact(merged_dir(), "merged"),
-        open_artefact(merged_dir(), "unmerged", tmp_path / "adapter"),
-    ]
-    rows = measure_speed(artefacts, prompt_tokens=4, new_tokens=4, rounds=2, launches=2, threads=1)
-    assert [row.name for row in rows] == ["merged", "unmerged"]
-    assert all(len(row.tokens_per_second) == 4 for row in rows)
-    assert all(row.decode_speed > 0 and row.first_token_seconds > 0 and row.peak_bytes > 0 for row in rows)
-    assert rows[1].size_bytes > rows[0].size_bytes
+    merged = open_artefact(merged_dir(), "merged")
+    (row,) = measure_speed([merged], prompt_tokens=4, new_tokens=4, rounds=2, launches=2, threads=1)
+    assert row.name == "merged"
+    assert len(row.tokens_per_second) == 4
+    assert row.decode_speed > 0
+    assert row.first_token_seconds > 0
+    assert row.peak_bytes > 0
+    unmerged = open_artefact(merged_dir(), "unmerged", tmp_path / "adapter")
+    assert unmerged.size_bytes > merged.size_bytes == row.size_bytes
     with pytest.raises(ExportError, match="neither a model directory"):
         open_artefact(tmp_path)
 
