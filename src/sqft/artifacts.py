@@ -37,6 +37,7 @@ __all__ = [
     "SEAL",
     "SUB_ADAPTER",
     "SWEEP",
+    "TEACHER",
     "TEMPORARY",
     "TRAINING_RECORD",
     "TRIALS",
@@ -63,6 +64,7 @@ LAYERS = "sqft_layers.json"  # of a compressed model: what was done to each laye
 MASKS = "sqft_masks.safetensors"  # which weights are kept, bit by bit
 LATENT = "sqft_latent.safetensors"  # codes with fractional bits: what training starts from
 UNROUNDED = "sqft_unrounded.safetensors"  # of a training checkpoint: what is trained, before it is rounded
+TEACHER = "sqft_teacher.safetensors"  # what a teacher predicts for the items and texts of a training
 TRAINING_RECORD = "training.json"  # how a training went
 METRICS = "metrics.jsonl"  # its loss and speed, step by step
 TRIALS = "trials.log"  # of a search

@@ -78,6 +78,8 @@ def _needed_extras(recipe: Recipe) -> Iterator[tuple[str, str]]:
         sources += [recipe.data.train, recipe.data.search, recipe.data.test]
     if recipe.calibration:
         sources += [source for _, source, _ in recipe.calibration.sources]
+    if recipe.distillation:
+        sources.append(recipe.distillation.text)
     for source in sources:
         if isinstance(source, HubSource):
             yield "datasets", "hub"

@@ -14,7 +14,9 @@ __all__ = ["ADAPTER", "TRAINING", "StageContext", "write_adapter_facts"]
 
 ADAPTER = "adapter"  # where train and search keep theirs
 TRAINING = "training"  # where tune keeps what it merged, and how that was trained
-CHAIN = ("model", "tuned", "tune", "sparsify", "quantize", "train", "search")
+CHAIN = (
+    "model", "tuned", "tune", "sparsify", "quantize", "teacher_model", "teacher", "train", "search",
+)  # fmt: skip
 
 
 class CompressionOptions(TypedDict):

@@ -15,6 +15,7 @@ from sqft.pipeline.stages import Stage
 from sqft.sections import (
     CalibrationSection,
     DataSection,
+    DistillationSection,
     EvaluateSection,
     HubSource,
     TrainingSection,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Estimate", "ModulePlan"]
 
 FLOAT32 = 4
+BYTES_PER_TOKEN = 4  # of a text
 BATCH_TOKENS = 2048  # of a pass of the block walk
 GRAM = ("sparsegpt", "gptq", "gptaq", "joint")  # methods with a matrix of inputs
 # What compressing a linear holds beside it, in float32 copies of the largest.
@@ -88,6 +90,8 @@ class Estimate:
             return self._training(
                 self.recipe.train or TrainSection(), dense=kind == "train_dense"
             ), 4 * FLOAT32 * self.adapter_weights
+        if kind == "teacher":
+            return self._inference(), self._predictions()
         if kind == "search":
             return self._inference(adapted=True), FLOAT32 * self.adapter_weights
         if kind in ("merge", "export"):
@@ -104,6 +108,13 @@ class Estimate:
         sources = [data.train, data.search, data.test] if data else []
         files = [path for s in sources if s and not isinstance(s, HubSource) for path in expand_paths(s)]
         return 3 * sum(path.stat().st_size for path in files)
+
+    def _predictions(self) -> float:
+        """Those of a teacher: an id of 4 bytes and a log-probability of 2 for each of the likely tokens."""
+        section = self.recipe.distillation or DistillationSection(item_weight=1.0)
+        texts = section.num_samples * section.sequence_length if section.text is not None else 0
+        items = self._items() / 3 / BYTES_PER_TOKEN if section.item_weight else 0
+        return (texts + items) * 6 * section.top_k
 
     def _compression(self, kind: str) -> float:
         recipe = self.recipe

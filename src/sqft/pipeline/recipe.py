@@ -14,6 +14,7 @@ from sqft.sections import (
     AdapterSection,
     CalibrationSection,
     DataSection,
+    DistillationSection,
     EvaluateSection,
     ExportSection,
     ModelSection,
@@ -30,15 +31,11 @@ from sqft.untrusted import parse_yaml, read_bounded
 
 __all__ = [
     "Recipe",
-    "adapter_stage",
-    "dense_adapters",
     "load_recipe",
-    "model_stage",
     "parse_recipe",
     "read_recipe_values",
     "recipe_schema",
     "set_value",
-    "stage_name",
 ]
 
 # Settings of adapters that concern the low-rank update alone.
@@ -67,6 +64,7 @@ class Recipe(Section):
     sparsify: SparsifySection | None = None
     quantize: QuantizeSection | None = None
     adapters: AdapterSection | None = None
+    distillation: DistillationSection | None = None
     train: TrainSection | None = None
     search: SearchSection | None = None
     evaluate: EvaluateSection | None = None
@@ -91,6 +89,7 @@ class Recipe(Section):
         method = self.adapters.method if self.adapters else None
         evaluate = self.evaluate or EvaluateSection()
         calibration = self.calibration or CalibrationSection()
+        measured = [text for text in (evaluate.general_text, evaluate.perplexity) if text]
         models = self.existing_models()
         ignored = self._ignored_low_rank()
         unknown = [name for name in evaluate.models or [] if name not in [*models, "dense_tuned"]]
@@ -104,6 +103,18 @@ class Recipe(Section):
             (
                 bool(self.train and not self.adapters),
                 "train: needs an adapters section, or goes",
+            ),
+            (
+                bool(self.distillation and not self.adapters),
+                "distillation: needs an adapters section, or goes",
+            ),
+            (
+                bool(self.distillation and self.distillation.teacher == "tuned" and not self.tune),
+                "distillation.teacher: tuned needs a tune section",
+            ),
+            (
+                bool(self.distillation and self.distillation.text in measured),
+                "distillation.text: evaluate measures on the same text what is forgotten; learn another one",
             ),
             (
                 bool(self.search and not self.adapters),
@@ -194,6 +205,19 @@ class Recipe(Section):
         return self.model.model_copy(update={"source": self.tune.model, "revision": None})
 
     @property
+    def teacher_model(self) -> ModelSection | None:
+        """A teacher that the recipe does not make."""
+        if self.distillation is None or not self.distillation.is_named:
+            return None
+        return self.model.model_copy(update={"source": self.distillation.teacher, "revision": None})
+
+    @property
+    def teacher_stage(self) -> str:
+        """The input that holds the model whose predictions are learnt."""
+        teacher = self.distillation.teacher if self.distillation else "dense"
+        return {"dense": "model", "tuned": "tune"}.get(teacher, "teacher_model")
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any method of the recipe looks at activations."""
         return any(section is not None and section.calibrates for section in (self.sparsify, self.quantize))
@@ -249,30 +273,6 @@ class Recipe(Section):
         if self.evaluate.models is not None:
             return self.evaluate.models
         return [name for name in self.existing_models() if name != "adapted" or not self.merges]
-
-
-def stage_name(kind: str, argument: str = "") -> str:
-    """What a stage is called among the inputs of others: its kind, and which one of several."""
-    return f"{kind}-{argument}" if argument else kind
-
-
-def model_stage(recipe: Recipe, model: ReportedModel) -> str:
-    """The stage that holds the weights of a reported model."""
-    stages = {"base": "model", "dense_tuned": "model", "tuned": "tune"}
-    stages |= {"sparse": "sparsify", "quantized": "quantize"}
-    return stages.get(model) or {"adapted": recipe.base_stage, "merged": "merge"}[model]
-
-
-def adapter_stage(recipe: Recipe, model: ReportedModel) -> str | None:
-    """The stage that holds the adapter of a reported model, if it has one."""
-    return {"dense_tuned": "train_dense", "adapted": recipe.adapter_stage}.get(model)
-
-
-def dense_adapters(section: AdapterSection) -> AdapterSection:
-    """The dense reference: plain LoRA of the maximal rank, on the same modules where these have updates."""
-    plain = {"method": "lora", "gradient": "exact", "train_scales": None, "train_norms": None}
-    targets: dict[str, Any] = {} if section.low_rank else {"target_modules": None, "skip_modules": []}
-    return section.model_copy(update=plain | targets | {"ranks": [max(section.ranks)]})
 
 
 def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:

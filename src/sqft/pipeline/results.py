@@ -13,7 +13,8 @@ from sqft.checks import Check
 from sqft.directories import claim_folder, free_place, new_directory, remove_partial
 from sqft.marks import EVALUATIONS, Mark, changed_since, is_directory, read_mark
 from sqft.pipeline.context import ADAPTER, TRAINING
-from sqft.pipeline.recipe import Recipe, stage_name
+from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.reported import stage_name
 from sqft.pipeline.runner import FinishedStage, damaged_stage
 from sqft.report import ReportData, write_report
 from sqft.report.content import LayerRow, LineageRow, ModelRow

@@ -60,13 +60,13 @@ def run_recipe(
     workspace = open_workspace(Path(recipe.runtime.workspace))
     with hold(workspace.lock("models"), "the model"):  # converting a model happens once
         model_directory = resolve_model(recipe.model, workspace.models, progress)
-        tuned = _tuned(recipe, workspace.models, progress)
+        given = _given(recipe, workspace.models, progress)
     stages = run_stages(
         recipe,
         workspace,
         model_directory,
         device=device,
-        tuned=tuned,
+        given=given,
         wait=wait,
         failures=failures,
         progress=progress,
@@ -76,13 +76,14 @@ def run_recipe(
         return write_results(recipe, stages, workspace.root, seconds, model_directory=model_directory)
 
 
-def _tuned(recipe: Recipe, models_dir: Path, progress: Progress) -> Path | None:
-    """The adapter or model that `tune` takes, where that exists already."""
+def _given(recipe: Recipe, models_dir: Path, progress: Progress) -> dict[str, Path]:
+    """What exists already beside the recipe's model: the adapter or model that `tune` takes, a teacher."""
     from sqft.models import resolve_model
 
-    if recipe.tuned_model is not None:
-        return resolve_model(recipe.tuned_model, models_dir, progress)
-    return Path(recipe.tune.adapter) if recipe.tune and recipe.tune.adapter else None
+    models = {"tuned": recipe.tuned_model, "teacher_model": recipe.teacher_model}
+    given = {name: resolve_model(model, models_dir, progress) for name, model in models.items() if model}
+    adapter = recipe.tune.adapter if recipe.tune else None
+    return given | ({"tuned": Path(adapter)} if adapter else {})
 
 
 def _refuse_launchers() -> None:

@@ -20,7 +20,7 @@ from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.sources import source_digest
 from sqft.pipeline.stages import Stage, recipe_stages
 from sqft.progress import SILENT, Progress
-from sqft.sections import CalibrationSection, DataSource
+from sqft.sections import CalibrationSection, DataSource, ModelSection
 
 __all__ = [
     "FinishedStage",
@@ -110,14 +110,15 @@ def run_stages(
     model_directory: Path,
     *,
     device: str,
-    tuned: Path | None = None,
+    given: dict[str, Path] | None = None,
     wait: bool = True,
     failures: dict[str, str] | None = None,
     progress: Progress = SILENT,
 ) -> list[FinishedStage]:
     """Run what is not there yet, in order, and return every stage of the recipe.
 
-    tuned: the adapter or model that `tune` takes, where that exists already.
+    given: what exists already beside the model: "tuned", the adapter or model that `tune` takes, and
+    "teacher_model".
     wait: for stages that another process makes now; else StageBusyError. failures: directories of stages that
     failed before, and why; they are not tried again, and a new failure is entered.
     """
@@ -125,7 +126,7 @@ def run_stages(
 
     failures = {} if failures is None else failures
     keys = stage_keys(recipe, model_identity(recipe.model, workspace.digests))
-    directories = {"model": model_directory} | ({"tuned": tuned} if tuned else {})
+    directories = {"model": model_directory} | (given or {})
     for stage in recipe_stages(recipe):
         key = keys[stage.name]
         final = workspace.stage_directory(stage.name, key)
@@ -148,10 +149,12 @@ def run_stages(
 
 
 def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
-    """The identity of every stage and of the inputs "model", "tuned", "data", "calibration" and "texts"."""
+    """The identity of every stage, and of every input that is no stage."""
     keys = {"model": model_key, "data": _data_key(recipe), "texts": _texts_key(recipe)}
     keys["calibration"] = _calibration_key(recipe)
+    keys["distillation"] = _distillation_key(recipe)
     keys["tuned"] = _tuned_key(recipe)
+    keys["teacher_model"] = _model_key(recipe, recipe.teacher_model)
     for stage in recipe_stages(recipe):
         keys[stage.name] = digest_json(
             {
@@ -306,12 +309,22 @@ def _texts_key(recipe: Recipe) -> str:
 def _tuned_key(recipe: Recipe) -> str:
     """The identity of an adapter or a tuned model that exists already."""
     from sqft.adapters.lora_files import adapter_digests
+
+    adapter = recipe.tune.adapter if recipe.tune else None
+    return digest_json(adapter_digests(Path(adapter))) if adapter else _model_key(recipe, recipe.tuned_model)
+
+
+def _model_key(recipe: Recipe, model: ModelSection | None) -> str:
+    """The identity of a model beside the recipe's own."""
     from sqft.models import model_identity
 
-    if recipe.tuned_model is not None:
-        return model_identity(recipe.tuned_model, Workspace(Path(recipe.runtime.workspace)).digests)
-    adapter = recipe.tune.adapter if recipe.tune else None
-    return digest_json(adapter_digests(Path(adapter))) if adapter else ""
+    return model_identity(model, Workspace(Path(recipe.runtime.workspace)).digests) if model else ""
+
+
+def _distillation_key(recipe: Recipe) -> str:
+    """The identity of the texts that a teacher is asked about."""
+    text = recipe.distillation.text if recipe.distillation else None
+    return "" if text is None else digest_json(_source_content(text, "distillation.text"))
 
 
 def _calibration_key(recipe: Recipe) -> str:

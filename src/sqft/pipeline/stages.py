@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqft.pipeline.context import StageContext
-from sqft.pipeline.recipe import LOW_RANK, Recipe, adapter_stage, dense_adapters, model_stage, stage_name
+from sqft.pipeline.recipe import LOW_RANK, Recipe
+from sqft.pipeline.reported import adapter_stage, dense_adapters, model_stage, stage_name
 from sqft.pipeline.step_evaluation import evaluate
 from sqft.pipeline.step_export import export
 from sqft.pipeline.step_items import prepare_items
@@ -19,11 +20,13 @@ from sqft.pipeline.step_merge import merge
 from sqft.pipeline.step_quantize import quantize
 from sqft.pipeline.step_search import search
 from sqft.pipeline.step_sparsify import sparsify
+from sqft.pipeline.step_teacher import teach
 from sqft.pipeline.step_training import train, train_dense
 from sqft.pipeline.step_tuning import tune
 from sqft.sections import (
     AdapterSection,
     CalibrationSection,
+    DistillationSection,
     EvaluateSection,
     ReportedModel,
     SearchSection,
@@ -35,8 +38,9 @@ from sqft.sections import (
 __all__ = ["Stage", "StageKind", "recipe_stages"]
 
 StageKind = Literal[
-    "items", "tune", "sparsify", "quantize", "train", "search", "merge", "train_dense", "evaluate", "export"
-]
+    "items", "tune", "sparsify", "quantize", "teacher", "train", "search", "merge", "train_dense",
+    "evaluate", "export",
+]  # fmt: skip
 # Settings of evaluate that other stages make, or that enter by content.
 CONTENT = {"models", "general_text", "perplexity", "tasks", "tasks_data"}
 # Fields of TrainingArguments that only say what is reported of a training.
@@ -50,8 +54,8 @@ class Stage:
     """One row: what it is, what it reads, the settings that enter its identity, the function that does it.
 
     argument: which one, of a kind that a recipe has several of: the reported model, or the format.
-    inputs: names of other stages, or "model", "tuned", "data", "calibration", "texts". resumes: an unfinished
-    directory is continued.
+    inputs: names of other stages, or "model", "tuned", "teacher_model", "data", "calibration", "texts" and
+    "distillation", which are texts too. resumes: an unfinished directory is continued.
     """
 
     kind: StageKind
@@ -94,7 +98,13 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
             "base_precision": recipe.adapters.base_precision,
             "seed": recipe.seed,
         }
-        stages.append(Stage("train", (base, "items"), settings, train, resumes=True))
+        inputs = (base, "items")
+        if recipe.distillation:
+            stages.append(_teacher_stage(recipe, recipe.distillation))
+            weights = {"text_weight", "item_weight", "batch_size"}
+            settings["distillation"] = recipe.distillation.model_dump(mode="json", include=weights)
+            inputs = (*inputs, "teacher")
+        stages.append(Stage("train", inputs, settings, train, resumes=True))
         if recipe.adapters.low_rank:
             stages.append(Stage("search", (base, "train", "items"), searching, search, resumes=True))
     if recipe.merges:
@@ -124,6 +134,18 @@ def _tune_stage(recipe: Recipe) -> Stage:
     )
     settings = _trainer_settings(recipe, section, recipe.tuning_seed)
     return Stage("tune", ("model", "items"), {"tune": low_rank} | settings, tune, resumes=True)
+
+
+def _teacher_stage(recipe: Recipe, section: DistillationSection) -> Stage:
+    predicted = section.model_dump(mode="json", include={"field", "num_samples", "sequence_length", "top_k"})
+    items = ["items"] if section.item_weight else []
+    texts = ["distillation"] if section.text is not None else []
+    settings = {
+        "distillation": predicted,
+        "loss_on": recipe.data.loss_on if recipe.data and items else None,
+        "seed": recipe.seed if texts else None,
+    }
+    return Stage("teacher", (recipe.teacher_stage, "model", *items, *texts), settings, teach)
 
 
 def _evaluate_stage(recipe: Recipe, model: ReportedModel) -> Stage:

@@ -5,7 +5,7 @@ from typing import Any, cast
 from sqft.artifacts import ITEM_FIGURES, write_json
 from sqft.pipeline.context import ADAPTER, StageContext
 from sqft.pipeline.opening import open_model
-from sqft.pipeline.recipe import adapter_stage, model_stage
+from sqft.pipeline.reported import adapter_stage, model_stage
 from sqft.sections import EvaluateSection, ReportedModel
 
 __all__ = ["evaluate"]

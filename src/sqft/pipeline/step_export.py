@@ -4,7 +4,7 @@ from typing import Any
 
 from sqft.artifacts import Manifest
 from sqft.pipeline.context import StageContext
-from sqft.pipeline.recipe import stage_name
+from sqft.pipeline.reported import stage_name
 
 __all__ = ["export"]
 

@@ -4,14 +4,16 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft.artifacts import TRAINING_RECORD, digest_json, write_json
+from sqft.artifacts import TEACHER, TRAINING_RECORD, digest_json, write_json
 from sqft.pipeline.context import ADAPTER, StageContext, write_adapter_facts
 from sqft.pipeline.opening import tell_kept_zeros
-from sqft.pipeline.recipe import dense_adapters
+from sqft.pipeline.reported import dense_adapters
 from sqft.sections import AdapterSection, TrainingSection, TrainSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from sqft.training.distillation import Distillation
 
 __all__ = ["drop_checkpoints", "train", "train_dense", "train_on"]
 
@@ -20,7 +22,7 @@ CHECKPOINTS = "checkpoints"
 
 def train(context: StageContext) -> dict[str, Any]:
     """The base → a super-adapter (or an adapter of one rank)."""
-    return _train(context, context.base, context.adapters)
+    return _train(context, context.base, context.adapters, context.inputs.get("teacher"))
 
 
 def train_dense(context: StageContext) -> dict[str, Any]:
@@ -28,9 +30,12 @@ def train_dense(context: StageContext) -> dict[str, Any]:
     return _train(context, context.inputs["model"], dense_adapters(context.adapters))
 
 
-def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[str, Any]:
+def _train(
+    context: StageContext, base: Path, section: AdapterSection, teacher: Path | None = None
+) -> dict[str, Any]:
     training = context.recipe.train or TrainSection()
-    adapted, metrics = train_on(context, base, section, training, context.recipe.training_seed)
+    seed = context.recipe.training_seed
+    adapted, metrics = train_on(context, base, section, training, seed, teacher=teacher)
     adapted.save_pretrained(context.directory / ADAPTER)
     if not section.low_rank:  # of others, search writes the adapter that is handed on
         write_adapter_facts(context)
@@ -39,9 +44,17 @@ def _train(context: StageContext, base: Path, section: AdapterSection) -> dict[s
 
 
 def train_on(
-    context: StageContext, base: Path, section: AdapterSection, training: TrainingSection, seed: int
+    context: StageContext,
+    base: Path,
+    section: AdapterSection,
+    training: TrainingSection,
+    seed: int,
+    *,
+    teacher: Path | None = None,
 ) -> tuple["PeftModel", dict[str, Any]]:
     """Train an adapter on a model directory, or go on with it. Returns the adapted model, and its figures.
+
+    teacher: where the predictions lie that are learnt beside the answers.
 
     Once what was trained is saved, `drop_checkpoints`.
     """
@@ -84,6 +97,7 @@ def train_on(
         output_dir=context.directory / CHECKPOINTS,
         space=space,
         watch_dir=context.directory,
+        distillation=_distillation(context, teacher, seed),
         measure=(lambda: evaluate_loss(adapted, held_out, loss_on=loss_on).loss) if held_out else None,
         progress=context.progress,
     )
@@ -104,6 +118,17 @@ def train_on(
         **chosen,
         **record.summary(),
     }
+
+
+def _distillation(context: StageContext, teacher: Path | None, seed: int) -> "Distillation | None":
+    from sqft.training.distillation import Distillation
+    from sqft.training.teacher import Teacher
+
+    section = context.recipe.distillation
+    if teacher is None or section is None:
+        return None
+    found = Teacher.load(teacher / TEACHER, name=context.keys[context.recipe.teacher_stage])
+    return Distillation(found, section, seed)
 
 
 def drop_checkpoints(context: StageContext) -> None:

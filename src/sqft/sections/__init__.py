@@ -15,6 +15,7 @@ from sqft.sections.adapters import (
 )
 from sqft.sections.base import Section
 from sqft.sections.compression import QuantizeSection, SparsifySection
+from sqft.sections.distillation import DistillationSection
 from sqft.sections.foreign import MergeRung, MergeSection
 from sqft.sections.inputs import (
     CalibrationSection,
@@ -34,6 +35,7 @@ __all__ = [
     "DataForm",
     "DataSection",
     "DataSource",
+    "DistillationSection",
     "EvaluateSection",
     "ExportFormat",
     "ExportSection",

@@ -6,10 +6,20 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-__all__ = ["separable_head", "without_head"]
+from sqft.ops.cross_entropy import chunk_elements
+
+__all__ = ["chunked_head", "separable_head", "without_head"]
 
 # Settings of architectures that change the logits after the output layer.
 AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def chunked_head(model: nn.Module, num_tokens: int) -> nn.Linear | None:
+    """The output layer, if the logits of so many tokens are too many to hold, and it can be left out."""
+    head = separable_head(model)
+    device = next(model.parameters()).device.type
+    too_many = head is not None and num_tokens * head.out_features > chunk_elements(device)
+    return head if too_many else None
 
 
 def separable_head(model: nn.Module) -> nn.Linear | None:

@@ -36,6 +36,7 @@ class StepRecord:
     """One optimizer step: its loss in nats a counted token, the rank of each group, and its wall time.
 
     eval_loss: on items that are not trained on, after the steps at which it was measured; not in `seconds`.
+    distillation_loss: the weighted part that comes from a teacher, not in `loss`; None without one.
     """
 
     step: int
@@ -44,6 +45,7 @@ class StepRecord:
     seconds: float
     tokens: int
     eval_loss: float | None = None
+    distillation_loss: float | None = None
 
 
 @dataclass
@@ -101,9 +103,11 @@ def describe_steps(steps: list[StepRecord]) -> str:
     last = steps[-SHOWN_STEPS:]
     seconds = sum(step.seconds for step in last)
     speed = f", {sum(step.tokens for step in last) / seconds:.0f} tokens/s" if seconds else ""
+    learnt = [step.distillation_loss for step in last if step.distillation_loss is not None]
+    taught = f", teacher's {sum(learnt) / len(learnt):.3f}" if learnt else ""
     measured = [step.eval_loss for step in steps if step.eval_loss is not None]
     held_out = f", eval loss {measured[-1]:.3f} (best {min(measured):.3f})" if measured else ""
-    return f"loss {sum(step.loss for step in last) / len(last):.3f}{held_out}{speed}"
+    return f"loss {sum(step.loss for step in last) / len(last):.3f}{taught}{held_out}{speed}"
 
 
 class Journal:
@@ -131,8 +135,9 @@ class Journal:
                 "tokens": step.tokens,
                 "seconds": step.seconds,
             }
-            if step.eval_loss is not None:
-                figures["eval_loss"] = step.eval_loss
+            for name in ("eval_loss", "distillation_loss"):
+                if getattr(step, name) is not None:
+                    figures[name] = getattr(step, name)
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
 

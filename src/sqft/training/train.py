@@ -24,6 +24,7 @@ from sqft.sections import TrainingSection
 from sqft.training.arguments import refusals, training_arguments
 from sqft.training.best import best_step, is_exhausted
 from sqft.training.cores import warn_of_busy_cores
+from sqft.training.distillation import Distillation
 from sqft.training.record import Journal, TrainingRecord, environment, peak_bytes, reset_peak
 from sqft.training.trackers import reporting_into
 from sqft.training.trainer import ElasticTrainer, StepCallback
@@ -44,6 +45,7 @@ def train_adapters(
     space: SearchSpace | None = None,
     watch_dir: Path | None = None,
     measure: Callable[[], float] | None = None,
+    distillation: Distillation | None = None,
     progress: Progress = SILENT,
 ) -> TrainingRecord:
     """Train the parameters of `model` that require gradients, and leave the model at its largest ranks.
@@ -55,10 +57,11 @@ def train_adapters(
     watch_dir: gets metrics.jsonl, one line a step, and what TensorBoard reads where `section.arguments`
     reports to it. measure: the loss of `model` as it is, on items that are not trained on; called every
     `section.eval_steps` steps with the median ranks active, and after the last one. It decides what is kept,
-    and when the training ends, where the section says so.
+    and when the training ends, where the section says so. distillation: what is learnt from a teacher
+    beside them.
 
     Raises: TrainingError for wrong `section.arguments`, no items, a loss or gradient that is not a number
-    (naming the step), and checkpoints of another training.
+    (naming the step), a teacher's predictions for other items, and checkpoints of another training.
 
     Source: arXiv 2410.03750, section 3.2 (one sub-adapter a step, as in arXiv 2404.10934).
     Differs from the paper: ranks follow from (seed, step) and are drawn once a step; the loss counts the
@@ -68,11 +71,14 @@ def train_adapters(
         raise TrainingError("there is no item to train on")
     if section.selects and measure is None:
         raise TrainingError("train.keep and train.early_stopping go by a loss that nothing measures here")
+    if distillation is not None and distillation.on_items:
+        distillation.teacher.check_items(examples, loss_on)
     device = next(model.parameters()).device
     arguments = training_arguments(section, seed=seed, output_dir=output_dir, device=device)
     output_dir.mkdir(parents=True, exist_ok=True)
     here = environment(model, device)
-    facts = {"training": _identity(model, examples, section, loss_on, seed), "environment": here}
+    identity = _identity(model, examples, section, loss_on, seed, distillation)
+    facts = {"training": identity, "environment": here}
     journal = Journal(output_dir, watch_dir / METRICS if watch_dir else None)
     warn_of_busy_cores(device)
     record = TrainingRecord(list(space.groups) if space else [], environment=here)
@@ -95,7 +101,9 @@ def train_adapters(
         else:
             with reporting_into(watch_dir):
                 with refusals(section):
-                    trainer = ElasticTrainer(model, arguments, examples, loss_on, callback, section)
+                    trainer = ElasticTrainer(
+                        model, arguments, examples, loss_on, callback, section, distillation
+                    )
                 with _repeatable(device):
                     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
@@ -144,7 +152,12 @@ def _is_final(checkpoint: Path) -> bool:
 
 
 def _identity(
-    model: nn.Module, examples: Sequence[Example], section: TrainingSection, loss_on: str, seed: int
+    model: nn.Module,
+    examples: Sequence[Example],
+    section: TrainingSection,
+    loss_on: str,
+    seed: int,
+    distillation: Distillation | None,
 ) -> str:
     trained = [[name, list(p.shape)] for name, p in model.named_parameters() if p.requires_grad]
     items = [[example.prompt_ids, example.answer_ids, example.earlier_answers] for example in examples]
@@ -157,7 +170,8 @@ def _identity(
         }
         for name, config in getattr(model, "peft_config", {}).items()
     }
-    return digest_json([trained, items, settings, loss_on, seed, adapters])
+    taught = [] if distillation is None else [distillation.digest]
+    return digest_json([trained, items, settings, loss_on, seed, adapters, *taught])
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """transformers.Trainer with one sub-adapter a step, a loss over counted tokens, and a journal of steps."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +19,13 @@ from sqft.adapters.unrounded import check_trained, load_unrounded, save_unrounde
 from sqft.data import Example, collate
 from sqft.data.batches import IGNORED
 from sqft.errors import AdapterError, TrainingError
-from sqft.ops.cross_entropy import chunk_elements, chunked_cross_entropy
+from sqft.ops.cross_entropy import chunked_cross_entropy
 from sqft.progress import Advance
 from sqft.sections import TrainingSection
 from sqft.training.arguments import refusals
 from sqft.training.best import BestState, best_step, is_exhausted
-from sqft.training.head import separable_head, without_head
+from sqft.training.distillation import Distillation
+from sqft.training.head import chunked_head, without_head
 from sqft.training.ranks import begin_step
 from sqft.training.rates import rate_names, split_by_rate
 from sqft.training.record import Journal, StepRecord, describe_steps
@@ -42,7 +45,7 @@ class Items(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"example": self.examples[index]}
+        return {"example": self.examples[index], "index": index}
 
 
 class EpochSampler(Sampler[int]):
@@ -84,7 +87,7 @@ class EpochSampler(Sampler[int]):
 
 
 class ElasticTrainer(Trainer):  # type: ignore[misc]
-    """Trainer whose loss is the mean over the counted tokens of the whole optimizer step.
+    """Trainer whose loss is the mean over the counted tokens of the whole optimizer step, and a teacher's.
 
     Logits are computed only where a label is counted, which spares most of the output layer when the loss is
     on the answer, and in chunks where there would be many. A loss that is not a number ends the training
@@ -99,13 +102,19 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         loss_on: Literal["answer", "text"],
         callback: "StepCallback",
         section: TrainingSection,
+        distillation: Distillation | None = None,
     ) -> None:
-        self.section = section
+        self.section, self.distillation = section, distillation
+
+        def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+            told = distillation.batch([row["index"] for row in rows]) if distillation else {}
+            return collate([row["example"] for row in rows], loss_on) | told
+
         super().__init__(
             model=model,
             args=args,
             train_dataset=Items(examples),
-            data_collator=lambda rows: collate([row["example"] for row in rows], loss_on),
+            data_collator=collate_rows,
             callbacks=[callback],
         )
         self.remove_callback(PrinterCallback)
@@ -146,28 +155,53 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Cross entropy summed over this micro-batch's counted tokens, divided by those of the whole step."""
+        """Cross entropy summed over this micro-batch's counted tokens, divided by those of the whole step.
+
+        With a teacher, the loss of learning from it is added: on the items in the same way, and on the step's
+        texts beside its first micro-batch.
+        """
         inputs = dict(inputs)
         labels = inputs.pop("labels")
+        told = {name: inputs.pop(name) for name in list(inputs) if name.startswith("teacher_")}
         counted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
         targets = labels[:, counted + 1].flatten()
-        head = None if return_outputs else separable_head(self.step_callback.model)
-        if head is not None and targets.numel() * head.out_features > chunk_elements(targets.device.type):
-            with without_head(head):
-                outputs = model(**inputs, logits_to_keep=counted)
-            hidden = outputs.logits.flatten(0, 1)
-            total = chunked_cross_entropy(hidden, head.weight, targets, head.bias, ignore_index=IGNORED)
-        else:
+        head = None if return_outputs else chunked_head(self.step_callback.model, targets.numel())
+        with nullcontext() if head is None else without_head(head):
             outputs = model(**inputs, logits_to_keep=counted)
-            logits = outputs.logits.float().flatten(0, 1)
-            total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+        states = outputs.logits.flatten(0, 1)
+        if head is not None:
+            total = chunked_cross_entropy(states, head.weight, targets, head.bias, ignore_index=IGNORED)
+        else:
+            total = F.cross_entropy(states.float(), targets, ignore_index=IGNORED, reduction="sum")
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORED).sum()
-        loss = total / num_items_in_batch
-        if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        self.step_callback.add(float(loss.detach()), int(inputs["attention_mask"].sum()))
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = total / num_items_in_batch * processes
+        taught = self._taught(model, states, targets, told, head, num_items_in_batch / processes)
+        learnt = None if taught is None else float(taught.detach())
+        self.step_callback.add(float(loss.detach()), int(inputs["attention_mask"].sum()), learnt)
+        loss = loss if taught is None else loss + taught
         return (loss, outputs) if return_outputs else loss
+
+    def _taught(
+        self,
+        model: nn.Module,
+        states: Tensor,
+        targets: Tensor,
+        told: dict[str, Tensor],
+        head: nn.Linear | None,
+        num_tokens: Tensor | float,
+    ) -> Tensor | None:
+        """The part of a micro-batch's loss that comes from the teacher; None without one."""
+        if self.distillation is None:
+            return None
+        parts = [self.distillation.item_loss(states, targets, told, head) / num_tokens] if told else []
+        callback = self.step_callback
+        if callback.is_fresh:
+            process = self.accelerator.process_index
+            text = self.distillation.text_loss(model, callback.model, callback.step, process)
+            parts += [] if text is None else [text]
+        return torch.stack(parts).sum() if parts else None
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]
@@ -196,17 +230,22 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.steps: list[StepRecord] = []
         self.ranks: list[int] = []
         self.loss, self.tokens, self.started, self.step = 0.0, 0, 0.0, 0
+        self.learnt: float | None = None
+        self.is_fresh = True  # no micro-batch of the step is done
 
-    def add(self, loss: float, tokens: int) -> None:
-        """Count one micro-batch.
+    def add(self, loss: float, tokens: int, learnt: float | None = None) -> None:
+        """Count one micro-batch. learnt: the part of the loss that comes from a teacher.
 
         Raises: TrainingError if its loss is not a finite number.
         """
-        if loss != loss or loss in (float("inf"), float("-inf")):
+        total = loss + (learnt or 0.0)
+        if not math.isfinite(total):
             rates = self._rates()
-            raise TrainingError(f"the loss of step {self.step} is {loss}; lower {rates}, or check the data")
+            raise TrainingError(f"the loss of step {self.step} is {total}; lower {rates}, or check the data")
         self.loss += loss
         self.tokens += tokens
+        self.learnt = self.learnt if learnt is None else (self.learnt or 0.0) + learnt
+        self.is_fresh = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -221,6 +260,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Draw the ranks of the step: a pure function of (seed, step)."""
         self.loss, self.tokens, self.started = 0.0, 0, time.perf_counter()
+        self.learnt, self.is_fresh = None, True
         self.step = state.global_step + 1
         self.ranks = list(begin_step(self.model, self.space, self.seed, state.global_step).values())
 
@@ -249,7 +289,9 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             told = control.should_log
             self.tell({"eval_loss": eval_loss})
             control.should_log = told  # of the step's own figures, which Trainer takes for told now
-        step = StepRecord(state.global_step, self.loss, self.ranks, seconds, self.tokens, eval_loss)
+        step = StepRecord(
+            state.global_step, self.loss, self.ranks, seconds, self.tokens, eval_loss, self.learnt
+        )
         self.steps.append(step)
         if self.section.keeps_best and best_step(self.steps) is step:
             self.best.keep()
