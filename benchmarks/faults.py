@@ -1,6 +1,6 @@
 """Runs that are killed, cut from power, or find damaged files or a full disk: do they end with the same bits?
 
-    python -m benchmarks.faults [--tries N] [--seconds S] [--seed N] [--campaign NAME] --json FILE
+    python -m benchmarks.faults [--tries N] [--seconds S] [--seed N] [--only NAME] --json FILE
 
 Every try starts from finished stages, runs the next ones in a child forked from this warm process, lets a
 fault happen, and runs again without one. Good is: the same bits as without a fault, or one line and exit 2.
@@ -18,17 +18,16 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from benchmarks.common import check, checks_table, environment, make_parser, parse_options, write_result
+from benchmarks.campaign import Campaign, campaign_parser
+from benchmarks.common import parse_options
 from benchmarks.faulty_disk import Shadow, damage, fail, kill, watch
 from benchmarks.tiny import LEVELS, write_model, write_recipe
-from benchmarks.warm import import_everything, in_turn, run_child
+from benchmarks.warm import import_everything, run_child
 
 from sqft.artifacts import digest_files
 from sqft.cli import run_command_line
 
-CAMPAIGNS = ("kill", "publish", "power", "torn", "disk")
 AIMS = {"kill": 300, "publish": 53, "power": 100, "torn": 200, "disk": 50}
 EDITED = {"sparsify": {"method": "wanda", "sparsity": 0.6}}
 
@@ -163,47 +162,21 @@ def _inside(digests: dict[str, str], folder: str) -> dict[str, str]:
     return {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
 
 
-def run_campaigns(
-    root: Path, campaigns: list[str], tries: int | None, seconds: float, seed: int
-) -> dict[str, Any]:
-    """Tries of each campaign, at most so many, and together no longer than `seconds`."""
-    bench = prepare(root)
-    results: dict[str, Any] = {name: {"tries": 0, "good": 0, "bad": []} for name in campaigns}
-    for name, key in in_turn({name: tries or AIMS[name] for name in campaigns}, seconds, seed):
-        result = results[name]
-        good, what = one_try(bench, name, key)
-        result["tries"] += 1
-        result["good"] += good
-        if not good:
-            result["bad"].append({"seed": key, "what": what})
-            print(f"BAD {key}: {what}", flush=True)
-    return results
-
-
 def main() -> None:
     """Run the campaigns and tell how many tries ended well."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--tries", type=int, help="of each campaign (default: as many as the aim)")
-    parser.add_argument("--seconds", type=float, default=3600, help="for all campaigns together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--campaign", choices=CAMPAIGNS, action="append", help="only this one")
-    parser.add_argument("--one", metavar="SEED", help="repeat one try, as told by an earlier run")
+    parser = campaign_parser(__doc__, list(AIMS), "of each campaign (default: as many as the aim)")
     options = parse_options(parser)
-    campaigns = options.campaign or list(CAMPAIGNS)
-    here = environment()
     with tempfile.TemporaryDirectory() as folder:
         if options.one:
             print(one_try(prepare(Path(folder)), options.one.split(":")[1], options.one))
             return
-        results = run_campaigns(Path(folder), campaigns, options.tries, options.seconds, options.seed)
-    checks = [
-        check(f"{name}: tries that ended well, of {r['tries']}", r["good"], at_least=r["tries"])
-        for name, r in results.items()
-    ]
-    print(checks_table(checks))
-    write_result(
-        options.json, {"environment": here, "seed": options.seed, "results": results, "checks": checks}
-    )
+        wanted = {name: options.tries or AIMS[name] for name in options.only or AIMS}
+        campaign = Campaign.open(options.json, options.seed, wanted)
+        bench = prepare(Path(folder))
+        for name, key in campaign.turns(options.seconds):
+            good, what = one_try(bench, name, key)
+            campaign.note(name, key, good, what.split(",")[0], what)
+    campaign.tell()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Certified models and exports, damaged or edited by someone who makes every digest anew: is it told?
 
-    python -m benchmarks.tampering [--tries N] [--seconds S] [--seed N] [--campaign NAME] --json FILE
+    python -m benchmarks.tampering [--tries N] [--seconds S] [--seed N] [--only NAME] --json FILE
 
 accident: any file of a certified model, an export or a packed model is flipped, cut, emptied, zeroed, deleted
 or added to, and `sqft verify DIR` must say so. Left out are what says of itself that it is no part of the
@@ -19,18 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common import (
-    check,
-    checks_table,
-    environment,
-    make_parser,
-    markdown_table,
-    parse_options,
-    write_result,
-)
+from benchmarks.campaign import Campaign, campaign_parser
+from benchmarks.common import parse_options
 from benchmarks.faulty_disk import damage
 from benchmarks.fuzz.sources import EXPORTS, Sources
-from benchmarks.warm import import_everything, in_turn, run_child
+from benchmarks.warm import import_everything, run_child
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -255,51 +248,32 @@ def one_try(sources: Sources, key: str, folder: Path) -> tuple[bool, str]:
     return told, what if told else f"{what}: exit {ended.code}: {ended.said[-600:]}"
 
 
-def run_campaigns(
-    root: Path, campaigns: list[str], tries: int | None, seconds: float, seed: int
-) -> dict[str, Any]:
-    """Tries of each campaign, at most so many, and together no longer than `seconds`."""
+def prepare(root: Path) -> Sources:
+    """What is damaged and edited; untouched, all of it must pass."""
     import_everything()
     sources = Sources(root)
     for name, whole in _targets(sources).items():
         ended = run_child(lambda whole=whole: run_command_line(["verify", str(whole)]))  # type: ignore[misc]
         assert ended.code == 0, f"{name} does not pass untouched: {ended.said}"
-    results: dict[str, Any] = {name: {"tries": 0, "told": 0, "of": {}, "bad": []} for name in campaigns}
-    for name, key in in_turn({name: tries or AIMS[name] for name in campaigns}, seconds, seed):
-        result = results[name]
-        told, what = one_try(sources, key, root / "try")
-        kind = what.split("/")[0].split(":")[0]
-        result["tries"] += 1
-        result["told"] += told
-        result["of"][kind] = result["of"].get(kind, 0) + 1
-        if not told:
-            result["bad"].append({"seed": key, "what": what})
-            print(f"BAD {key}: {what}", flush=True)
-    return results
+    return sources
 
 
 def main() -> None:
     """Run the campaigns and tell how many edits were told."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--tries", type=int, help="of each campaign (default: as many as the aim)")
-    parser.add_argument("--seconds", type=float, default=3600, help="for all campaigns together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--campaign", choices=list(CAMPAIGNS), action="append", help="only this one")
+    parser = campaign_parser(__doc__, list(AIMS), "of each campaign (default: as many as the aim)")
     options = parse_options(parser)
-    here = environment()
     with tempfile.TemporaryDirectory() as folder:
-        results = run_campaigns(
-            Path(folder), options.campaign or list(CAMPAIGNS), options.tries, options.seconds, options.seed
-        )
-    rows = [[name, kind, count] for name, r in results.items() for kind, count in sorted(r["of"].items())]
-    print(markdown_table(["campaign", "of", "tries"], rows))
-    checks = [
-        check(f"{name}: told, of {r['tries']}", r["told"], at_least=r["tries"]) for name, r in results.items()
-    ]
-    print(checks_table(checks))
-    write_result(
-        options.json, {"environment": here, "seed": options.seed, "results": results, "checks": checks}
-    )
+        root = Path(folder)
+        if options.one:
+            print(one_try(prepare(root), options.one, root / "try"))
+            return
+        wanted = {name: options.tries or AIMS[name] for name in options.only or AIMS}
+        campaign = Campaign.open(options.json, options.seed, wanted)
+        sources = prepare(root)
+        for name, key in campaign.turns(options.seconds):
+            told, what = one_try(sources, key, root / "try")
+            campaign.note(name, key, told, what.split("/")[0].split(":")[0], what)
+    campaign.tell()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 import sqft
 
-__all__ = ["Ended", "import_everything", "in_turn", "run_child"]
+__all__ = ["Ended", "import_everything", "run_child"]
 
 POLL_SECONDS = 0.002
 
@@ -107,14 +107,3 @@ def _address_space() -> int:
     """The bytes of address space that this process has (Linux)."""
     pages = int(Path("/", "proc", "self", "statm").read_text().split()[0])
     return pages * resource.getpagesize()
-
-
-def in_turn(wanted: Mapping[str, int], seconds: float, seed: int) -> Iterator[tuple[str, str]]:
-    """Campaigns in turn, each with the seed of its next try, until all are done or time is over."""
-    ends = time.monotonic() + seconds
-    for number in range(max(wanted.values(), default=0)):
-        for name, tries in wanted.items():
-            if time.monotonic() > ends:
-                return
-            if number < tries:
-                yield name, f"{seed}:{name}:{number}"

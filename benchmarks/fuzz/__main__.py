@@ -1,6 +1,6 @@
 """Broken files of every kind that sqft reads: does each end right, or with one line and exit 2?
 
-    python -m benchmarks.fuzz [--tries N] [--seconds S] [--seed N] [--kind NAME] [--processes N] --json FILE
+    python -m benchmarks.fuzz [--tries N] [--seconds S] [--seed N] [--only KIND] [--processes N] --json FILE
 
 A try edits a whole file by a seed and runs a command on it, in a child forked from this warm process, with
 limits of time and memory; `--processes` of them are started as processes of their own. Good is: one line
@@ -9,6 +9,7 @@ are a traceback, a hang, or memory beyond the limit. Seeds of bad tries are told
 `--one SEED` repeats one and keeps its files.
 """
 
+import math
 import os
 import random
 import shutil
@@ -20,9 +21,9 @@ import time
 from contextlib import chdir, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
-from benchmarks.common import check, environment, make_parser, markdown_table, parse_options, write_result
+from benchmarks.campaign import Campaign, Tally, campaign_parser
+from benchmarks.common import markdown_table, parse_options
 from benchmarks.fuzz.edits import Editor
 from benchmarks.fuzz.kinds import KINDS, Try
 from benchmarks.fuzz.sources import Sources
@@ -31,7 +32,8 @@ from benchmarks.warm import Ended, import_everything, run_child
 from sqft.cli import run_command_line
 
 SECONDS, MEMORY = 20, 2 * 2**30  # of the processor, which other work on the machine does not take
-OFTEN = {  # in a round: what ends fast, more often
+TRIES = 10_000
+OFTEN = {  # where others have one try: what ends fast, more often
     "recipes": 12, "adapters": 8, "packed": 8, "safetensors": 8, "certificates": 5, "configs": 3, "gguf": 3,
     "data": 3, "tables": 3, "tokenizers": 2,
 }  # fmt: skip
@@ -113,78 +115,44 @@ def _verdict(ended: Ended, made: Try, kind: str) -> str:
     return "traceback" if "Traceback" in ended.said else f"exit {ended.code}"
 
 
-def run_kinds(
-    root: Path, kinds: list[str], tries: int | None, seconds: float, seed: int, processes: int
-) -> dict[str, Any]:
-    """Tries of each kind in turn, at most so many, and together no longer than `seconds`."""
-    sources = Sources(root)
-    prepare(sources, kinds)
-    results: dict[str, Any] = {name: {"tries": 0, "ends": {}, "bad": []} for name in kinds}
-    ends, number = time.monotonic() + seconds, 0
-    while time.monotonic() < ends and (tries is None or number < tries):
-        for name, result in results.items():
-            if time.monotonic() > ends:
-                break
-            for repeat in range(OFTEN.get(name, 1)):
-                if time.monotonic() > ends:
-                    break
-                key = f"{seed}:{name}:{number}.{repeat}"
-                process = number * len(kinds) < processes and not repeat
-                verdict, said = one_try(sources, key, root / "try", process=process)
-                result["tries"] += 1
-                result["ends"][verdict] = result["ends"].get(verdict, 0) + 1
-                if verdict not in ("right", "refused"):
-                    result["bad"].append({"seed": key, "end": verdict, "said": said})
-                    print(f"BAD {key}: {verdict}: {said[-700:]}", flush=True)
-        number += 1
-    return results
+def share_out(tries: int, kinds: list[str]) -> dict[str, int]:
+    """Tries of each kind, in the proportions of OFTEN, at least so many together."""
+    weights = {kind: OFTEN.get(kind, 1) for kind in kinds}
+    return {kind: math.ceil(tries * weight / sum(weights.values())) for kind, weight in weights.items()}
 
 
-def table(results: dict[str, Any]) -> str:
+def table(tallies: dict[str, Tally]) -> str:
     """One row a kind: tries, how they ended."""
     names = ("right", "refused")
-    rows = [
-        [kind, r["tries"], *(r["ends"].get(name, 0) for name in names), len(r["bad"])]
-        for kind, r in results.items()
-    ]
-    rows.append(["together", *(sum(int(row[place]) for row in rows) for place in range(1, 5))])
+    counts = {k: [t.tries, *(t.ends.get(n, 0) for n in names), len(t.bad)] for k, t in tallies.items()}
+    together = [sum(column) for column in zip(*counts.values(), strict=True)]
+    rows = [[kind, *row] for kind, row in {**counts, "together": together}.items()]
     return markdown_table(["kind", "tries", *names, "bad"], rows)
 
 
 def main() -> None:
     """Run the kinds and tell how their tries ended."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--tries", type=int, help="rounds of all kinds (default: as many as fit into the time)"
-    )
-    parser.add_argument("--seconds", type=float, default=3600, help="for all kinds together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kind", choices=list(KINDS), action="append", help="only this one")
+    parser = campaign_parser(__doc__, list(KINDS), f"of all kinds together (default: {TRIES})")
     parser.add_argument("--processes", type=int, default=0, help="tries that are processes of their own")
-    parser.add_argument("--one", metavar="SEED", help="repeat one try, as told by an earlier run")
     options = parse_options(parser)
-    here = environment()
     if options.one:
         import_everything()
         place = Path(tempfile.mkdtemp())
         print(*one_try(Sources(place), options.one, place / "try", keep=True), sep="\n")
         print(f"files: {place}")
         return
-    with tempfile.TemporaryDirectory() as root:
-        results = run_kinds(
-            Path(root), options.kind or list(KINDS), options.tries, options.seconds, options.seed,
-            options.processes,
-        )  # fmt: skip
-    checks = [
-        check(
-            f"{kind}: tries that ended well, of {r['tries']}", r["tries"] - len(r["bad"]), at_least=r["tries"]
-        )
-        for kind, r in results.items()
-    ]
-    print(table(results))
-    write_result(
-        options.json, {"environment": here, "seed": options.seed, "results": results, "checks": checks}
-    )
+    kinds = options.only or list(KINDS)
+    campaign = Campaign.open(options.json, options.seed, share_out(options.tries or TRIES, kinds))
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        sources = Sources(root)
+        prepare(sources, kinds)
+        for name, key in campaign.turns(options.seconds):
+            process = campaign.tallies[name].tries * len(kinds) < options.processes
+            end, said = one_try(sources, key, root / "try", process=process)
+            campaign.note(name, key, end in ("right", "refused"), end, said)
+    print(table(campaign.tallies))
+    campaign.tell()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def round_of(module: str, tmp_path: Path, *options: str) -> dict[str, Any]:
 def test_broken_files_end_right_or_in_one_line(
     kinds: tuple[str, ...], seconds: int, seed: int, tmp_path: Path
 ) -> None:
-    named = [word for kind in kinds for word in ("--kind", kind)]
+    named = [word for kind in kinds for word in ("--only", kind)]
     results = round_of("fuzz", tmp_path, "--seconds", str(seconds), "--seed", str(seed), *named)
     assert sum(result["tries"] for result in results.values()) > 0
     assert [bad for result in results.values() for bad in result["bad"]] == []
