@@ -9,7 +9,9 @@ Seeds of bad tries are told and kept in the JSON.
 kill: SIGKILL before a drawn file operation, or after a drawn time. publish: the same, while the results of
 an edited recipe replace older ones; what stands under the published name is the old or the new one, whole.
 power: the kill, and unsynced writes are dropped or torn. torn: the kill, and a file of unfinished work is
-damaged. disk: no write succeeds from a drawn operation on.
+damaged. disk: no write succeeds from a drawn operation on. sources: any of these but publish, while a GGUF
+file or a model of another precision is converted into the workspace, where torn damages finished copies too.
+exports: any of these, while the merged model is exported.
 """
 
 import random
@@ -28,20 +30,46 @@ from benchmarks.warm import import_everything, run_child
 from sqft.artifacts import digest_files
 from sqft.cli import run_command_line
 
-AIMS = {"kill": 300, "publish": 53, "power": 100, "torn": 200, "disk": 50}
-EDITED = {"sparsify": {"method": "wanda", "sparsity": 0.6}}
+AIMS = {"kill": 300, "publish": 53, "power": 100, "torn": 200, "disk": 50, "sources": 50, "exports": 50}
+FAULTS = ("kill", "power", "torn", "disk")
+MERGED = "train, search and merge"
+EXPORTS = ("safetensors", "compressed-tensors", "gptq", "gguf", "openvino")
+# What each level starts from: the state that another one ended in, or nothing.
+BEFORE: dict[str, str | None] = {
+    "sparsify": None,
+    "quantize": "sparsify",
+    MERGED: "quantize",
+    "publish": "sparsify",
+    "convert": None,
+    "recast": None,
+    **{f"export {name}": MERGED for name in EXPORTS},
+}
+OF_CAMPAIGN = {
+    "publish": ["publish"],
+    "sources": ["convert", "recast"],
+    "exports": [f"export {name}" for name in EXPORTS],
+}
+MAGNITUDE: dict[str, object] = {"sparsify": {"method": "magnitude"}}
+KEPT = (".safetensors", ".gguf", ".xml", ".bin")
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a recipe does without a fault: what it ends in, with which weights, how long it takes."""
+
+    after: Path
+    weights: dict[str, str]
+    operations: int
+    seconds: float
 
 
 @dataclass
 class Bench:
-    """Where tries are made, and for each level the workspace before it and the weights after it."""
+    """Where tries are made, and the levels that ran there without a fault."""
 
     root: Path
     model: Path
-    before: dict[str, Path] = field(default_factory=dict)
-    weights: dict[str, dict[str, str]] = field(default_factory=dict)
-    operations: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    levels: dict[str, Level] = field(default_factory=dict)
 
     @property
     def workspace(self) -> Path:
@@ -50,116 +78,126 @@ class Bench:
 
     def recipe(self, level: str) -> Path:
         """The recipe file of a level; of "publish", one that was edited after the first level ran."""
-        changes = EDITED if level == "publish" else {}
-        name = "sparsify" if level == "publish" else level
-        return write_recipe(self.root / "tiny.yaml", self.model, self.workspace, name, **changes)
+        model: Path | dict[str, str] = self.model
+        changes: dict[str, object] = {}
+        if level == "publish":
+            level, changes = "sparsify", {"sparsify": {"method": "wanda", "sparsity": 0.6}}
+        elif level == "convert":
+            level, model, changes = "sparsify", self.gguf(), MAGNITUDE
+        elif level == "recast":
+            level, changes = "sparsify", MAGNITUDE
+            model = {"source": str(self.model), "storage_dtype": "float16"}
+        elif level not in LEVELS:
+            level, changes = MERGED, {"export": {"formats": [level.removeprefix("export ")]}}
+        return write_recipe(self.root / "tiny.yaml", model, self.workspace, level, **changes)
+
+    def gguf(self) -> Path:
+        """A GGUF file, made once."""
+        path = self.root / "tiny.gguf"
+        if not path.exists():
+            (made,) = self.level("export gguf").after.glob("stages/export-gguf-*/*.gguf")
+            shutil.copyfile(made, path)
+        return path
 
     def reset(self, level: str) -> None:
         """The workspace as it was before a level."""
+        before = BEFORE[level]
+        after = self.level(before).after if before is not None else None
         shutil.rmtree(self.workspace, ignore_errors=True)
-        shutil.copytree(self.before[level], self.workspace)
+        if after is None:
+            self.workspace.mkdir()
+        else:
+            shutil.copytree(after, self.workspace)
+
+    def level(self, name: str) -> Level:
+        """What a level does without a fault, found out once."""
+        if name not in self.levels:
+            if name == "convert":
+                self.gguf()  # runs other levels, in the same place
+            self.reset(name)
+            recipe = self.recipe(name)
+            counted, after = self.root / "operations", self.root / f"after {name}"
+            started = time.perf_counter()
+
+            def count() -> int:
+                seen = watch(self.workspace, None, 0)
+                code = run_command_line(["run", str(recipe)])
+                counted.write_text(str(len(seen)))
+                return code
+
+            ended = run_child(count)
+            assert ended.code == 0, ended.said
+            seconds = time.perf_counter() - started
+            shutil.copytree(self.workspace, after)
+            self.levels[name] = Level(after, weights(after), int(counted.read_text()), seconds)
+        return self.levels[name]
 
 
 def prepare(root: Path) -> Bench:
-    """Import everything once, and run everything once without a fault."""
+    """Import everything once."""
     import_everything()
-    bench = Bench(root, write_model(root / "model"))
-    bench.workspace.mkdir()
-    for level in [*LEVELS, "publish"]:
-        if level == "publish":
-            bench.reset("quantize")  # the first level, published
-        bench.before[level] = root / f"before {level}"
-        shutil.copytree(bench.workspace, bench.before[level])
-        recipe = bench.recipe(level)
-        counted = root / "operations"
-        started = time.perf_counter()
-
-        def count(recipe: Path = recipe, counted: Path = counted) -> int:
-            seen = watch(bench.workspace, None, 0)
-            code = run_command_line(["run", str(recipe)])
-            counted.write_text(str(len(seen)))
-            return code
-
-        ended = run_child(count)
-        assert ended.code == 0, ended.said
-        bench.seconds[level] = time.perf_counter() - started
-        bench.operations[level] = int(counted.read_text())
-        bench.weights[level] = weights(bench.workspace)
-    return bench
+    return Bench(root, write_model(root / "model"))
 
 
 def weights(workspace: Path) -> dict[str, str]:
-    """The digests of everything published that is no text, and of what stages hold in safetensors."""
+    """The digests of everything in stages and results that holds weights, or a graph."""
     digests = digest_files(workspace) if workspace.exists() else {}
-    return {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
+    return {name: digest for name, digest in digests.items() if name.endswith(KEPT)}
 
 
 def one_try(bench: Bench, campaign: str, seed: str) -> tuple[bool, str]:
     """(good, what happened) of one fault."""
     draw = random.Random(seed)
-    level = "publish" if campaign == "publish" else draw.choice(list(LEVELS))
-    bench.reset(level)
-    recipe, shadow = bench.recipe(level), None
-    old = digest_files(bench.workspace / "tiny")
-    operation = draw.randrange(1, bench.operations[level] + 1)
-    by_time = campaign == "kill" and draw.random() < 0.3
-    if campaign == "power":
+    levels = OF_CAMPAIGN.get(campaign, list(LEVELS))
+    name = levels[0] if len(levels) == 1 else draw.choice(levels)
+    fault = campaign if campaign in FAULTS else "kill" if campaign == "publish" else draw.choice(FAULTS)
+    level = bench.level(name)
+    recipe, shadow = bench.recipe(name), None
+    bench.reset(name)
+    operation = draw.randrange(1, level.operations + 1)
+    by_time = fault == "kill" and campaign != "publish" and draw.random() < 0.3
+    if fault == "power":
         shadow = Shadow(bench.workspace, bench.root / "shadow")
 
     def faulty() -> int:
         if shadow is not None:
             shadow.follow()
         if not by_time:
-            full = campaign == "disk"
+            full = fault == "disk"
             watch(bench.workspace, fail if full else kill, operation, onwards=full)
         return run_command_line(["run", str(recipe)])
 
     try:
-        limit = draw.uniform(0, bench.seconds[level]) if by_time else None
+        limit = draw.uniform(0, level.seconds) if by_time else None
         ended = run_child(faulty, seconds=120 if limit is None else limit)
-        what = f"{level}, " + (f"after {limit:.2f} s" if limit is not None else f"operation {operation}")
-        if campaign == "disk" and not ended.is_clean:
+        what = f"{name}, {fault} " + (
+            f"after {limit:.2f} s" if limit is not None else f"operation {operation}"
+        )
+        if fault == "disk" and not ended.is_clean:
             return False, f"{what}: full disk: exit {ended.code}: {ended.said[-300:]}"
         if shadow is not None:
             shadow.power_cut(draw)
     finally:
         shutil.rmtree(bench.root / "shadow", ignore_errors=True)
-    if campaign == "publish" and digest_files(bench.workspace / "tiny/model") not in (
-        _inside(old, "model"),
-        _inside(published(bench), "model"),
-    ):
-        return False, f"{what}: neither the old nor the new model stands there"
-    if campaign == "torn":
-        partial = [p for d in bench.workspace.glob("stages/*.partial") for p in d.rglob("*") if p.is_file()]
+    if campaign == "publish":
+        places = (bench.workspace, level.after, bench.level("sparsify").after)
+        models = [digest_files(place / "tiny" / "model") for place in places]
+        if models[0] not in models[1:]:
+            return False, f"{what}: neither the old nor the new model stands there"
+    if fault == "torn":
+        folders = [*bench.workspace.rglob("*.partial"), *bench.workspace.glob("models")]
+        partial = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
         if partial:
             path = draw.choice(sorted(partial))
             what += f", {damage(path, draw)} {path.name}"
     ended = run_child(lambda: run_command_line(["run", str(recipe)]))
-    if ended.code == 2 and ended.is_clean and campaign in ("torn", "power"):
+    if ended.code == 2 and ended.is_clean and fault in ("torn", "power"):
         return True, f"{what}: {ended.said.strip()}"
     if ended.code != 0:
         return False, f"{what}: then exit {ended.code}: {ended.said[-300:]}"
     found = weights(bench.workspace)
-    lost = {name for name, digest in bench.weights[level].items() if found.get(name) != digest}
+    lost = {name for name, digest in level.weights.items() if found.get(name) != digest}
     return not lost, f"{what}: " + (f"other bits in {sorted(lost)}" if lost else "same bits")
-
-
-def published(bench: Bench) -> dict[str, str]:
-    """What the edited recipe publishes, made once."""
-    place = bench.root / "published"
-    if not place.exists():
-        bench.workspace.rename(bench.root / "aside")
-        bench.reset("publish")
-        run_child(lambda: run_command_line(["run", str(bench.recipe("publish"))]))
-        shutil.copytree(bench.workspace / "tiny", place)
-        shutil.rmtree(bench.workspace)
-        (bench.root / "aside").rename(bench.workspace)
-    return digest_files(place)
-
-
-def _inside(digests: dict[str, str], folder: str) -> dict[str, str]:
-    start = f"{folder}/"
-    return {name.removeprefix(start): digest for name, digest in digests.items() if name.startswith(start)}
 
 
 def main() -> None:

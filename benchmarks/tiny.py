@@ -59,7 +59,9 @@ def write_model(directory: Path) -> Path:
     return directory
 
 
-def write_recipe(path: Path, model: Path, workspace: Path, level: str, **changes: Any) -> Path:
+def write_recipe(
+    path: Path, model: Path | dict[str, str], workspace: Path, level: str, **changes: Any
+) -> Path:
     """A recipe of a level's stages, and its data beside it. changes: whole sections."""
     items = [
         {"question": f"what is {a} plus {b}?", "answer": str(a + b)} for a in range(10) for b in range(6)
@@ -70,7 +72,7 @@ def write_recipe(path: Path, model: Path, workspace: Path, level: str, **changes
         Path(data[name]).write_text("".join(json.dumps(item) + "\n" for item in part))
     values = {
         "name": "tiny",
-        "model": str(model),
+        "model": str(model) if isinstance(model, Path) else model,
         "data": data,
         "calibration": {"num_samples": 8, "sequence_length": 32},
         **{name: SECTIONS[name] for name in LEVELS[level]},

@@ -40,6 +40,9 @@ def test_digests_follow_content_not_time(tmp_path: Path) -> None:
     assert before == digest_files(path.parent, cache=cache) == {"file": digest_file(path)}
     path.write_text("two!")
     assert digest_files(path.parent, cache=cache) != before
+    assert digest_file(path, cache=cache) == digest_file(path)
+    cache.write_text(cache.read_text().replace(digest_file(path), "remembered"))
+    assert digest_file(path, cache=cache) == "remembered"
     cache.write_text("not json")
     assert digest_files(path.parent, cache=cache) == {"file": digest_file(path)}
 

@@ -20,6 +20,7 @@ from sqft.errors import WorkspaceError
 
 __all__ = [
     "CERTIFICATE",
+    "DIGESTS",
     "ENVIRONMENT",
     "EXPORT_RECORD",
     "FACTS",
@@ -81,6 +82,7 @@ REPORT_PAGE = "report.html"
 SWEEP = "sweep.json"  # of a sweep: its variants and their figures
 
 SEAL = "sha256"  # under which a sealed value keeps its own digest
+DIGESTS = ".digests.json"  # of files by path, size and time, so that they need not be read again
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
@@ -204,10 +206,19 @@ def unseal(value: Any) -> dict[str, Any]:
     return plain
 
 
-def digest_file(path: Path) -> str:
-    """The sha256 of a file's bytes. Raises: OSError, also for a pipe or a device, which may never end."""
+def digest_file(path: Path, *, cache: Path | None = None) -> str:
+    """The sha256 of a file's bytes. cache: as `digest_files` takes it.
+
+    Raises: OSError, also for a pipe or a device, which may never end.
+    """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if cache is not None:
+        known, identity = _read_cache(cache), _identity(path)
+        if identity not in known:
+            known[identity] = digest_file(path)
+            _write_cache(cache, known)
+        return known[identity]
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -223,21 +234,26 @@ def digest_files(directory: Path, *, cache: Path | None = None) -> dict[str, str
         name = path.relative_to(directory).as_posix()
         if any(part.startswith(".") for part in Path(name).parts):
             continue
-        found = path.stat()
-        identity = f"{path.resolve()}:{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
+        identity = _identity(path)
         digests[name] = known[identity] = known.get(identity) or digest_file(path)
     if cache is not None:
-        with suppress(OSError):  # where nothing can be written, the digests are taken anew
-            _write_cache(cache, known)
+        _write_cache(cache, known)
     return digests
+
+
+def _identity(path: Path) -> str:
+    """By what a file is taken for the one that it was."""
+    found = path.stat()
+    return f"{path.resolve()}:{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
 
 
 def _write_cache(cache: Path, known: dict[str, str]) -> None:
     """Several processes may write at a time: the last one counts, and an entry that is lost is made anew."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
-    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    os.replace(temporary, cache)
+    with suppress(OSError):  # where nothing can be written, digests are taken anew
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_name(f"{cache.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+        temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        os.replace(temporary, cache)
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:

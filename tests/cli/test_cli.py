@@ -93,6 +93,7 @@ def test_status_shows_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ["status", "missing"],
         ["verify", "missing"],
         ["verify", ".", "--base", "."],
+        ["verify", "."],
         ["inspect", "missing"],
     ],
 )
@@ -103,13 +104,6 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     shown = capsys.readouterr()
     assert one_line(shown.err)
     assert shown.out == ""
-
-
-def test_verify_of_a_model_without_certificate_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_command_line(["verify", str(tmp_path)]) == 1
-    assert "FAILED" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from sqft.cli import run_command_line
 from sqft.errors import AdapterError, CompressionError, DataError, ExportError, MissingExtraError, SqftError
-from sqft.pipeline import parse_recipe, plan_recipe, run_recipe
+from sqft.pipeline import parse_recipe, plan_recipe, run_recipe, runner
+from sqft.pipeline.preview import preview_data
 
 GGUF = {"export": {"formats": ["gguf"]}}
 REFUSED: dict[str, tuple[str, dict[str, Any], type[SqftError], str]] = {
@@ -177,6 +179,19 @@ def test_a_config_alone_is_planned_and_does_not_run(
     assert "a run needs them" in capsys.readouterr().out
     assert run_command_line(["run", str(tmp_path / "recipe.yaml")]) == 2
     assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_large_model_in_a_new_workspace_reads_no_weights(
+    make_recipe: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(make_recipe("llama", {}))
+    usual = plan_recipe(recipe)
+    monkeypatch.setattr(runner, "READ_AT_ONCE", 0)
+    large = plan_recipe(recipe)
+    assert [replace(stage, directory=None) for stage in usual.stages] == large.stages
+    assert preview_data(recipe).items
+    Path(str(usual.stages[0].directory)).with_name("other").mkdir(parents=True)  # some may be there now
+    assert [s.directory for s in plan_recipe(recipe).stages] == [s.directory for s in usual.stages]
 
 
 def test_memory_grows_with_what_a_method_holds(make_recipe: Callable[..., dict[str, Any]]) -> None:

@@ -81,6 +81,7 @@ def test_a_kill_before_the_manifest_has_its_name_does_not_stick(values: dict[str
 def test_a_stage_is_made_by_one_process_at_a_time(values: dict[str, Any]) -> None:
     recipe = parse_recipe(values)
     stage = next(s for s in plan_recipe(recipe).stages if s.name == "sparsify")
+    assert stage.directory is not None
     lock = Workspace(Path(values["runtime"]["workspace"])).lock(Path(stage.directory).name)
     with hold(lock, "a stage"), pytest.raises(StageBusyError, match="is being made by process"):
         run_recipe(recipe, wait=False)

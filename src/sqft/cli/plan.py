@@ -59,7 +59,7 @@ def print_stages(planned: "Plan") -> None:
             "reused" if stage.reused else "resumed" if stage.resumed else "runs",
             format_bytes(stage.memory_bytes),
             format_bytes(stage.disk_bytes),
-            Path(stage.directory).name,
+            Path(stage.directory).name if stage.directory else "-",
         ]
         for stage in planned.stages
     ]

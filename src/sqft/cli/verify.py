@@ -37,10 +37,12 @@ def verify(
     What sqft export wrote is checked against its digests; with --merged, code by code too. What sqft pack
     wrote is checked to give every file back that was certified; `sqft unpack` it to repeat the rest. With
     --signed-by, also that the owner of that key signed what the files are checked against.
-    Exits with 1 if a check fails.
+    Exits with 1 if a check fails, and with 2 if there is nothing to check: only a model that an adapter was
+    merged into has a certificate.
     """
     from sqft.certificate import check_integrity, check_provenance
     from sqft.certificate.signature import check_signature
+    from sqft.certificate.uncertified import check_uncertified, expects_certificate
     from sqft.checks import run_check
     from sqft.cli.messages import RichProgress
     from sqft.errors import CertificateError
@@ -59,6 +61,8 @@ def verify(
             checks = _export_checks(directory, merged)
         elif packed:
             checks = _pack_checks(directory)
+        elif base is None and signed_by is None and not expects_certificate(directory):
+            checks = check_uncertified(directory)
         else:
             checks = check_integrity(directory, progress, trust_remote_code=trust_remote_code)
         if base is not None and adapter is not None:

@@ -18,7 +18,7 @@ from sqft.models.loading import (
     read_quantized,
     training_dtype,
 )
-from sqft.models.outline import ModelOutline, model_identity, model_outline
+from sqft.models.outline import ModelOutline, model_identity, model_outline, source_bytes
 from sqft.models.quantized_linear import PackedLinear, QuantizedLinear
 from sqft.models.source import resolve_model
 from sqft.models.writer import (
@@ -54,6 +54,7 @@ __all__ = [
     "read_masks",
     "read_quantized",
     "resolve_model",
+    "source_bytes",
     "target_linears",
     "training_dtype",
     "write_masks",

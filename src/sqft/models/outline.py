@@ -13,7 +13,7 @@ from sqft.models.gguf_description import gguf_config
 from sqft.models.source import fetch_from_hub, find_gguf
 from sqft.sections import ModelSection
 
-__all__ = ["ModelOutline", "model_identity", "model_outline"]
+__all__ = ["ModelOutline", "model_identity", "model_outline", "source_bytes"]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -42,12 +42,23 @@ def model_identity(section: ModelSection, digest_cache: Path) -> str:
     """
     gguf = find_gguf(section)
     if gguf is not None:
-        content: Any = digest_file(gguf)
+        content: Any = digest_file(gguf, cache=digest_cache)
     elif Path(section.source).expanduser().is_dir():
         content = digest_files(Path(section.source).expanduser(), cache=digest_cache)
     else:
         content = fetch_from_hub(section, weights=False).name  # a snapshot is called after its commit
     return digest_json({"content": content, "storage_dtype": section.storage_dtype})
+
+
+def source_bytes(section: ModelSection) -> int:
+    """The size of what `model_identity` reads; 0 for a model of the hub, which its commit identifies.
+
+    Raises: ModelError if there is no such model.
+    """
+    gguf = find_gguf(section)
+    directory = Path(section.source).expanduser()
+    paths = [gguf] if gguf is not None else directory.rglob("*") if directory.is_dir() else []
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def model_outline(section: ModelSection) -> ModelOutline:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sqft.artifacts import digest_file, digest_json, write_json
+from sqft.artifacts import DIGESTS, digest_file, digest_json, write_json
 from sqft.directories import new_directory
 from sqft.errors import ModelError
 from sqft.models.beside import copy_kept_files, read_config
@@ -147,7 +147,8 @@ def converted_directory(section: ModelSection, cache_dir: Path) -> Path | None:
 
 def _converted(gguf: Path, section: ModelSection, cache_dir: Path) -> Path:
     """Where the model directory of a GGUF file is, or would be."""
-    return Path(cache_dir) / f"{gguf.stem}-{digest_file(gguf)[:12]}-{_dtype_name(section)}"
+    digest = digest_file(gguf, cache=Path(cache_dir) / DIGESTS)
+    return Path(cache_dir) / f"{gguf.stem}-{digest[:12]}-{_dtype_name(section)}"
 
 
 def _dtype_name(section: ModelSection) -> str:
@@ -203,7 +204,8 @@ def _recast(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
 
 
 def _recast_copy(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
-    parts = [f"{path.name}:{digest_file(path)}" for path in sorted(directory.glob("*.safetensors"))]
+    cache = Path(cache_dir) / DIGESTS
+    parts = [f"{p.name}:{digest_file(p, cache=cache)}" for p in sorted(directory.glob("*.safetensors"))]
     key = digest_json([digest_file(directory / "config.json"), *parts])[:12]
     return Path(cache_dir) / f"{directory.name}-{key}-{section.storage_dtype}"
 

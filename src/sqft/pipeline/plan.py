@@ -11,7 +11,7 @@ from sqft.pipeline.checks import ChosenModules, check_recipe
 from sqft.pipeline.estimate import Estimate, ModulePlan
 from sqft.pipeline.preview import DataPreview, load_items, view_item
 from sqft.pipeline.recipe import Recipe
-from sqft.pipeline.runner import Workspace, stage_keys
+from sqft.pipeline.runner import Workspace, findable_keys
 from sqft.pipeline.stages import Stage, recipe_stages
 from sqft.pipeline.step_items import check_splits
 from sqft.sections import CalibrationSection
@@ -24,10 +24,13 @@ __all__ = ["ModulePlan", "Plan", "StagePlan", "plan_recipe"]
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: whether it is there already, and what it would need."""
+    """One stage: whether it is there already, and what it would need.
+
+    directory: None of a large model in a new workspace: the name holds a digest, and all weights enter it.
+    """
 
     name: str
-    directory: str
+    directory: str | None
     reused: bool
     resumed: bool
     memory_bytes: int
@@ -52,17 +55,17 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
     Raises: SqftError as the run would, but for what only the weights tell.
     """
-    from sqft.models import model_identity, model_outline
+    from sqft.models import model_outline
 
     outline = model_outline(recipe.model)
     workspace = Workspace(Path(recipe.runtime.workspace))
     chosen = check_recipe(recipe, outline, workspace.models)
-    keys = stage_keys(recipe, model_identity(recipe.model, workspace.digests))
+    keys = findable_keys(recipe, workspace)
     modules = _modules(recipe, outline, chosen)
     data = _data(recipe, outline, workspace, keys)
     estimate = Estimate(recipe, outline, modules)
     stages = [
-        _stage(stage, workspace.stage_directory(stage.name, keys[stage.name]), estimate)
+        _stage(stage, workspace.stage_directory(stage.name, keys[stage.name]) if keys else None, estimate)
         for stage in recipe_stages(recipe)
     ]
     return Plan(
@@ -89,14 +92,15 @@ def _data(
     return DataPreview(splits.report, first)
 
 
-def _stage(stage: Stage, directory: Path, estimate: Estimate) -> StagePlan:
+def _stage(stage: Stage, directory: Path | None, estimate: Estimate) -> StagePlan:
     memory, disk = estimate.of(stage)
-    partial = directory.with_name(directory.name + ".partial")
+    partial = directory.with_name(directory.name + ".partial") if directory else None
+    reused = directory is not None and directory.exists()
     return StagePlan(
         stage.name,
-        str(directory),
-        reused=directory.exists(),
-        resumed=stage.resumes and partial.exists() and not directory.exists(),
+        str(directory) if directory else None,
+        reused=reused,
+        resumed=stage.resumes and partial is not None and partial.exists() and not reused,
         memory_bytes=int(memory),
         disk_bytes=int(disk),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sqft.artifacts import Manifest
 from sqft.errors import RecipeError
 from sqft.pipeline.recipe import Recipe
-from sqft.pipeline.runner import Workspace, stage_keys
+from sqft.pipeline.runner import Workspace, findable_keys
 from sqft.pipeline.step_items import check_splits
 
 if TYPE_CHECKING:
@@ -44,12 +44,10 @@ def preview_data(recipe: Recipe, *, items: int = 3, split: str = "train") -> Dat
 
     Raises: RecipeError without a data section; DataError and ModelError as the run would.
     """
-    from sqft.models import model_identity
-
     if recipe.data is None:
         raise RecipeError("the recipe has no data section; there is nothing to preview")
     workspace = Workspace(Path(recipe.runtime.workspace))
-    keys = stage_keys(recipe, model_identity(recipe.model, workspace.digests))
+    keys = findable_keys(recipe, workspace)
     splits, tokenizer = load_items(recipe, workspace, keys)
     check_splits(recipe, splits)
     chosen = getattr(splits, split)[:items]
@@ -64,8 +62,8 @@ def load_items(recipe: Recipe, workspace: Workspace, keys: dict[str, str]) -> tu
 
     assert recipe.data is not None
     tokenizer = source_tokenizer(recipe.model, workspace.models)
-    directory = workspace.stage_directory("items", keys["items"])
-    if directory.exists():
+    directory = workspace.stage_directory("items", keys["items"]) if keys else None
+    if directory is not None and directory.exists():
         report = Manifest.read(directory).metrics["data"]
         train, search, test = (read_items(directory, split) for split in ("train", "search", "test"))
         return Splits(train, search, test, report), tokenizer

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from sqft import __version__
-from sqft.artifacts import ENVIRONMENT, MANIFEST, Manifest, digest_file, digest_files, digest_json, write_json
+from sqft.artifacts import (
+    DIGESTS,
+    ENVIRONMENT,
+    MANIFEST,
+    Manifest,
+    digest_file,
+    digest_files,
+    digest_json,
+    write_json,
+)
 from sqft.directories import new_directory
 from sqft.errors import DataError, WorkspaceError
 from sqft.marks import damaged_since, read_mark
@@ -27,6 +36,7 @@ __all__ = [
     "Workspace",
     "damaged_stage",
     "environment",
+    "findable_keys",
     "open_workspace",
     "run_stages",
     "stage_keys",
@@ -34,6 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 YAML = (".yaml", ".yml")
+READ_AT_ONCE = 2**30  # bytes, which take a second or two
 VERSIONED = ("torch", "transformers", "peft", "compressed-tensors", "optuna", "numpy")
 
 
@@ -73,7 +84,7 @@ class Workspace:
     @property
     def digests(self) -> Path:
         """The cache of file digests."""
-        return self.root / ".digests.json"
+        return self.root / DIGESTS
 
     @property
     def locks(self) -> Path:
@@ -166,6 +177,20 @@ def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
             }
         )
     return keys
+
+
+def findable_keys(recipe: Recipe, workspace: Workspace) -> dict[str, str]:
+    """The identity of every stage as `stage_keys` has it, for those who only look what is there already.
+
+    Empty where nothing is, and the weights, which enter the identities, are so many that reading them all
+    takes long.
+    """
+    from sqft.models import model_identity, source_bytes
+
+    is_new = not any(workspace.stages.glob("*"))
+    if is_new and source_bytes(recipe.model) > READ_AT_ONCE:
+        return {}
+    return stage_keys(recipe, model_identity(recipe.model, workspace.digests))
 
 
 def environment(device: str) -> dict[str, str]:
