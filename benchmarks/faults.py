@@ -18,7 +18,9 @@ import random
 import shutil
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 
 from benchmarks.campaign import Campaign, campaign_parser
@@ -29,6 +31,8 @@ from benchmarks.warm import import_everything, run_child
 
 from sqft.artifacts import digest_files
 from sqft.cli import run_command_line
+from sqft.pipeline import load_recipe
+from sqft.pipeline.runner import stage_keys
 
 AIMS = {"kill": 300, "publish": 53, "power": 100, "torn": 200, "disk": 50, "sources": 50, "exports": 50}
 FAULTS = ("kill", "power", "torn", "disk")
@@ -49,7 +53,7 @@ OF_CAMPAIGN = {
     "sources": ["convert", "recast"],
     "exports": [f"export {name}" for name in EXPORTS],
 }
-MAGNITUDE: dict[str, object] = {"sparsify": {"method": "magnitude"}}
+MAGNITUDE: dict[str, object] = {"sparsify": {"method": "magnitude", "sparsity": 0.7}}
 KEPT = (".safetensors", ".gguf", ".xml", ".bin")
 
 
@@ -134,9 +138,17 @@ class Bench:
 
 
 def prepare(root: Path) -> Bench:
-    """Import everything once."""
+    """Import everything, and run what needs no gradients, which a process that forks must not have taken."""
     import_everything()
-    return Bench(root, write_model(root / "model"))
+    model = write_model(root / "model")
+    folder = root / "warm"
+    folder.mkdir()
+    recipe = write_recipe(folder / "tiny.yaml", model, folder / "runs", "quantize")
+    with redirect_stdout(StringIO()):
+        assert run_command_line(["run", str(recipe)]) == 0
+    whole = write_recipe(folder / "tiny.yaml", model, folder / "runs", MERGED, export={"formats": [*EXPORTS]})
+    stage_keys(load_recipe(whole), "")  # reads the source of every stage
+    return Bench(root, model)
 
 
 def weights(workspace: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ below were measured (`python -m benchmarks.planning`, docs/results/scale.md).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ COPIES = {
 FACTORING = 6  # matrices of the width that a factorisation holds at most, its result among them
 TARGETING = 5  # and as many more where the weight aims at what the dense model puts out
 SHARED_INPUTS = ("k_proj", "v_proj", "up_proj")  # read what q_proj and gate_proj read
+LOGIT_ROWS = 2048  # that scoring holds at a time (`evaluation/scoring.py`)
 WORKING = 4  # float32 copies of the largest linear while a model runs: its adapted weight, products
 
 
@@ -61,10 +63,21 @@ class ModulePlan:
 
 
 class Estimate:
-    """Bytes of memory and disk for each stage of a recipe."""
+    """Bytes of memory and disk for each stage of a recipe.
 
-    def __init__(self, recipe: Recipe, outline: "ModelOutline", modules: list[ModulePlan]) -> None:
+    longest: tokens of the longest item of each split, to which batches are padded; without it, as many as an
+    item may have.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        outline: "ModelOutline",
+        modules: list[ModulePlan],
+        longest: Mapping[str, int] | None = None,
+    ) -> None:
         self.recipe = recipe
+        self.longest = longest or {}
         self.outline = outline
         self.block_weights = sum(m.count * math.prod(m.shape) for m in modules)
         self.other_weights = outline.num_parameters - self.block_weights
@@ -99,6 +112,10 @@ class Estimate:
             memory = self._merging() if kind == "merge" else self._inference()
             return memory, self._stored(quantized=quantized, latent=False)
         return self._inference(adapted=stage.argument == "adapted"), 0
+
+    def _length(self, split: str) -> int:
+        """Tokens of a padded item."""
+        return self.longest.get(split) or (self.recipe.data or DataSection(train="")).sequence_length
 
     def _items(self) -> float:
         """Texts and token ids: about three times the files that they are read from."""
@@ -170,9 +187,7 @@ class Estimate:
         return 2 * (self.block_weights + self.other_weights)
 
     def _training(self, train: TrainingSection, *, dense: bool) -> float:
-        data = self.recipe.data
-        length = data.sequence_length if data else 0
-        tokens = train.batch_size // train.gradient_accumulation * length
+        tokens = train.batch_size // train.gradient_accumulation * self._length("train")
         blocks = 1 if train.gradient_checkpointing else self.outline.num_blocks
         kept = FLOAT32 * tokens * (8 * self.outline.hidden_size + 3 * self.widest) * blocks
         logits = 3 * FLOAT32 * tokens * self.outline.vocab_size
@@ -200,7 +215,7 @@ class Estimate:
 
     def _inference(self, *, adapted: bool = False) -> float:
         section = self.recipe.evaluate or EvaluateSection()
-        length = max((self.recipe.data or DataSection(train="")).sequence_length, 1)
-        logits = 2 * FLOAT32 * section.batch_size * length * self.outline.vocab_size
+        rows = min(section.batch_size * self._length(section.split), LOGIT_ROWS)
+        logits = 2 * FLOAT32 * rows * self.outline.vocab_size
         working = WORKING * FLOAT32 * self.largest
         return (self._trainable() if adapted else self._whole()) + working + logits

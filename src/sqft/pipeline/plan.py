@@ -62,8 +62,8 @@ def plan_recipe(recipe: Recipe) -> Plan:
     chosen = check_recipe(recipe, outline, workspace.models)
     keys = findable_keys(recipe, workspace)
     modules = _modules(recipe, outline, chosen)
-    data = _data(recipe, outline, workspace, keys)
-    estimate = Estimate(recipe, outline, modules)
+    data, longest = _data(recipe, outline, workspace, keys)
+    estimate = Estimate(recipe, outline, modules, longest)
     stages = [
         _stage(stage, workspace.stage_directory(stage.name, keys[stage.name]) if keys else None, estimate)
         for stage in recipe_stages(recipe)
@@ -75,21 +75,28 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
 def _data(
     recipe: Recipe, outline: "ModelOutline", workspace: Workspace, keys: dict[str, str]
-) -> DataPreview | None:
-    """What the data holds, and one item of it; that there is enough to calibrate on is checked as well."""
+) -> tuple[DataPreview | None, dict[str, int]]:
+    """What the data holds with one item of it, and the tokens of the longest item of each split.
+
+    That there is enough to calibrate on is checked as well.
+    """
     from sqft.data import calibration_tokens
 
     if recipe.data is None:
-        return None
+        return None, {}
     if not outline.has_weights and not any((Path(recipe.model.source).expanduser()).glob("tokenizer*")):
-        return None  # of a config alone: nothing tells how long an item is
+        return None, {}  # of a config alone: nothing tells how long an item is
     splits, tokenizer = load_items(recipe, workspace, keys)
     check_splits(recipe, splits)
     calibration = recipe.calibration or CalibrationSection()
     if recipe.needs_calibration and calibration.source == "train":
         calibration_tokens(calibration, splits.train, tokenizer, seed=recipe.seed)
     first = [view_item(example, "train", tokenizer, recipe.data.loss_on) for example in splits.train[:1]]
-    return DataPreview(splits.report, first)
+    longest = {
+        name: max((len(example.token_ids) for example in getattr(splits, name)), default=0)
+        for name in ("train", "search", "test")
+    }
+    return DataPreview(splits.report, first), longest
 
 
 def _stage(stage: Stage, directory: Path | None, estimate: Estimate) -> StagePlan:
