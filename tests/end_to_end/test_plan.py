@@ -174,7 +174,13 @@ def test_a_config_alone_is_planned_and_does_not_run(
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     whole = plan_recipe(parse_recipe(make_recipe("llama", {})))
     bare = plan_recipe(parse_recipe(values))
-    assert [(s.name, s.memory_bytes) for s in bare.stages] == [(s.name, s.memory_bytes) for s in whole.stages]
+    for stage, known in zip(bare.stages, whole.stages, strict=True):
+        assert stage.name == known.name
+        # without a tokenizer items are as long as they may be
+        assert (stage.memory_bytes == known.memory_bytes) == (
+            stage.name in ("items", "sparsify", "quantize", "merge")
+        )
+        assert stage.memory_bytes >= known.memory_bytes
     assert run_command_line(["plan", str(tmp_path / "recipe.yaml")]) == 0
     assert "a run needs them" in capsys.readouterr().out
     assert run_command_line(["run", str(tmp_path / "recipe.yaml")]) == 2
