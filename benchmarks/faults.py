@@ -11,7 +11,8 @@ an edited recipe replace older ones; what stands under the published name is the
 power: the kill, and unsynced writes are dropped or torn. torn: the kill, and a file of unfinished work is
 damaged. disk: no write succeeds from a drawn operation on. sources: any of these but publish, while a GGUF
 file or a model of another precision is converted into the workspace, where torn damages finished copies too.
-exports: any of these, while the merged model is exported.
+exports, tuning: any of these, while the merged model is exported, or the dense one tuned before it is made
+sparse.
 """
 
 import random
@@ -34,7 +35,10 @@ from sqft.cli import run_command_line
 from sqft.pipeline import load_recipe
 from sqft.pipeline.runner import stage_keys
 
-AIMS = {"kill": 300, "publish": 53, "power": 100, "torn": 200, "disk": 50, "sources": 50, "exports": 50}
+AIMS = {
+    "kill": 300, "publish": 53, "power": 100, "torn": 200, "disk": 50, "sources": 50, "exports": 50,
+    "tuning": 50,
+}  # fmt: skip
 FAULTS = ("kill", "power", "torn", "disk")
 MERGED = "train, search and merge"
 EXPORTS = ("safetensors", "compressed-tensors", "gptq", "gguf", "openvino")
@@ -46,11 +50,13 @@ BEFORE: dict[str, str | None] = {
     "publish": "sparsify",
     "convert": None,
     "recast": None,
+    "tune": None,
     **{f"export {name}": MERGED for name in EXPORTS},
 }
 OF_CAMPAIGN = {
     "publish": ["publish"],
     "sources": ["convert", "recast"],
+    "tuning": ["tune"],
     "exports": [f"export {name}" for name in EXPORTS],
 }
 MAGNITUDE: dict[str, object] = {"sparsify": {"method": "magnitude", "sparsity": 0.7}}
@@ -91,6 +97,9 @@ class Bench:
         elif level == "recast":
             level, changes = "sparsify", MAGNITUDE
             model = {"source": str(self.model), "storage_dtype": "float16"}
+        elif level == "tune":
+            tune = {"rank": 4, "max_steps": 5, "batch_size": 4, "checkpoint_steps": 2}
+            level, changes = "sparsify", {"tune": tune}
         elif level not in LEVELS:
             level, changes = MERGED, {"export": {"formats": [level.removeprefix("export ")]}}
         return write_recipe(self.root / "tiny.yaml", model, self.workspace, level, **changes)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import sqft.adapters
 from sqft.cli import run_command_line
+from sqft.marks import Mark, write_mark
 from sqft.models import load_model, load_trainable, read_masks, read_quantized
 from sqft.ops import QuantizedWeight
 from sqft.ops.pattern import fits_pattern
@@ -102,6 +103,23 @@ def test_second_run_does_nothing_and_a_changed_section_reuses_what_stands_before
     assert reused["quantize"]
     assert not reused["train"]
     assert not reused["merge"]
+
+
+def test_a_search_that_was_killed_at_its_very_end_is_gone_on_with(
+    recipe_values: Callable[..., dict[str, Any]], tiny_model_dir: Callable[..., Path]
+) -> None:
+    values = recipe_values("shears", tiny_model_dir("llama"))
+    values["train"]["max_steps"] = values["search"]["num_trials"] = 2
+    recipe = parse_recipe(values)
+    (whole,) = [stage for stage in run_recipe(recipe).stages if stage.name == "search"]
+    partial = whole.directory.with_name(f"{whole.directory.name}.partial")
+    whole.directory.rename(partial)
+    (partial / "manifest.json").unlink()
+    write_mark(partial, Mark({"stage": whole.manifest.key}))
+    (again,) = [stage for stage in run_recipe(recipe).stages if stage.name == "search"]
+    assert not again.reused
+    for name in ("adapter/adapter_model.safetensors", "adapter/sqft.json", "sub_adapter.json"):
+        assert again.manifest.files[name] == whole.manifest.files[name]
 
 
 def test_dense_quantization_aware_training_needs_no_mask(

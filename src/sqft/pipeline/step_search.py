@@ -1,5 +1,6 @@
 """The stage `search`."""
 
+import shutil
 from dataclasses import asdict
 from typing import Any
 
@@ -37,6 +38,7 @@ def search(context: StageContext) -> dict[str, Any]:
         storage=context.directory / TRIALS,
         progress=context.progress,
     )
+    shutil.rmtree(context.directory / ADAPTER, ignore_errors=True)  # of a run that was killed below
     extract_sub_adapter(adapted, result.best, context.directory / ADAPTER)
     write_adapter_facts(context)
     digest = None
