@@ -10,7 +10,7 @@ ALL  := $(VENV)/.installed-all
 # Tests run one process a core, each with one thread: tiny tensors gain nothing from more.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help setup demo demo-small demo-full test test-slow check fix docs site dist bench gpu clean
+.PHONY: help setup demo demo-small demo-full test test-slow peft-suite check fix docs site dist bench gpu clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) with everything that any target needs"
@@ -18,6 +18,7 @@ help:
 	@echo "make demo-small  the same, cut down to what CI runs"
 	@echo "make demo-full   the demo beside plain LoRA on the dense model, the reference"
 	@echo "make test        the tests    (make test-slow: the long ones)"
+	@echo "make peft-suite  PEFT's own tests on SQFT's configurations; make test-slow runs them too"
 	@echo "make check       ruff, mypy   (make fix: let ruff repair what it can)"
 	@echo "make docs        rewrite the generated parts of README.md and docs/"
 	@echo "make site        the documentation as a web site in site/; a broken link is an error"
@@ -53,8 +54,12 @@ demo-full: $(DEMO)
 test: $(ALL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-test-slow: $(ALL)
+test-slow: $(ALL) peft-suite
 	$(BIN)/python -m pytest -m slow
+
+# Its source distribution is fetched into runs/peft: the wheel has no tests.
+peft-suite: $(ALL)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.peft_suite
 
 check: $(ALL)
 	$(BIN)/ruff check .

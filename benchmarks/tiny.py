@@ -28,8 +28,11 @@ LEVELS = {
 }
 
 
-def write_model(directory: Path) -> Path:
-    """A random Llama of two blocks, 288 tokens and hidden size 64, with a tokenizer."""
+def write_model(directory: Path, family: str = "llama", **settings: Any) -> Path:
+    """A random model of two blocks, 288 tokens and hidden size 64, with a tokenizer.
+
+    family: transformers' model type. settings: of its configuration, beyond or in place of those here.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -44,11 +47,12 @@ def write_model(directory: Path) -> Path:
         tokenizer_object=core, eos_token="</s>", pad_token="<pad>", model_max_length=512
     )
     tokenizer.chat_template = TEMPLATE
-    config = AutoConfig.for_model(
-        "llama", vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0,
-        eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "vocab_size": 288, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0,
+        "eos_token_id": 1, "bos_token_id": None,
+    }  # fmt: skip
+    config = AutoConfig.for_model(family, **(values | settings))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():

@@ -6,30 +6,28 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.families import FAMILIES
+from transformers import AutoModelForCausalLM
 
 from sqft.compression.walk import BlockWalk
 from sqft.errors import ModelError
 from sqft.models import load_model, model_outline, open_checkpoint
+from sqft.models.writer import write_model
 from sqft.sections import ModelSection
 
-# Positions in an embedding of their own, a norm before the blocks, blocks that return tuples.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
-    "bloom": {"n_layer": 2, "n_head": 4},
-    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
-    "falcon": {},
-}
+# Positions in an embedding of their own, a norm before the blocks, blocks that return tuples, a head that the
+# files call otherwise.
+WALKED = ("opt", "bloom", "gptj", "falcon", "gpt_neox")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mixtral": ({"num_local_experts": 4}, "MixtralForCausalLM stores its experts one by one"),
     "qwen3_moe": (
         {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 16},
         "Qwen3MoeForCausalLM stores its experts one by one",
     ),
-    "gpt_neox": ({}, "has lm_head.weight, and the files hold embed_out.weight and no such tensor"),
 }
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
+@pytest.mark.parametrize("arch", WALKED)
 def test_the_walk_sees_what_the_model_computes(arch: str, tiny_model_dir: Callable[..., Path]) -> None:
     directory = tiny_model_dir(arch, **FAMILIES[arch])
     tokens = torch.randint(4, 288, (3, 40))
@@ -55,3 +53,22 @@ def test_refused_with_the_reason(arch: str, tiny_model_dir: Callable[..., Path])
     changes, message = REFUSED[arch]
     with pytest.raises(ModelError, match=message):
         model_outline(ModelSection(source=str(tiny_model_dir(arch, **changes))))
+
+
+def test_a_head_that_files_call_otherwise_opens_in_transformers(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_model_dir("gpt_neox"))
+    assert "lm_head.weight" in source.names
+    assert "embed_out.weight" not in source.names
+    write_model(tmp_path / "again", source, {})
+    tokens = torch.randint(4, 288, (1, 9))
+    models = [
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        for directory in (source.directory, tmp_path / "again")
+    ]
+    with torch.no_grad():
+        expected, again = (model(input_ids=tokens).logits for model in models)
+        own = load_model(tmp_path / "again")(input_ids=tokens).logits
+    assert torch.equal(expected, again)
+    assert torch.equal(expected, own)

@@ -17,7 +17,7 @@ GGUF = {"export": {"formats": ["gguf"]}}
 REFUSED: dict[str, tuple[str, dict[str, Any], type[SqftError], str]] = {
     "format and grid": ("llama", GGUF | {"quantize": {"method": "rtn", "group_size": 16}}, ExportError,
                         "gguf cannot hold .* groups of 16 .*that can: compressed"),
-    "format and family": ("gemma2", GGUF, ExportError, "gguf cannot hold the architecture gemma2"),
+    "format and family": ("gemma2", GGUF, ExportError, "gguf cannot hold query_pre_attn_scalar 256"),
     "format and no grid": ("llama", {"export": {"formats": ["gptq"]}, "quantize": None,
                                      "adapters": {"method": "sparse_peft"}}, ExportError,
                            "gptq cannot hold weights that are not on an integer grid"),

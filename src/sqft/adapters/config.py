@@ -51,6 +51,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     target_modules: name ends that match whole components; or one text, all-linear or a regular expression for
         full names; full names once the adapter is attached. Of method scales: the linears whose scales are
         trained, by default all quantized ones.
+    layers_to_transform: the numbers of the blocks that get an adapter; None: all of them. None once attached.
     exclude_modules: what to leave out of them, named in the same way; None once the adapter is attached.
     scale_modules, norm_modules: the linears and norms that are trained, by full name; set when attached.
     scale_bits, norm_dtype: the significant bits of a trained scale, and the dtype that a trained norm is
@@ -66,6 +67,8 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
         TOKEN_CLS and QUESTION_ANS add their head.
     identity: sha256 of what the adapter belongs to, base, mask, grid, codes, norms; set when it is attached.
     init_seed: lora_A is a function of this seed and of the module's name.
+    init_weights: False starts lora_B and the changes of scales and norms at random numbers too, so that the
+        new adapter already changes the model; for tests, as of PEFT's own methods.
     """
 
     method: str = "sparse_peft"  # not the recipe's default, which needs a quantized base
@@ -78,6 +81,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     dropout_kind: Literal["column", "token"] = DEFAULTS.dropout_kind
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
     scale_modules: list[str] = field(default_factory=list)
     norm_modules: list[str] = field(default_factory=list)
     scale_bits: int | None = None
@@ -90,6 +94,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     modules_to_save: list[str] | None = None
     identity: dict[str, str] = field(default_factory=dict)
     init_seed: int = 0
+    init_weights: bool = True
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sqft.adapters.checks import check_method, check_scale_values
 from sqft.adapters.config import SqftConfig
 from sqft.adapters.identity import base_codes, base_qparams, base_tensor, base_weight
-from sqft.adapters.tuner_layer import TunerLayer, device_of
+from sqft.adapters.tuner_layer import TunerLayer, device_of, start_values
 from sqft.errors import AdapterError
 from sqft.kernels.choices import TORCH
 from sqft.ops import (
@@ -65,7 +65,8 @@ class MergedWeight:
 class AdapterLinear(TunerLayer):
     """A linear layer, dense or quantized, with adapters: a low-rank update, trained scales, or both.
 
-    sqft_A[name] (max_rank, in) and sqft_B[name] (out, max_rank), float32; the first active_rank[name] ranks
+    sqft_A[name] (max_rank, in) and sqft_B[name] (out, max_rank), float32 unless PEFT's
+    autocast_adapter_dtype is False; the first active_rank[name] ranks
     count. sqft_scale[name] (out, groups) float32: the change of the scales, as a share of the base's.
     """
 
@@ -88,6 +89,8 @@ class AdapterLinear(TunerLayer):
     ) -> None:
         """Add an adapter that changes nothing: A uniform in ±1/sqrt(in), B and the change of scales zero.
 
+        With `config.init_weights` False those two are random as well.
+
         low_rank: whether it has an A and a B here. It has scales here if config.scale_modules says so.
 
         Raises: AdapterError if the method does not fit the base.
@@ -98,7 +101,8 @@ class AdapterLinear(TunerLayer):
             rank = config.rank_of(self.module_name)
             lora_A = torch.rand(rank, self.in_features, generator=generator) * 2 - 1
             self.sqft_A[adapter_name] = nn.Parameter((lora_A * self.in_features**-0.5).to(device))
-            self.sqft_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+            lora_B = start_values((self.out_features, rank), config, generator)
+            self.sqft_B[adapter_name] = nn.Parameter(lora_B.to(device))
             self.active_rank[adapter_name] = rank
         if self.module_name in config.scale_modules:
             qparams = base_qparams(self)
@@ -108,7 +112,8 @@ class AdapterLinear(TunerLayer):
                     f"{self.module_name} is held in float32, which has no codes to freeze; load the base "
                     "with base_precision packed or latent"
                 )
-            self.sqft_scale[adapter_name] = nn.Parameter(torch.zeros(qparams.scale.shape, device=device))
+            change = start_values(qparams.scale.shape, config, generator)
+            self.sqft_scale[adapter_name] = nn.Parameter(change.to(device))
         self.settings[adapter_name] = config
 
     def set_rank(self, rank: int) -> None:
@@ -124,9 +129,9 @@ class AdapterLinear(TunerLayer):
         self.rank_chosen.add(name)
 
     def active_slice(self, name: str) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-        """The active part of an adapter: lora_A[:r], lora_B[:, :r]."""
+        """The active part of an adapter, float32 however it is kept: lora_A[:r], lora_B[:, :r]."""
         rank = self.active_rank[name]
-        return self.sqft_A[name][:rank], self.sqft_B[name][:, :rank]
+        return self.sqft_A[name][:rank].float(), self.sqft_B[name][:, :rank].float()
 
     def trained_scale(self, name: str) -> Float[Tensor, "out groups"] | None:
         """The trained scales, rounded to what is stored, differentiable in their change; None without any."""
@@ -135,7 +140,7 @@ class AdapterLinear(TunerLayer):
             return None
         bits = self.settings[name].scale_bits
         assert bits is not None
-        return trained_scale(qparams.scale, self.sqft_scale[name], bits)
+        return trained_scale(qparams.scale, self.sqft_scale[name].float(), bits)
 
     def adapted(self, name: str) -> Float[Tensor, "out in"]:
         """The float32 weight that this layer multiplies with, differentiable in A, B and the scales."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sqft.adapters.config import STORAGE_DTYPES, SqftConfig
-from sqft.adapters.tuner_layer import TunerLayer
+from sqft.adapters.tuner_layer import TunerLayer, start_values
 from sqft.errors import AdapterError
 from sqft.ops.trained import trained_norm
 
@@ -72,17 +72,16 @@ class AdapterNorm(TunerLayer):
     adapter_layer_names = ("sqft_norm",)
     sqft_norm: nn.ParameterDict
 
-    def add_adapter(self, adapter_name: str, config: SqftConfig) -> None:
-        """Add an adapter that changes nothing."""
+    def add_adapter(self, adapter_name: str, config: SqftConfig, generator: torch.Generator) -> None:
+        """Add an adapter that changes nothing, unless the configuration says otherwise (`init_weights`)."""
         weight = norm_weight(self)
-        self.sqft_norm[adapter_name] = nn.Parameter(
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        )
+        change = start_values(weight.shape, config, generator)
+        self.sqft_norm[adapter_name] = nn.Parameter(change.to(weight.device))
         self.settings[adapter_name] = config
 
     def trained(self, name: str) -> Float[Tensor, " features"]:
         """The weight that this norm multiplies with, float32; differentiable in the change."""
-        return trained_norm(norm_weight(self), self.sqft_norm[name], self._dtype(name))
+        return trained_norm(norm_weight(self), self.sqft_norm[name].float(), self._dtype(name))
 
     def stored(self, name: str | None = None) -> Tensor:
         """The trained weight as it is stored; default that of the active adapter.

@@ -9,7 +9,7 @@ from sqft.adapters.config import DEFAULT_RANK_GROUPS, DEFAULT_TARGETS
 from sqft.errors import AdapterError
 from sqft.models.blocks import is_linear, matches_name, select_names
 
-__all__ = ["find_quantized", "find_targets", "rank_groups"]
+__all__ = ["find_quantized", "find_targets", "in_layers", "rank_groups"]
 
 BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
@@ -19,7 +19,8 @@ def find_targets(
 ) -> dict[str, nn.Module]:
     """The linear layers inside repeated blocks that `patterns` names and `skip` does not, by full name.
 
-    Both are as `select_names` takes them; None takes q, k, v, up and down, or the fused forms of them.
+    Of a model without repeated blocks any linear layer may be named. Both are as `select_names` takes them;
+    None takes q, k, v, up and down, or the fused forms of them.
 
     Raises: AdapterError if a given pattern, or every default one, matches nothing, or nothing is left.
     """
@@ -28,19 +29,38 @@ def find_targets(
     linears = {
         name: module
         for name, module in model.named_modules()
-        if BLOCK.match(name) and not name.startswith(inside) and (is_linear(module) or name in wrapped)
+        if not name.startswith(inside) and (is_linear(module) or name in wrapped)
     }
+    linears = {name: module for name, module in linears.items() if BLOCK.match(name)} or linears
     found, missing = select_names(linears, DEFAULT_TARGETS if patterns is None else patterns)
     skipped, not_skipped = select_names(linears, skip)
     if not found or (patterns is not None and missing) or not_skipped:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
         unknown = missing if not found or patterns is not None else []
         names = ", ".join([*unknown, *not_skipped])
-        raise AdapterError(f"no linear layer is called {names}; the blocks of this model have: {there}")
+        raise AdapterError(f"no linear layer is called {names}; there are: {there}")
     left = {name: linears[name] for name in found if name not in skipped}
     if not left:
         raise AdapterError("skip_modules leaves no linear layer to adapt; name fewer")
     return left
+
+
+def in_layers(linears: dict[str, nn.Module], numbers: Sequence[int] | int | None) -> dict[str, nn.Module]:
+    """The linears in the blocks of these numbers; None takes all.
+
+    Raises: AdapterError if none is left.
+    """
+    if numbers is None or not linears:
+        return linears
+    wanted = {numbers} if isinstance(numbers, int) else set(numbers)
+    found = {
+        name: linear
+        for name, linear in linears.items()
+        if (block := BLOCK.match(name)) and int(block.group(1).rpartition(".")[2]) in wanted
+    }
+    if not found:
+        raise AdapterError(f"layers_to_transform {sorted(wanted)} leaves no linear layer to adapt")
+    return found
 
 
 def find_quantized(

@@ -19,8 +19,8 @@ from sqft.adapters.config import PEFT_TYPE, STORAGE_DTYPES, SqftConfig
 from sqft.adapters.identity import base_qparams, base_tensor, base_weight, check_identity, identity_of
 from sqft.adapters.layer import AdapterLinear, seeded_generator
 from sqft.adapters.norm import AdapterNorm, find_norms, norm_dtype, norm_weight
-from sqft.adapters.targets import find_quantized, find_targets, rank_groups
-from sqft.adapters.tuner_layer import TunerLayer
+from sqft.adapters.targets import find_quantized, find_targets, in_layers, rank_groups
+from sqft.adapters.tuner_layer import TunerLayer, base_dtype
 from sqft.errors import AdapterError
 from sqft.ops import keep_nonzero
 from sqft.ops.mask import existing_mask
@@ -53,6 +53,8 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
         left_out = config.exclude_modules or ()
         low_rank = find_targets(model, config.target_modules, left_out) if config.low_rank else {}
+        low_rank = in_layers(low_rank, config.layers_to_transform)
+        config.layers_to_transform = None
         scaled = self._find_scaled(model, config)
         norms = find_norms(model, config.norm_modules or None) if config.train_norms else {}
         rank_groups(low_rank, config.rank_groups)
@@ -129,6 +131,21 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
             )
         yield
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's autocast_adapter_dtype: False keeps an adapter in the 16 bits of its base.
+
+        What it adds is computed in float32 all the same.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules():
+            if autocast_adapter_dtype or not isinstance(layer, TunerLayer):
+                continue
+            for part in layer.adapter_layer_names:
+                parameters = getattr(layer, part)
+                if adapter_name in parameters:
+                    kept = parameters[adapter_name]
+                    kept.data = kept.data.to(base_dtype(layer.base_layer))
+
     def _prepare_adapter_config(self, peft_config: SqftConfig, model_config: dict[str, Any]) -> SqftConfig:
         return peft_config
 
@@ -143,12 +160,12 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         parameter_name: str | None = None,
     ) -> None:
         layer: TunerLayer
+        generator = seeded_generator(f"{peft_config.init_seed}:{current_key}")
         if current_key in peft_config.norm_modules:
             layer = target if isinstance(target, AdapterNorm) else AdapterNorm(target, current_key)
-            layer.add_adapter(adapter_name, peft_config)
+            layer.add_adapter(adapter_name, peft_config, generator)
         else:
             layer = target if isinstance(target, AdapterLinear) else AdapterLinear(target, current_key)
-            generator = seeded_generator(f"{peft_config.init_seed}:{current_key}")
             low_rank = current_key in self.low_rank_modules
             layer.add_adapter(adapter_name, peft_config, generator, low_rank=low_rank)
         if adapter_name not in self.active_adapters:

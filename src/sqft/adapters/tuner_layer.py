@@ -1,6 +1,7 @@
 """What every adapter layer does for PEFT: which adapter is active, merging into the base, and undoing it."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from sqft.adapters.config import SqftConfig
 from sqft.errors import AdapterError
 
-__all__ = ["TunerLayer"]
+__all__ = ["TunerLayer", "base_dtype", "device_of", "start_values"]
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is untyped
@@ -129,3 +130,19 @@ def device_of(layer: nn.Module) -> torch.device:
     for tensor in (*layer.parameters(), *layer.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def base_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype that a layer of the base computes in."""
+    weight = getattr(layer, "weight", None)
+    dtype = weight.dtype if isinstance(weight, Tensor) else getattr(layer, "compute_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+def start_values(
+    shape: Sequence[int], config: SqftConfig, generator: torch.Generator
+) -> Float[Tensor, "..."]:
+    """What a part of an adapter starts from: 0, or with `init_weights` False uniform in ±1/8."""
+    if config.init_weights:
+        return torch.zeros(*shape)
+    return (torch.rand(*shape, generator=generator) - 0.5) / 4

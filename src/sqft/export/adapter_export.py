@@ -11,7 +11,7 @@ from sqft.directories import check_destination, new_directory
 from sqft.errors import ExportError
 from sqft.export.model_card import adapter_card
 from sqft.formats.gguf_adapter import read_gguf_adapter, write_gguf_adapter
-from sqft.formats.gguf_names import ARCHITECTURES
+from sqft.formats.gguf_families import FAMILIES
 from sqft.formats.weights import ExportSource, open_source
 from sqft.runtimes.commands import serving_commands
 
@@ -69,7 +69,7 @@ def _gguf_source(adapter: ForeignAdapter, base_dir: Path | None) -> ExportSource
             "an adapter in gguf needs the names and rotary order of its model; give the base too"
         )
     source = open_source(base_dir)
-    if source.architecture not in ARCHITECTURES or adapter.config.get("use_dora"):
+    if source.architecture not in FAMILIES or adapter.config.get("use_dora"):
         what = "DoRA" if adapter.config.get("use_dora") else source.architecture
         raise ExportError(f"llama.cpp takes no adapter of {what}; merge it")
     return source

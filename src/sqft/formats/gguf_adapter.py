@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sqft.errors import ExportError
-from sqft.formats.gguf_names import ARCHITECTURES, gguf_name, rotary_order
+from sqft.formats.gguf_families import FAMILIES
+from sqft.formats.gguf_names import gguf_name, row_order
 from sqft.formats.weights import ExportSource
 from sqft.models.gguf_header import open_gguf
 
@@ -28,14 +29,13 @@ def write_gguf_adapter(source: ExportSource, factors: dict[str, tuple[Tensor, Te
 
     Raises: ExportError if a number is too large for float16.
     """
-    arch, _ = ARCHITECTURES[source.architecture]
-    writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[FAMILIES[source.architecture].arch])
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
     for name, (lora_A, lora_B) in factors.items():
         stored_name = gguf_name(source, f"{name}.weight")
-        rows = rotary_order(source, f"{name}.weight")
+        rows = row_order(source, f"{name}.weight")
         low, high = _half(name, lora_A), _half(name, lora_B)
         writer.add_tensor(f"{stored_name}.lora_a", low)
         writer.add_tensor(f"{stored_name}.lora_b", high if rows is None else np.ascontiguousarray(high[rows]))
@@ -54,7 +54,7 @@ def read_gguf_adapter(source: ExportSource, names: list[str], path: Path) -> dic
     factors = {}
     for name in names:
         stored_name = gguf_name(source, f"{name}.weight")
-        rows = rotary_order(source, f"{name}.weight", inverse=True)
+        rows = row_order(source, f"{name}.weight", inverse=True)
         low, high = stored.get(f"{stored_name}.lora_a"), stored.get(f"{stored_name}.lora_b")
         if low is None or high is None:
             raise ExportError(f"{path} lacks the update of {name}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
 from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES
 from gguf.quants import quantize as quantize_blocks
 from numpy.typing import NDArray
@@ -19,7 +19,8 @@ from torch import Tensor
 from sqft.artifacts import FACTS
 from sqft.errors import ExportError
 from sqft.formats.gguf_blocks import BLOCK, Q4_0, Q4_1, Q8_0, choose_block_type, pack_blocks, unpack_blocks
-from sqft.formats.gguf_names import ARCHITECTURES, gguf_name, head_size, rotary_order, tied_head
+from sqft.formats.gguf_families import FAMILIES, GgufFamily, head_size, rope_settings
+from sqft.formats.gguf_names import gguf_name, norm_offset, row_order, tied_head
 from sqft.formats.gguf_tokenizer import write_tokenizer
 from sqft.formats.weights import ExportSource, IntegerWeight, exact_in
 from sqft.models.gguf_header import open_gguf
@@ -64,9 +65,13 @@ def gguf_path(directory: Path) -> Path:
 
 def gguf_refusal(source: ExportSource) -> str | None:
     """Why a model cannot be held exactly; None if it can."""
-    if source.architecture not in ARCHITECTURES:
-        return f"the architecture {source.architecture} (only {', '.join(ARCHITECTURES)})"
-    rope = (source.config.get("rope_parameters") or {}).get("rope_type", "default")
+    family, config = FAMILIES.get(source.architecture), source.config
+    if family is None:
+        return f"the architecture {source.architecture} (only {', '.join(FAMILIES)})"
+    reason = family.refuse(config)
+    if reason is not None:
+        return reason
+    rope = rope_settings(config).get("rope_type", "default")
     if rope not in ROPES:
         return f"the rotary embedding '{rope}' (only {', '.join(ROPES)})"
     for name in source.quantized_names:
@@ -85,10 +90,9 @@ def write_gguf(source: ExportSource, path: Path, *, head_type: str = "auto") -> 
 
     Raises: ExportError if the tokenizer has no GGUF form.
     """
-    arch, _ = ARCHITECTURES[source.architecture]
-    config = source.config
-    writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
-    _write_metadata(writer, source, arch)
+    family, config = FAMILIES[source.architecture], source.config
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[family.arch])
+    _write_metadata(writer, source, family)
     write_tokenizer(writer, source.tokenizer, int(config["vocab_size"]))
     kinds: dict[str, str] = {}
     for name, data, kind in _tensors(source, head_type):
@@ -115,19 +119,18 @@ def read_gguf(source: ExportSource, path: Path) -> Iterator[tuple[str, IntegerWe
         if stored_name not in stored:
             raise ExportError(f"{path} lacks {stored_name}")
         tensor = stored[stored_name]
-        undo = rotary_order(source, name, inverse=True)
+        undo = row_order(source, name, inverse=True)
         data = np.asarray(tensor.data[undo] if undo is not None else tensor.data)
         kind = tensor.tensor_type
         if name.removesuffix(".weight") in source.quantized_names and kind in FILE_TYPES:
             yield name, unpack_blocks(data, kind)
         else:
-            yield name, _unpack_plain(data, kind)
+            yield name, _without_offset(source, name, _unpack_plain(data, kind))
 
 
 def changed_tokenizer_keys(source: ExportSource, path: Path) -> list[str]:
     """The tokenizer keys of a GGUF file that differ from those that this model's tokenizer gives."""
-    arch, _ = ARCHITECTURES[source.architecture]
-    writer = GGUFWriter(None, MODEL_ARCH_NAMES[arch])
+    writer = GGUFWriter(None, MODEL_ARCH_NAMES[FAMILIES[source.architecture].arch])
     write_tokenizer(writer, source.tokenizer, int(source.config["vocab_size"]))
     expected = {key: value.value for part in writer.kv_data for key, value in part.items()}
     fields = open_gguf(path).fields
@@ -151,7 +154,7 @@ def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array,
     for name in source.tensor_names():
         if name == tied:
             continue
-        stored_name, order = gguf_name(source, name), rotary_order(source, name)
+        stored_name, order = gguf_name(source, name), row_order(source, name)
         linear = name.removesuffix(".weight")
         if linear in source.quantized_names:
             weight = source.quantized(linear)
@@ -159,12 +162,22 @@ def _tensors(source: ExportSource, head_type: str) -> Iterator[tuple[str, Array,
             assert kind is not None, name
             data: Array = pack_blocks(weight, kind)
         else:
-            tensor = source.tensor(name)
+            tensor, offset = source.tensor(name), norm_offset(source, name)
+            tensor = tensor.float() + offset if offset else tensor
             data, kind = _plain(tensor, head_type if stored_name in HEADS else "auto")
         yield stored_name, data if order is None else np.ascontiguousarray(data[order]), kind
     factors = _rope_factors(source.config)
     if factors is not None:
         yield "rope_freqs.weight", factors, GGMLQuantizationType.F32
+
+
+def _without_offset(source: ExportSource, name: str, stored: Tensor) -> Tensor:
+    """A tensor as transformers holds it: the model's own where that gives the stored sum."""
+    offset = norm_offset(source, name)
+    if not offset:
+        return stored
+    own = source.tensor(name).float()
+    return torch.where(own + offset == stored, own, stored - offset)
 
 
 def _plain(tensor: Tensor, wanted: str) -> tuple[Array, GGMLQuantizationType]:
@@ -202,33 +215,34 @@ def _unpack_plain(data: Array, kind: GGMLQuantizationType) -> Tensor:
     return torch.from_numpy(np.array(data))
 
 
-def _write_metadata(writer: GGUFWriter, source: ExportSource, arch: MODEL_ARCH) -> None:
+def _write_metadata(writer: GGUFWriter, source: ExportSource, family: GgufFamily) -> None:
     config = source.config
-    rope = config.get("rope_parameters") or {}
+    rope = rope_settings(config)
     window = config.get("sliding_window")
     context = int(config["max_position_embeddings"])
+    windowless = family.arch in (MODEL_ARCH.LLAMA, MODEL_ARCH.STARCODER2)
     writer.add_type("model")
     writer.add_name(source.directory.name)
     writer.add_vocab_size(config["vocab_size"])
     # llama.cpp's llama has no sliding window: within one window there is no difference.
-    writer.add_context_length(min(context, window) if window and arch is MODEL_ARCH.LLAMA else context)
+    writer.add_context_length(min(context, window) if window and windowless else context)
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
+    groups = config.get("num_key_value_heads") if family.grouped else None
+    writer.add_head_count_kv(groups or config["num_attention_heads"])
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    add_epsilon = writer.add_layer_norm_eps if family.layer_norm else writer.add_layer_norm_rms_eps
+    add_epsilon(config[family.epsilon])
     writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
     partial = float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
     writer.add_rope_dimension_count(int(head_size(config) * partial))
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
+    if rope.get("rope_type", "default") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    if arch is MODEL_ARCH.PHI3:
-        writer.add_rope_scaling_orig_ctx_len(int(config.get("original_max_position_embeddings") or context))
-        writer.add_sliding_window(int(window or 0))
+    family.tell(writer, config)
     writer.add_quantization_version(2)
     first = choose_block_type(source.quantized(source.quantized_names[0])) if source.quantized_names else None
     writer.add_file_type(LlamaFileType.MOSTLY_F16 if first is None else FILE_TYPES[first])
@@ -239,7 +253,7 @@ def _write_metadata(writer: GGUFWriter, source: ExportSource, arch: MODEL_ARCH) 
 
 def _rope_factors(config: dict[str, Any]) -> NDArray[np.float32] | None:
     """Llama 3's frequency factors. Source: transformers, `modeling_rope_utils`."""
-    rope = config.get("rope_parameters") or {}
+    rope = rope_settings(config)
     if rope.get("rope_type") != "llama3":
         return None
     size = head_size(config)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from sqft.errors import ModelError, first_line
 from sqft.models.beside import read_config
 from sqft.models.blocks import decoder_blocks, is_linear
+from sqft.models.other_names import RenamedFile, stored_names
 from sqft.models.packing import (
     packed_specs,
     read_grid,
@@ -171,6 +172,10 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
         for name in _handle(handles, path).keys()  # noqa: SIM118
     }
     skeleton = build_skeleton(config, trust_remote_code)
+    stored = stored_names(skeleton, files)
+    for path in {files[name] for name in stored.values()}:
+        handles[path] = RenamedFile(handles[path], stored)
+    files |= {own: files.pop(name) for own, name in stored.items()}
     blocks = tuple(decoder_blocks(skeleton))
     _check_tensors(directory, skeleton, files, handles, grid)
     inside = next(n for n, m in decoder_blocks(skeleton)[blocks[0]].named_modules() if is_linear(m))
