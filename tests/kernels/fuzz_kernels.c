@@ -43,7 +43,7 @@ int main(int argc, char **argv) {
         memset(data, (int)draw(256), (size_t)bytes + 64);
         if (sqft_pack(layout, group, rows, columns, steps, scales, data) == 0) {
             struct sqft_weight weight = {layout, group, rows, groups * group, data};
-            float *x = malloc(sizeof(float) * (size_t)(batch * columns)), *y[3];
+            float *x = malloc(sizeof(float) * (size_t)(batch * columns)), *y[SQFT_ISAS];
             int8_t *row = malloc((size_t)weight.columns);
             float *scale = malloc(sizeof(float) * (size_t)groups);
             fitted++;
@@ -52,7 +52,7 @@ int main(int argc, char **argv) {
                 if (memcmp(row, steps + r * columns, (size_t)columns)) return printf("steps differ\n"), 1;
             }
             for (int64_t i = 0; i < batch * columns; i++) x[i] = (float)draw(2001) / 1000 - 1;
-            for (int isa = 0; isa < 3; isa++) {
+            for (int isa = 0; isa < SQFT_ISAS; isa++) {
                 y[isa] = malloc(sizeof(float) * (size_t)(batch * rows));
                 sqft_use_isa(isa);
                 if (sqft_multiply(&weight, x, columns, batch, y[isa], 1 + (int)draw(4))) return printf("memory\n"), 1;
@@ -60,7 +60,7 @@ int main(int argc, char **argv) {
                     if (!(fabsf(y[isa][i] - y[0][i]) <= 1e-3f * (1 + fabsf(y[0][i]))))
                         return printf("layout %d, %d, isa %d: %g, not %g\n", layout, group, isa, y[isa][i], y[0][i]), 1;
             }
-            for (int isa = 0; isa < 3; isa++) free(y[isa]);
+            for (int isa = 0; isa < SQFT_ISAS; isa++) free(y[isa]);
             free(x), free(row), free(scale);
         }
         free(steps), free(scales), free(data);

@@ -49,7 +49,7 @@ LAYOUTS: dict[Layout, str] = {
 # Fastest first, as measured by benchmarks/sparse_decode.py. Arbitrary masks are smaller than dense steps,
 # not faster.
 BY_SPEED: tuple[Layout, ...] = ("index4", "window332", "window2", "window3", "mask8", "dense")
-INSTRUCTIONS = ("plain", "avx2", "avx512")
+INSTRUCTIONS = ("plain", "avx2", "avx512", "neon", "dotprod")  # in the order of `enum sqft_isa`
 
 
 class _Weight(ctypes.Structure):

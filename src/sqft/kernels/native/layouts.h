@@ -105,6 +105,8 @@ struct sqft_kernels {
 extern const struct sqft_kernels sqft_plain;
 #if defined(__x86_64__)
 extern const struct sqft_kernels sqft_avx2, sqft_avx512;
+#elif defined(__aarch64__)
+extern const struct sqft_kernels sqft_neon, sqft_dotprod;
 #endif
 
 /* The two halves of a product, for hosts with threads of their own. sqft_activation_bytes: memory of one vector on its

@@ -4,6 +4,15 @@
 
 #include "layouts.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#define HAS_DOTPROD (getauxval(AT_HWCAP) >> 20 & 1) /* HWCAP_ASIMDDP */
+#elif defined(__APPLE__)
+#define HAS_DOTPROD 1
+#else
+#define HAS_DOTPROD 0
+#endif
+
 #define BATCH 8     /* vectors that are multiplied in one pass over the weight */
 #define PAD 64      /* bytes behind the activations that kernels may read */
 #define SMALL 65536 /* weights worth a thread of their own */
@@ -19,6 +28,8 @@ static int best_isa(void) {
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
                  __builtin_cpu_supports("avx512vbmi2");
     return avx512 ? SQFT_AVX512 : avx2 ? SQFT_AVX2 : SQFT_PLAIN;
+#elif defined(__aarch64__)
+    return HAS_DOTPROD ? SQFT_DOTPROD : SQFT_NEON;
 #else
     return SQFT_PLAIN;
 #endif
@@ -32,8 +43,8 @@ int sqft_isa(void) {
 }
 
 int sqft_use_isa(int isa) {
-    int best = best_isa();
-    chosen_isa = isa < 0 ? SQFT_PLAIN : isa < best ? isa : best;
+    int best = best_isa(), least = best >= SQFT_NEON ? SQFT_NEON : SQFT_AVX2;
+    chosen_isa = isa < least ? SQFT_PLAIN : isa < best ? isa : best;
     return chosen_isa;
 }
 
@@ -41,6 +52,9 @@ static const struct sqft_kernels *kernels_of(int isa) {
 #if defined(__x86_64__)
     if (isa == SQFT_AVX512) return &sqft_avx512;
     if (isa == SQFT_AVX2) return &sqft_avx2;
+#elif defined(__aarch64__)
+    if (isa == SQFT_DOTPROD) return &sqft_dotprod;
+    if (isa == SQFT_NEON) return &sqft_neon;
 #endif
     (void)isa;
     return &sqft_plain;

@@ -35,7 +35,7 @@ enum sqft_layout {
     SQFT_LAYOUTS = 8
 };
 
-enum sqft_isa { SQFT_PLAIN = 0, SQFT_AVX2 = 1, SQFT_AVX512 = 2 };
+enum sqft_isa { SQFT_PLAIN = 0, SQFT_AVX2 = 1, SQFT_AVX512 = 2, SQFT_NEON = 3, SQFT_DOTPROD = 4, SQFT_ISAS = 5 };
 
 /* A packed weight. columns is padded to group (32 or 64), rows to 8; data holds sqft_pack's output and 64 bytes
  * behind it that may be read and are not used. */
@@ -51,7 +51,7 @@ SQFT_API int sqft_abi(void);
 
 /* The instructions that are used: the best there are, or what sqft_use_isa chose (tests, benchmarks). */
 SQFT_API int sqft_isa(void);
-/* Returns what is used from now on, at most `isa`. Not while products run. */
+/* Returns what is used from now on, at most `isa` of those that this processor's kind can have. Not while products run. */
 SQFT_API int sqft_use_isa(int isa);
 
 /* Bytes of a packed weight, without the 64 behind it; -1 if the shape or layout is none. `steps` (rows, columns)

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "layouts.h"
+#include "positions.h"
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define AHEAD 4096 /* bytes that are fetched before they are needed: a processor's own prefetcher stops at a page */
@@ -95,27 +96,9 @@ INLINE __m256i sum_quads(const int count, const struct quad *quad, const int8_t 
     return in_lanes(subtract(sum, eights));
 }
 
-/* Positions of the kept of a mask of 8 columns: packed from the first byte on, or up to the last one. */
-static uint64_t kept_first[256], kept_last[256];
-
-__attribute__((constructor)) static void fill_tables(void) {
-    for (int mask = 0; mask < 256; mask++) {
-        int used = 0, count = __builtin_popcount((unsigned)mask);
-        for (int c = 0; c < 8; c++) {
-            if (!(mask >> c & 1)) continue;
-            kept_first[mask] |= (uint64_t)c << 8 * used;
-            kept_last[mask] |= (uint64_t)(8 + c) << 8 * (8 - count + used);
-            used++;
-        }
-    }
-}
-
 INLINE __m256i mask_positions(const uint8_t *p) {
-    __m128i first = _mm_set_epi64x((long long)kept_first[p[2]], (long long)kept_first[p[0]]);
-    __m128i last = _mm_set_epi64x((long long)kept_last[p[3]], (long long)kept_last[p[1]]);
-    __m128i more = _mm_set_epi64x((long long)kept_first[p[6]], (long long)kept_first[p[4]]);
-    __m128i end = _mm_set_epi64x((long long)kept_last[p[7]], (long long)kept_last[p[5]]);
-    return _mm256_set_m128i(_mm_or_si128(more, end), _mm_or_si128(first, last));
+    return _mm256_set_epi64x((long long)kept_positions(p + 6), (long long)kept_positions(p + 4),
+                             (long long)kept_positions(p + 2), (long long)kept_positions(p));
 }
 
 /* 8 lanes, one for each row: the sums of a block for each of n vectors. */
