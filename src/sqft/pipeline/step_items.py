@@ -31,10 +31,10 @@ def prepare_items(context: StageContext) -> dict[str, Any]:
 
 def check_splits(recipe: Recipe, splits: "Splits") -> None:
     """Raises: DataError if a split is empty that something in the recipe measures on."""
-    if recipe.search and recipe.search.method == "hill_climb" and not splits.search:
+    if recipe.search and recipe.search.evaluates and not splits.search:
         raise DataError(
-            "search.method hill_climb compares sub-adapters on search items, and the data is too small to be "
-            "split; give data.search, more items, or take search.method median"
+            f"search.method {recipe.search.method} compares sub-adapters on search items, and the data is "
+            "too small to be split; give data.search, more items, or take search.method median"
         )
     for training in (recipe.tune, recipe.train):
         if training and training.selects and not splits.search:

@@ -18,22 +18,24 @@ def search(context: StageContext) -> dict[str, Any]:
     from sqft.adapters import SearchSpace, codes_digest, extract_sub_adapter, set_ranks
     from sqft.data import read_items
     from sqft.evaluation import evaluate_loss
-    from sqft.search import search_sub_adapter
+    from sqft.evaluation.gradients import backward_loss
+    from sqft.search import rank_slopes, search_sub_adapter
 
     section = context.recipe.search or SearchSection()
     adapted = open_adapted(context.base, context.inputs["train"] / ADAPTER, **context.opening).eval()
-    hill_climb = section.method == "hill_climb"
-    items = read_items(context.inputs["items"], "search") if hill_climb else []
+    items = read_items(context.inputs["items"], "search") if section.evaluates else []
+    loss_on = context.data.loss_on
 
     def objective(sub_adapter: dict[str, int]) -> float:
         set_ranks(adapted, sub_adapter)
-        return evaluate_loss(adapted, items, loss_on=context.data.loss_on).loss
+        return evaluate_loss(adapted, items, loss_on=loss_on).loss
 
     space = SearchSpace.of(adapted)
     result = search_sub_adapter(
         space,
         objective,
         section,
+        slopes=lambda: rank_slopes(adapted, lambda: backward_loss(adapted, items, loss_on=loss_on)),
         seed=context.recipe.seed,
         storage=context.directory / TRIALS,
         progress=context.progress,

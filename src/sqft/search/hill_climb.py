@@ -2,21 +2,16 @@
 
 import random
 from collections.abc import Iterator
-from typing import Any
-
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler
-from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
 
 from sqft.adapters import SearchSpace, SubAdapter
+from sqft.search.proposer import Proposer
 
 __all__ = ["HillClimb"]
 
 TRIES = 64  # random draws around the best sub-adapter before more groups are moved
 
 
-class HillClimb(BaseSampler):  # type: ignore[misc]
+class HillClimb(Proposer):
     """Starts at the median; a proposal moves `neighbours` groups of the best so far to the next rank.
 
     A proposal is a pure function of the seed and the finished trials, so that a search that was killed goes
@@ -27,10 +22,8 @@ class HillClimb(BaseSampler):  # type: ignore[misc]
     """
 
     def __init__(self, space: SearchSpace, seed: int, neighbours: int) -> None:
-        self.space, self.seed, self.neighbours = space, seed, neighbours
-        self.distributions: dict[str, BaseDistribution] = {
-            group: CategoricalDistribution(space.ranks) for group in space.groups
-        }
+        super().__init__(space)
+        self.seed, self.neighbours = seed, neighbours
 
     def propose(self, trials: list[tuple[SubAdapter, float]]) -> SubAdapter:
         """What to evaluate next, given the (sub-adapter, loss) pairs in the order they finished."""
@@ -57,24 +50,3 @@ class HillClimb(BaseSampler):  # type: ignore[misc]
         ranks = self.space.ranks
         index = ranks.index(rank)
         return [ranks[i] for i in (index - 1, index + 1) if 0 <= i < len(ranks)] or [rank]
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All groups, always: Optuna's own inference would read every trial again."""
-        return self.distributions
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Optuna's call for a proposal."""
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        trials = [
-            ({group: done.params[group] for group in self.space.groups}, float(done.value))
-            for done in finished
-        ]
-        return self.propose(trials)
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> int:
-        """Never needed: every parameter is proposed together."""
-        return self.space.median()[param_name]

@@ -1,4 +1,4 @@
-"""The search for a sub-adapter: heuristics that look at nothing, and hill climbing on an objective."""
+"""The search for a sub-adapter: heuristics that look at nothing, hill climbing, and a surrogate."""
 
 import hashlib
 import logging
@@ -18,7 +18,9 @@ from sqft.artifacts import digest_json, sync_path
 from sqft.errors import TrainingError, WorkspaceError
 from sqft.progress import SILENT, Progress, errors_only
 from sqft.search.hill_climb import HillClimb
+from sqft.search.proposer import Listed, Proposer
 from sqft.search.result import SearchResult, Trial
+from sqft.search.surrogate import Surrogate, mean_rank, surrogate_candidates
 from sqft.sections import SearchSection
 
 __all__ = ["METHODS", "Objective", "search_sub_adapter"]
@@ -33,6 +35,7 @@ def search_sub_adapter(
     objective: Objective,
     section: SearchSection,
     *,
+    slopes: Callable[[], Surrogate] | None = None,
     seed: int = 0,
     storage: Path,
     progress: Progress = SILENT,
@@ -41,8 +44,9 @@ def search_sub_adapter(
 
     median, maximal, minimal: chosen from the space alone, the objective is never called. hill_climb: at most
     `section.num_trials` sub-adapters are evaluated, the median first; the lowest loss wins, the first of
-    equals. Finished trials are kept in `storage`, an Optuna journal: a call that finds some there goes on
-    from them and ends with the same result as a search that was never interrupted.
+    equals. surrogate: as many, the median and those that look best by `slopes` (`rank_slopes`). Finished
+    trials are kept in `storage`, an Optuna journal: a call that finds some there goes on from them and ends
+    with the same result as a search that was never interrupted.
 
     Raises: TrainingError if the space is empty or the objective is not a finite number; WorkspaceError if the
     journal is damaged or of another search.
@@ -51,7 +55,7 @@ def search_sub_adapter(
     """
     if not space.groups:
         raise TrainingError("there is nothing to search: the adapter has no rank group")
-    return METHODS[section.method](space, objective, section, seed, storage, progress)
+    return METHODS[section.method](space, objective, section, seed, storage, progress, slopes)
 
 
 def _median(space: SearchSpace, *_: Any) -> SearchResult:
@@ -73,12 +77,46 @@ def _hill_climb(
     seed: int,
     storage: Path,
     progress: Progress,
+    slopes: object,
 ) -> SearchResult:
     sampler = HillClimb(space, seed, section.neighbours)
     wanted = min(section.num_trials, len(space.ranks) ** len(space.groups))
+    return _evaluate(space, objective, sampler, wanted, [seed, section.neighbours], storage, progress)
+
+
+def _surrogate(
+    space: SearchSpace,
+    objective: Objective,
+    section: SearchSection,
+    seed: int,
+    storage: Path,
+    progress: Progress,
+    slopes: Callable[[], Surrogate] | None,
+) -> SearchResult:
+    if slopes is None:
+        raise TrainingError("search.method surrogate needs the slopes of the ranks, and nothing gives them")
+    surrogate = slopes()
+    listed = list(surrogate_candidates(space, surrogate, section.budget))
+    if section.budget is None or mean_rank(space.median()) <= section.budget:
+        listed.insert(0, space.median())
+    listed = listed[: section.num_trials]
+    kind = ["surrogate", seed, section.budget]
+    return _evaluate(space, objective, Listed(space, listed), len(listed), kind, storage, progress)
+
+
+def _evaluate(
+    space: SearchSpace,
+    objective: Objective,
+    sampler: Proposer,
+    wanted: int,
+    kind: list[Any],
+    storage: Path,
+    progress: Progress,
+) -> SearchResult:
+    """Evaluate as many sub-adapters as wanted. kind: what tells this search from others in its journal."""
     quiet = errors_only(optuna.logging.get_verbosity, optuna.logging.set_verbosity)
     with quiet, progress.task("search", wanted) as advance:
-        study = _open_study(storage, sampler, space, seed)
+        study = _open_study(storage, sampler, digest_json([space.groups, space.ranks, *kind]), space)
         advance(min(wanted, len(_finished(study, space))))
         while len(_finished(study, space)) < wanted:
             trial = study.ask()
@@ -101,17 +139,17 @@ METHODS: dict[str, Callable[..., SearchResult]] = {
     "maximal": _maximal,
     "median": _median,
     "minimal": _minimal,
+    "surrogate": _surrogate,
 }
 
 
-def _open_study(storage: Path, sampler: HillClimb, space: SearchSpace, seed: int) -> optuna.Study:
+def _open_study(storage: Path, sampler: Proposer, name: str, space: SearchSpace) -> optuna.Study:
     """Open the study in the journal, after clearing away what a killed process left behind."""
     storage.parent.mkdir(parents=True, exist_ok=True)
     sealed = _seals(storage).exists()
     for lock in storage.parent.glob(f"{storage.name}.lock*"):
         lock.unlink()  # of a process that was killed; the workspace's own lock keeps others out
     _cut_to_seal(storage)
-    name = digest_json([space.groups, space.ranks, seed, sampler.neighbours])
     try:
         study = optuna.create_study(
             study_name=name,

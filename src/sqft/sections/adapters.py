@@ -256,8 +256,22 @@ class TuneSection(TrainingSection):
 class SearchSection(Section):
     """Which sub-adapter of the super-adapter is taken."""
 
-    method: Literal["median", "maximal", "minimal", "hill_climb"] = "median"
-    num_trials: Positive = Field(
-        20, description="Sub-adapters that hill_climb evaluates, the median included."
+    method: Literal["median", "maximal", "minimal", "hill_climb", "surrogate"] = Field(
+        "median",
+        description="surrogate: those that look best by gradients at the smallest and the largest, and the "
+        "median, are evaluated.",
     )
+    num_trials: Positive = Field(
+        20, description="Sub-adapters that hill_climb or surrogate evaluates, the median included."
+    )
+    budget: float | None = Field(None, gt=0, description="Of surrogate: the mean rank over groups at most.")
     neighbours: Positive = Field(2, description="Rank groups that a step of hill_climb moves.")
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether sub-adapters are compared on the search items."""
+        return self.method in ("hill_climb", "surrogate")
+
+    def without_effect(self) -> dict[str, str]:
+        """Only the surrogate knows of every sub-adapter what it would lose."""
+        return {} if self.method == "surrogate" else {"budget": "it goes with method surrogate"}
