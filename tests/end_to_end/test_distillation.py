@@ -46,7 +46,7 @@ def test_a_teacher_predicts_once_and_every_training_learns_from_it(values: Any) 
     planned, result = plan_recipe(recipe), run_recipe(recipe)
     names = [finished.name for finished in result.stages]
     assert names == [stage.name for stage in planned.stages]
-    assert names.index("teacher") == names.index("train") - 1
+    assert names[:3] == ["items", "teacher", "sparsify"]  # what does not fit is refused before the long work
     teacher = stage(result, "teacher")
     tensors = load_file(teacher.directory / TEACHER)
     assert tensors["texts.tokens"].shape == (8, 16)

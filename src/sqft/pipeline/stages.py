@@ -81,6 +81,8 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
         stages.append(Stage("items", ("model", "data"), {}, prepare_items))
     if recipe.tune:
         stages.append(_tune_stage(recipe))
+    if recipe.distillation:  # before what takes hours: a teacher or texts that do not fit are refused here
+        stages.append(_teacher_stage(recipe, recipe.distillation))
     if recipe.sparsify:
         settings, inputs = _compression_inputs(recipe, recipe.sparsify.calibrates)
         settings["sparsify"] = _settings(recipe.sparsify)
@@ -100,7 +102,6 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
         }
         inputs = (base, "items")
         if recipe.distillation:
-            stages.append(_teacher_stage(recipe, recipe.distillation))
             weights = {"text_weight", "item_weight", "batch_size"}
             settings["distillation"] = recipe.distillation.model_dump(mode="json", include=weights)
             inputs = (*inputs, "teacher")

@@ -38,6 +38,15 @@ class Distillation:
         return self.section.item_weight > 0
 
     @property
+    def num_text_tokens(self) -> int:
+        """Tokens of text in a step of one process."""
+        return (
+            0
+            if self.teacher.text_tokens is None
+            else self.teacher.text_tokens[: self.section.batch_size].numel()
+        )
+
+    @property
     def digest(self) -> str:
         """Changes with whatever a training sees of it."""
         return digest_json([self.teacher.digest, self.section.model_dump(mode="json"), self.seed])

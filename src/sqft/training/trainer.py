@@ -200,7 +200,9 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         if callback.is_fresh:
             process = self.accelerator.process_index
             text = self.distillation.text_loss(model, callback.model, callback.step, process)
-            parts += [] if text is None else [text]
+            if text is not None:
+                parts.append(text)
+                callback.tokens += self.distillation.num_text_tokens
         return torch.stack(parts).sum() if parts else None
 
 
