@@ -35,10 +35,11 @@ from safetensors.torch import save_file
 
 from sqft.pipeline import parse_recipe, plan_recipe, run_recipe, runner
 
-SIZES = {  # (hidden, intermediate, blocks, vocabulary)
+# (hidden, intermediate, blocks, vocabulary). One block is compressed at a time, so two show what many take.
+SIZES = {
     "45M": (768, 2048, 5, 4096),
-    "0.3B": (2048, 5632, 5, 8192),
-    "1B": (2048, 8192, 16, 32000),
+    "0.3B": (2048, 5632, 2, 49152),
+    "1B": (2048, 8192, 14, 32000),
 }
 ADAPTERS: dict[str, Any] = {
     "train": {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3},
@@ -67,6 +68,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "quantize": GPTQ | {"method": "joint"},
         "adapters": {"method": "scales"},
         **(ADAPTERS | {"train": {"max_steps": 2, "batch_size": 4}}),
+    },
+    "wanda, lora": {
+        "sparsify": {"method": "wanda"},
+        "adapters": {"method": "lora", "ranks": [16]},
+        **(ADAPTERS | {"evaluate": ADAPTERS["evaluate"] | {"models": ["adapted"]}}),
     },
     "gptaq": {"quantize": GPTQ | {"method": "gptaq"}},
 }
