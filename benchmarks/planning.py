@@ -74,6 +74,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "adapters": {"method": "lora", "ranks": [16]},
         **(ADAPTERS | {"evaluate": ADAPTERS["evaluate"] | {"models": ["adapted"]}}),
     },
+    "long items": {
+        "sparsify": {"method": "magnitude"},
+        "adapters": {"method": "sparse_peft", "ranks": [16]},
+        "data": {"sequence_length": 512, "answer": "{answer} " * 200},
+        **(ADAPTERS | {"evaluate": ADAPTERS["evaluate"] | {"models": ["adapted"]}}),
+    },
     "gptaq": {"quantize": GPTQ | {"method": "gptaq"}},
 }
 WITHIN = 0.25
@@ -119,11 +125,11 @@ def recipe_values(name: str, model: Path, folder: Path) -> dict[str, Any]:
         "model": str(model),
         "data": {
             "train": str(folder / "train.jsonl"), "prompt": "question: {question} ",
-            "sequence_length": 32,
+            "sequence_length": 32, **RECIPES[name].get("data", {}),
         },
         "calibration": {"num_samples": 32, "sequence_length": 64},
         "runtime": {"workspace": str(folder / "runs"), "device": "cpu"},
-        **RECIPES[name],
+        **{section: value for section, value in RECIPES[name].items() if section != "data"},
     }  # fmt: skip
 
 

@@ -41,6 +41,8 @@ FACTORING = 6  # matrices of the width that a factorisation holds at most, its r
 TARGETING = 5  # and as many more where the weight aims at what the dense model puts out
 SHARED_INPUTS = ("k_proj", "v_proj", "up_proj")  # read what q_proj and gate_proj read
 LOGIT_ROWS = 2048  # that scoring holds at a time (`evaluation/scoring.py`)
+SEARCH_BATCH = 16  # items that a search measures a sub-adapter on at a time
+TEACHER_TOKENS = 512  # that a teacher sees at a time
 WORKING = 4  # float32 copies of the largest linear while a model runs: its adapted weight, products
 
 
@@ -104,14 +106,15 @@ class Estimate:
                 self.recipe.train or TrainSection(), dense=kind == "train_dense"
             ), 4 * FLOAT32 * self.adapter_weights
         if kind == "teacher":
-            return self._inference(), self._predictions()
+            return self._inference(max(TEACHER_TOKENS, self._length("train"))), self._predictions()
         if kind == "search":
-            return self._inference(adapted=True), FLOAT32 * self.adapter_weights
+            memory = self._inference(SEARCH_BATCH * self._length("search"), adapted=True)
+            return memory, FLOAT32 * self.adapter_weights
         if kind in ("merge", "export"):
             quantized = self.recipe.quantize is not None
-            memory = self._merging() if kind == "merge" else self._inference()
+            memory = self._merging() if kind == "merge" else self._inference(self._length("test"))
             return memory, self._stored(quantized=quantized, latent=False)
-        return self._inference(adapted=stage.argument == "adapted"), 0
+        return self._inference(self._measured_tokens(), adapted=stage.argument == "adapted"), 0
 
     def _length(self, split: str) -> int:
         """Tokens of a padded item."""
@@ -190,10 +193,24 @@ class Estimate:
         tokens = train.batch_size // train.gradient_accumulation * self._length("train")
         blocks = 1 if train.gradient_checkpointing else self.outline.num_blocks
         kept = FLOAT32 * tokens * (8 * self.outline.hidden_size + 3 * self.widest) * blocks
-        logits = 3 * FLOAT32 * tokens * self.outline.vocab_size
+        logits = 3 * FLOAT32 * self._logits_at_a_time(tokens)
         trained = self.tuned_weights if isinstance(train, TuneSection) else self.adapter_weights
         step = WORKING * FLOAT32 * self.largest
         return self._trainable(dense=dense) + 4 * FLOAT32 * trained + kept + logits + step
+
+    def _logits_at_a_time(self, tokens: int) -> int:
+        """Of a training step, whose loss takes them in chunks where nothing follows the output layer."""
+        import torch
+
+        from sqft.ops.cross_entropy import chunk_elements
+        from sqft.training.head import AFTER_HEAD
+
+        config, vocabulary = self.outline.skeleton.config, self.outline.vocab_size
+        if any(getattr(config, name, None) for name in AFTER_HEAD):
+            return tokens * vocabulary
+        device = self.recipe.runtime.device
+        on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+        return min(tokens * vocabulary, max(vocabulary, chunk_elements("cuda" if on_gpu else "cpu")))
 
     def _trainable(self, *, dense: bool = False) -> float:
         """A model that adapters stand on: linears in the blocks as they are stored, all else in float32."""
@@ -213,9 +230,13 @@ class Estimate:
     def _whole(self) -> float:
         return FLOAT32 * (self.block_weights + self.other_weights)
 
-    def _inference(self, *, adapted: bool = False) -> float:
+    def _measured_tokens(self) -> int:
+        """Tokens of a batch that a model is measured on: of items, or of windows of a text."""
         section = self.recipe.evaluate or EvaluateSection()
-        rows = min(section.batch_size * self._length(section.split), LOGIT_ROWS)
-        logits = 2 * FLOAT32 * rows * self.outline.vocab_size
+        windows = section.sequence_length if section.general_text or section.perplexity else 0
+        return section.batch_size * max(self._length(section.split) if self.recipe.data else 0, windows)
+
+    def _inference(self, tokens: int, *, adapted: bool = False) -> float:
+        logits = 2 * FLOAT32 * min(tokens, LOGIT_ROWS) * self.outline.vocab_size
         working = WORKING * FLOAT32 * self.largest
         return (self._trainable() if adapted else self._whole()) + working + logits
