@@ -71,6 +71,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "apertus": {},
     "hunyuan_v1_dense": {"head_dim": 16},
     "gpt_bigcode": {},
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 64,
+    },
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 16},
+    "gpt_oss": {"intermediate_size": 64, "head_dim": 16, "num_local_experts": 4},
 }  # fmt: skip
 
 

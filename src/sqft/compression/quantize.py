@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from sqft.compression.statistics import DenseTargetHessian, Hessian
 from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter
+from sqft.models.experts import scale_dtype
 from sqft.ops import GridSpec, encode_latent, keep_nonzero
 from sqft.ops.head_grid import round_head
 from sqft.progress import SILENT, Progress
@@ -145,7 +146,7 @@ def quantize_model(
         spill_dir=writer.directory / "activations" if spill else None,
     )
     masked = linears if section.method == "joint" else masks
-    grid = _grid(section)
+    grid = replace(_grid(section), stored_dtype=scale_dtype(checkpoint.skeleton(), _grid(section)))
     writer.prepare(quantized=linears, grid=grid, masked=masked, latent=linears, halves=heads)
 
     def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:

@@ -7,6 +7,7 @@ from torch import nn
 
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, check_fused_groups, fused_weights, head_weights, target_linears
+from sqft.models.experts import has_experts
 from sqft.ops.head_grid import HEAD_GROUP
 from sqft.ops.pattern import parse_pattern
 from sqft.sections import QuantizeSection, SparsifySection
@@ -39,6 +40,10 @@ def choose_layers(
     check_fused_groups(chosen, target_linears(skeleton, None, []))
     if not chosen:
         raise CompressionError("target_modules and skip_modules leave no layer to compress")
+    if isinstance(section, QuantizeSection) and not section.symmetric and has_experts(skeleton):
+        raise CompressionError(
+            "transformers reads experts on symmetric grids alone; set quantize.symmetric: true"
+        )
     for name in chosen:
         _check_width(name, shapes[name][1], section)
     return chosen

@@ -23,6 +23,7 @@ from sqft.artifacts import replace_file, seal, unseal
 from sqft.compression.processes import share_of_rows
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, decoder_blocks
+from sqft.models.experts import show_every_token
 
 __all__ = ["BlockWalk", "InputGroup", "Statistic", "digest_tensor", "read_facts"]
 
@@ -103,6 +104,7 @@ class BlockWalk:
             shutil.rmtree(spill_dir, ignore_errors=True)
         self.device, self.dtype = torch.device(device), dtype
         self.model = checkpoint.skeleton().to(dtype=dtype)
+        show_every_token(self.model)
         self.blocks = decoder_blocks(self.model)
         self.hidden: list[Tensor] = []
         self.dense_hidden: list[Tensor] = []

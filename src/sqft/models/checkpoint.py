@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from sqft.errors import ModelError, first_line
 from sqft.models.beside import read_config
 from sqft.models.blocks import decoder_blocks, is_linear
+from sqft.models.experts import separate_experts
 from sqft.models.other_names import RenamedFile, stored_names
 from sqft.models.packing import (
     packed_specs,
@@ -262,6 +263,7 @@ def build_skeleton(config: Any, trust_remote_code: bool) -> PreTrainedModel:
         ) from error
     except Exception as error:
         raise _wrong_setting(Path(config._name_or_path), error) from error
+    separate_experts(model)
     model.tie_weights()
     return model.eval()
 

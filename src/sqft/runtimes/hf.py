@@ -54,4 +54,8 @@ def run_transformers(
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with warnings.catch_warnings(), quiet_transformers():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        return run_model(AutoModelForCausalLM.from_pretrained(directory, **options), items)
+        model = AutoModelForCausalLM.from_pretrained(directory, **options)
+    for parameter in model.parameters():
+        if parameter.ndim == 3:  # experts, which stay in the dtype of their scales, whatever is asked for
+            parameter.data = parameter.data.float()
+    return run_model(model, items)
