@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
 
 from sqft.adapters import SqftConfig, codes_digest, merge_adapters
@@ -38,8 +39,23 @@ def test_layers_to_transform_names_blocks_by_number(make_base: Any) -> None:
     assert {name.split(".")[2] for name in merge_adapters(model)} == {"1"}
     assert settings.layers_to_transform == 1
     assert model.peft_config["default"].layers_to_transform is None  # its targets are full names
-    with pytest.raises(AdapterError, match="leaves no linear layer"):
+    with pytest.raises(AdapterError, match="leaves no layer to adapt"):
         get_peft_model(make_base("lora"), SqftConfig(method="lora", ranks=[2], layers_to_transform=[7]))
+
+
+def test_layers_to_transform_holds_for_scales_and_norms(make_base: Any) -> None:
+    settings = SqftConfig(method="scales", layers_to_transform=[0])
+    model = get_peft_model(make_base("qa_sparse_peft"), settings)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {".layers.0." in name for name in trained} == {True}
+    assert {"sqft_scale", "sqft_norm"} == {name.split(".")[-2] for name in trained}
+
+
+def test_what_peft_alone_does_for_lora_is_refused_as_peft_refuses_it(make_base: Any, tmp_path: Any) -> None:
+    model = get_peft_model(make_base("lora"), SqftConfig(method="lora", ranks=[2]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only supports LORA but SQFT was passed"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default")
 
 
 @pytest.mark.parametrize("method", ["sparse_peft", "qa_sparse_peft", "scales"])

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from sqft.models.quantized_linear import QuantizedLinear
+from sqft.models.saving import save_as_packed
 from sqft.ops import GridSpec, compute_qparams, encode_latent, keep_nonzero, mask_rows, quantize
 from tests.conftest import _config, _tokenizer
 
@@ -42,7 +43,10 @@ def build_base(auto_class: Any, model_id: str, dtype: torch.dtype | None = None,
     torch.manual_seed(0)
     model = auto_class.from_config(config, dtype=dtype or torch.float32)
     model.config._name_or_path = model.name_or_path = model_id
-    return prepare(model.eval(), model_id)
+    prepare(model.eval(), model_id)
+    if model_id.endswith(" int4"):
+        save_as_packed(model)
+    return model
 
 
 def build_tokenizer(model_id: str, **_: Any) -> PreTrainedTokenizerFast:

@@ -21,7 +21,7 @@ from tests.peft_suite.refusals import UNREACHABLE, refusal_of
 # What PEFT's tests import for models of images, none of which is run here.
 if find_spec("diffusers") is None:
     sys.modules["diffusers"] = ModuleType("diffusers")
-    sys.modules["diffusers"].StableDiffusionPipeline = None  # type: ignore[attr-defined]
+    sys.modules["diffusers"].StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
 
 CONFIG_ARGUMENTS = {
     "config_cls",

@@ -45,21 +45,21 @@ def find_targets(
     return left
 
 
-def in_layers(linears: dict[str, nn.Module], numbers: Sequence[int] | int | None) -> dict[str, nn.Module]:
-    """The linears in the blocks of these numbers; None takes all.
+def in_layers(modules: dict[str, nn.Module], numbers: Sequence[int] | int | None) -> dict[str, nn.Module]:
+    """The modules in the blocks of these numbers, by full name; None takes all.
 
     Raises: AdapterError if none is left.
     """
-    if numbers is None or not linears:
-        return linears
+    if numbers is None or not modules:
+        return modules
     wanted = {numbers} if isinstance(numbers, int) else set(numbers)
     found = {
-        name: linear
-        for name, linear in linears.items()
+        name: module
+        for name, module in modules.items()
         if (block := BLOCK.match(name)) and int(block.group(1).rpartition(".")[2]) in wanted
     }
     if not found:
-        raise AdapterError(f"layers_to_transform {sorted(wanted)} leaves no linear layer to adapt")
+        raise AdapterError(f"layers_to_transform {sorted(wanted)} leaves no layer to adapt")
     return found
 
 

@@ -53,10 +53,11 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         config = self.peft_config[adapter_name] = deepcopy(self.peft_config[adapter_name])
         left_out = config.exclude_modules or ()
         low_rank = find_targets(model, config.target_modules, left_out) if config.low_rank else {}
-        low_rank = in_layers(low_rank, config.layers_to_transform)
-        config.layers_to_transform = None
         scaled = self._find_scaled(model, config)
         norms = find_norms(model, config.norm_modules or None) if config.train_norms else {}
+        blocks = config.layers_to_transform
+        low_rank, scaled, norms = (in_layers(found, blocks) for found in (low_rank, scaled, norms))
+        config.layers_to_transform = None  # full names say it from here on
         rank_groups(low_rank, config.rank_groups)
         unknown = sorted(set(config.rank_pattern) - set(low_rank))
         if unknown:
