@@ -14,6 +14,7 @@ TIERS = [
         "progress",
         "artifacts",
         "checks",
+        "deferred",
         "marks",
         "directories",
         "patterns",
@@ -33,7 +34,8 @@ TIER = {name: place for place, names in enumerate(TIERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
 # Plain values and errors that everything of the lowest tier may share.
 FOUNDATION = {
-    "errors", "progress", "artifacts", "checks", "marks", "directories", "patterns", "sections", "untrusted",
+    "errors", "progress", "artifacts", "checks", "deferred", "marks", "directories", "patterns", "sections",
+    "untrusted",
 }  # fmt: skip
 # sqft itself, and `python -m sqft`, stand above all: they only hand on.
 ENTRANCES = {SOURCE / "__init__.py", SOURCE / "__main__.py"}

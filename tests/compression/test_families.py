@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from sqft.compression import choose_layers, quantize_model
 from sqft.compression.walk import BlockWalk
 from sqft.errors import CompressionError, ModelError
-from sqft.models import load_model, model_outline, open_checkpoint
+from sqft.models import load_model, model_outline, open_checkpoint, outline_skeleton
 from sqft.models.experts import show_every_token
 from sqft.models.writer import CheckpointWriter, write_model
 from sqft.runtimes.hf import run_model, run_transformers
@@ -81,7 +81,7 @@ def test_experts_on_int4_open_in_transformers_exactly(
     own = run_model(load_model(tmp_path / "int4"), items)
     assert (run_transformers(tmp_path / "int4", items) - own).abs().max() <= 1e-5 * own.abs().max()
     with pytest.raises(CompressionError, match=r"set quantize\.symmetric: true"):
-        choose_layers(source.skeleton(), source.linears, section.model_copy(update={"symmetric": False}))
+        choose_layers(outline_skeleton(source.skeleton()), section.model_copy(update={"symmetric": False}))
 
 
 @pytest.mark.parametrize("arch", REFUSED)

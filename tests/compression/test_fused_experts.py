@@ -30,9 +30,9 @@ def test_a_model_that_is_mostly_experts_is_refused(
     with pytest.raises(
         CompressionError, match=r"8\d% of the weights .* \(model.layers.\d.mlp.experts.gate_up"
     ):
-        choose_layers(outline.skeleton, outline.linears, section())
+        choose_layers(outline, section())
     named = section(target_modules=["q_proj", "k_proj", "v_proj"])
-    assert len(choose_layers(outline.skeleton, outline.linears, named)) == 6
+    assert len(choose_layers(outline, named)) == 6
 
 
 def test_the_share_of_zeros_counts_experts_too(experts_dir: Path) -> None:

@@ -1,8 +1,10 @@
 """What a run would refuse hours later is refused by its plan, before anything is written."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +209,26 @@ def test_memory_grows_with_what_a_method_holds(make_recipe: Callable[..., dict[s
         return stage.memory_bytes
 
     assert needs(method="rtn") < needs(method="gptq") < needs(method="gptaq")
+
+
+def test_a_plan_of_what_was_planned_before_needs_no_torch(
+    make_recipe: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor transformers, whose import alone takes seconds; other settings of training are nothing new."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = make_recipe("llama", GGUF)
+    planned = plan_recipe(parse_recipe(values))
+    values["train"] = values.get("train", {}) | {"learning_rate": 0.5}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values))
+    script = (
+        "import sys; from sqft.cli import run_command_line; "
+        f"code = run_command_line(['plan', {str(recipe)!r}, '--json']); "
+        "sys.exit(code or ' '.join({'torch', 'transformers'} & sys.modules.keys()) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    again = json.loads(done.stdout)
+    assert again["modules"] == json.loads(json.dumps([asdict(module) for module in planned.modules]))
+    assert planned.data is not None
+    assert again["data"] == json.loads(json.dumps(asdict(planned.data)))

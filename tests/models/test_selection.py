@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from sqft.adapters import SqftConfig, attach_adapters
 from sqft.errors import AdapterError, ModelError
 from sqft.models import load_model
-from sqft.models.blocks import select_names, target_linears
+from sqft.models.blocks import target_linears
+from sqft.models.names import select_names
 from sqft.sections import AdapterSection, SparsifySection
 
 NAMES = [f"model.layers.{n}.{end}" for n in (0, 1) for end in ("attn.q_proj", "attn.k_proj", "mlp.up_proj")]

@@ -12,7 +12,7 @@ from sqft.ops.adapted_linear import GRADIENTS, check_choice
 from sqft.ops.kernel_use import KERNELS
 from sqft.sections import AdapterSection
 
-__all__ = ["DEFAULT_TARGETS", "METHODS", "PEFT_TYPE", "SqftConfig"]
+__all__ = ["METHODS", "PEFT_TYPE", "SqftConfig"]
 
 
 class SqftType(StrEnum):
@@ -29,7 +29,6 @@ TASK_HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 METHODS = ("lora", "sparse_peft", "qa_sparse_peft", "scales")
-DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "up_proj", "gate_up_proj", "down_proj")
 STORAGE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULTS = AdapterSection()
 DEFAULT_RANK_GROUPS = (("q_proj", "k_proj", "v_proj"),)

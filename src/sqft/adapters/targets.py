@@ -1,26 +1,23 @@
 """Which modules get an adapter, and which of them share a rank."""
 
-import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from sqft.adapters.config import DEFAULT_RANK_GROUPS, DEFAULT_TARGETS
+from sqft.adapters.config import DEFAULT_RANK_GROUPS
 from sqft.errors import AdapterError
-from sqft.models.blocks import is_linear, matches_name, select_names
+from sqft.models.blocks import is_linear
+from sqft.models.names import REPEATED, choose_adapted, is_repeated, matches_name
 
 __all__ = ["find_quantized", "find_targets", "in_layers", "rank_groups"]
-
-BLOCK = re.compile(r"^(.*?\.\d+)\.")
 
 
 def find_targets(
     model: nn.Module, patterns: Sequence[str] | str | None, skip: Sequence[str] | str = ()
 ) -> dict[str, nn.Module]:
-    """The linear layers inside repeated blocks that `patterns` names and `skip` does not, by full name.
+    """The linear layers inside repeated blocks that `choose_adapted` chooses, by full name.
 
-    Of a model without repeated blocks any linear layer may be named. Both are as `select_names` takes them;
-    None takes q, k, v, up and down, or the fused forms of them.
+    Of a model without repeated blocks any linear layer may be named.
 
     Raises: AdapterError if a given pattern, or every default one, matches nothing, or nothing is left.
     """
@@ -31,18 +28,8 @@ def find_targets(
         for name, module in model.named_modules()
         if not name.startswith(inside) and (is_linear(module) or name in wrapped)
     }
-    linears = {name: module for name, module in linears.items() if BLOCK.match(name)} or linears
-    found, missing = select_names(linears, DEFAULT_TARGETS if patterns is None else patterns)
-    skipped, not_skipped = select_names(linears, skip)
-    if not found or (patterns is not None and missing) or not_skipped:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-        unknown = missing if not found or patterns is not None else []
-        names = ", ".join([*unknown, *not_skipped])
-        raise AdapterError(f"no linear layer is called {names}; there are: {there}")
-    left = {name: linears[name] for name in found if name not in skipped}
-    if not left:
-        raise AdapterError("skip_modules leaves no linear layer to adapt; name fewer")
-    return left
+    linears = {name: module for name, module in linears.items() if is_repeated(name)} or linears
+    return {name: linears[name] for name in choose_adapted(linears, patterns, skip)}
 
 
 def in_layers(modules: dict[str, nn.Module], numbers: Sequence[int] | int | None) -> dict[str, nn.Module]:
@@ -56,7 +43,7 @@ def in_layers(modules: dict[str, nn.Module], numbers: Sequence[int] | int | None
     found = {
         name: module
         for name, module in modules.items()
-        if (block := BLOCK.match(name)) and int(block.group(1).rpartition(".")[2]) in wanted
+        if (block := REPEATED.match(name)) and int(block.group(1).rpartition(".")[2]) in wanted
     }
     if not found:
         raise AdapterError(f"layers_to_transform {sorted(wanted)} leaves no layer to adapt")
@@ -102,7 +89,7 @@ def rank_groups(names: Iterable[str], patterns: list[list[str]] | None) -> dict[
         lists = [i for i, group in enumerate(shared) if any(matches_name(name, p) for p in group)]
         if len(lists) > 1:
             raise AdapterError(f"{name} stands in {len(lists)} rank groups; leave it in one")
-        block = BLOCK.match(name)
+        block = REPEATED.match(name)
         key = (block.group(1) if block else "", lists[0]) if lists else (name, -1 - position)
         members.setdefault(key, []).append(name)
     return {_group_name(block, group): tuple(group) for (block, _), group in members.items()}

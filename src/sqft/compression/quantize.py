@@ -23,7 +23,7 @@ from sqft.compression.sparsegpt import prune_and_round
 from sqft.compression.statistics import DenseTargetHessian, Hessian
 from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
 from sqft.errors import CompressionError
-from sqft.models import Checkpoint, CheckpointWriter
+from sqft.models import Checkpoint, CheckpointWriter, outline_skeleton
 from sqft.models.experts import scale_dtype
 from sqft.ops import GridSpec, encode_latent, keep_nonzero
 from sqft.ops.head_grid import round_head
@@ -132,8 +132,8 @@ def quantize_model(
     """
     method = METHODS[section.method]
     check_not_quantized(checkpoint)
-    linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
-    heads = choose_heads(checkpoint.skeleton(), section)
+    outline = outline_skeleton(checkpoint.skeleton())
+    linears, heads = choose_layers(outline, section), choose_heads(outline, section)
     masks = masks or {}
     _check_masks(checkpoint, masks)
     if method.statistic is not None and calibration is None:

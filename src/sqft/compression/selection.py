@@ -1,23 +1,22 @@
 """Which layers a section means, and whether it fits them: shapes alone, before any weight is read."""
 
 import math
-from collections.abc import Mapping
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from sqft.errors import CompressionError
-from sqft.models import Checkpoint, check_fused_groups, fused_weights, head_weights, target_linears
-from sqft.models.experts import has_experts
-from sqft.ops.head_grid import HEAD_GROUP
-from sqft.ops.pattern import parse_pattern
+from sqft.models.names import check_fused_groups, choose_linears
+from sqft.patterns import Pattern
 from sqft.sections import QuantizeSection, SparsifySection
+
+if TYPE_CHECKING:
+    from sqft.models import Checkpoint, ModelOutline
 
 __all__ = ["check_not_quantized", "choose_heads", "choose_layers"]
 
 LARGEST_FUSED = 0.25  # share of the blocks' weights that may lie outside linears before a user must agree
 
 
-def check_not_quantized(checkpoint: Checkpoint) -> None:
+def check_not_quantized(checkpoint: "Checkpoint") -> None:
     """Raises: CompressionError if the weights are codes already."""
     if checkpoint.quantized_names:
         raise CompressionError(
@@ -25,50 +24,49 @@ def check_not_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def choose_layers(
-    skeleton: nn.Module, shapes: Mapping[str, tuple[int, int]], section: SparsifySection | QuantizeSection
-) -> list[str]:
-    """Full names of the linears to compress. shapes: (out, in) by name.
+def choose_layers(outline: "ModelOutline", section: SparsifySection | QuantizeSection) -> list[str]:
+    """Full names of the linears to compress.
 
     Raises: ModelError for an unknown name, or if a group that runtimes fuse is split; CompressionError if
     nothing is left, a group size or pattern does not fit a width, or most weights are no linears and the
     section does not name what to compress.
     """
     if section.target_modules is None:
-        _check_fused_weights(skeleton, shapes)
-    chosen = list(target_linears(skeleton, section.target_modules, section.skip_modules))
-    check_fused_groups(chosen, target_linears(skeleton, None, []))
+        _check_fused_weights(outline)
+    chosen = choose_linears(outline.linears, section.target_modules, section.skip_modules)
+    check_fused_groups(chosen, outline.linears)
     if not chosen:
         raise CompressionError("target_modules and skip_modules leave no layer to compress")
-    if isinstance(section, QuantizeSection) and not section.symmetric and has_experts(skeleton):
+    if isinstance(section, QuantizeSection) and not section.symmetric and outline.has_experts:
         raise CompressionError(
             "transformers reads experts on symmetric grids alone; set quantize.symmetric: true"
         )
     for name in chosen:
-        _check_width(name, shapes[name][1], section)
+        _check_width(name, outline.linears[name][1], section)
     return chosen
 
 
-def choose_heads(skeleton: nn.Module, section: QuantizeSection) -> list[str]:
+def choose_heads(outline: "ModelOutline", section: QuantizeSection) -> list[str]:
     """Full names of the weights of embedding and head that quantize.head means; none without it.
 
     Raises: CompressionError if its groups do not divide the width.
     """
     if section.head is None:
         return []
-    heads = head_weights(skeleton)
-    for name, weight in heads.items():
-        if weight.shape[1] % HEAD_GROUP:
+    from sqft.ops.head_grid import HEAD_GROUP  # torch, which a plan without it does not wait for
+
+    for name, (_, width) in outline.heads.items():
+        if width % HEAD_GROUP:
             raise CompressionError(
-                f"quantize.head: {name} has a width of {weight.shape[1]}, and a grid of 8 bits has groups of "
+                f"quantize.head: {name} has a width of {width}, and a grid of 8 bits has groups of "
                 f"{HEAD_GROUP}; leave it out"
             )
-    return list(heads)
+    return list(outline.heads)
 
 
-def _check_fused_weights(skeleton: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
-    fused = {name: parameter.numel() for name, parameter in fused_weights(skeleton).items()}
-    linear = sum(math.prod(shapes[name]) for name in target_linears(skeleton, None, []))
+def _check_fused_weights(outline: "ModelOutline") -> None:
+    fused = outline.fused
+    linear = sum(math.prod(shape) for shape in outline.linears.values())
     share = sum(fused.values()) / (sum(fused.values()) + linear)
     if share > LARGEST_FUSED:
         largest = max(fused, key=lambda name: fused[name])
@@ -84,7 +82,7 @@ def _check_width(name: str, columns: int, section: SparsifySection | QuantizeSec
             f"{name}: group size {section.group_size} does not divide its width {columns}; "
             "choose one that does, or -1 for one group a row"
         )
-    if section.pattern is not None and columns % parse_pattern(section.pattern).block:
+    if section.pattern is not None and columns % Pattern.parse(section.pattern).block:
         raise CompressionError(
             f"{name}: pattern {section.pattern} does not fit a width of {columns}; skip it"
         )

@@ -24,7 +24,7 @@ from sqft.compression.statistics import DenseTargetHessian, Hessian, InputNorm
 from sqft.compression.walk import BlockWalk, InputGroup
 from sqft.compression.wanda import wanda_scores
 from sqft.errors import CompressionError
-from sqft.models import Checkpoint, CheckpointWriter
+from sqft.models import Checkpoint, CheckpointWriter, outline_skeleton
 from sqft.ops import keep_nonzero, mask_pattern, mask_rows
 from sqft.ops.adapted import exact_float32
 from sqft.ops.mask import existing_mask
@@ -91,7 +91,7 @@ def sparsify_model(
     """
     statistic = needed_statistic(section)
     check_not_quantized(checkpoint)
-    linears = choose_layers(checkpoint.skeleton(), checkpoint.linears, section)
+    linears = choose_layers(outline_skeleton(checkpoint.skeleton()), section)
     if (statistic is not None or section.budget == "owl") and calibration is None:
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
     spill_dir = writer.directory / "activations" if spill else None

@@ -1,17 +1,22 @@
 """Measuring a model: loss and accuracy on held-out items, perplexity, and lm-evaluation-harness."""
 
-from sqft.evaluation.accuracy import AccuracyResult, evaluate_accuracy
-from sqft.evaluation.harness import evaluate_tasks, find_task_data
-from sqft.evaluation.items import evaluate_items
-from sqft.evaluation.loss import (
-    LossResult,
-    PerplexityResult,
-    evaluate_general,
-    evaluate_loss,
-    evaluate_perplexity,
-    general_path,
-)
-from sqft.evaluation.paired import Difference, compare_correct, paired_difference
+from typing import TYPE_CHECKING
+
+from sqft.deferred import deferred_names
+
+if TYPE_CHECKING:
+    from sqft.evaluation.accuracy import AccuracyResult, evaluate_accuracy
+    from sqft.evaluation.general import general_path
+    from sqft.evaluation.harness import evaluate_tasks, find_task_data
+    from sqft.evaluation.items import evaluate_items
+    from sqft.evaluation.loss import (
+        LossResult,
+        PerplexityResult,
+        evaluate_general,
+        evaluate_loss,
+        evaluate_perplexity,
+    )
+    from sqft.evaluation.paired import Difference, compare_correct, paired_difference
 
 __all__ = [
     "AccuracyResult",
@@ -29,3 +34,5 @@ __all__ = [
     "general_path",
     "paired_difference",
 ]
+
+__getattr__ = deferred_names(__name__, __file__)

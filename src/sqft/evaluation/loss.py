@@ -12,6 +12,7 @@ from sqft.artifacts import digest_json
 from sqft.data import Example
 from sqft.errors import DataError
 from sqft.evaluation.accuracy import has_choices, score_choices
+from sqft.evaluation.general import general_path
 from sqft.evaluation.intervals import ratio_interval
 from sqft.evaluation.scoring import Row, Scorable, score_rows
 from sqft.progress import SILENT, Progress
@@ -22,7 +23,6 @@ __all__ = [
     "evaluate_general",
     "evaluate_loss",
     "evaluate_perplexity",
-    "general_path",
 ]
 
 GENERAL_TOKENS = 4096
@@ -102,11 +102,6 @@ def loss_of(scores: Sequence[Sequence[float]]) -> LossResult:
     sums = [-math.fsum(values) for values in scores]
     counts = [len(values) for values in scores]
     return LossResult(*ratio_interval(sums, counts), len(sums), sums, counts)
-
-
-def general_path(text: str) -> Path:
-    """The file that `evaluate.general_text` means."""
-    return Path(__file__).with_name("general.txt") if text == "package" else Path(text)
 
 
 def evaluate_general(

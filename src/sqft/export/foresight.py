@@ -9,7 +9,6 @@ from sqft.export.table import find_format, require_runtime
 from sqft.formats.gguf_tokenizer import check_gguf_tokenizer
 from sqft.formats.planned import planned_source
 from sqft.ops import GridSpec
-from sqft.sections import QuantizeSection
 
 __all__ = ["check_exports"]
 
@@ -18,19 +17,16 @@ def check_exports(
     formats: Sequence[str],
     config: Any,
     quantized: Mapping[str, tuple[int, int]],
-    section: QuantizeSection | None,
+    grid: GridSpec | None,
     tokenizer: Any = None,
 ) -> None:
     """Check that every format can hold the model that a recipe makes.
 
-    quantized: shapes of the linears on the section's grid, by name. tokenizer: None leaves it out.
+    quantized: shapes of the linears on the grid, by name. tokenizer: None leaves it out.
 
     Raises: ExportError naming the formats that can; MissingExtraError if the runtime that must check a format
     is not installed.
     """
-    grid = None
-    if section is not None:
-        grid = GridSpec(section.bits, section.group_size, section.symmetric, section.scale_bits)
     source = planned_source(config, quantized, grid)
     for name in formats:
         reason = find_format(name).refusal(source)

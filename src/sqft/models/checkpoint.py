@@ -1,10 +1,7 @@
 """A model directory, opened without reading its weights: names, shapes, and one tensor at a time."""
 
-import io
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.utils import logging as transformers_logging
 
 from sqft.errors import ModelError, first_line
 from sqft.models.beside import read_config
@@ -30,6 +26,7 @@ from sqft.models.packing import (
     unpack_weight,
 )
 from sqft.models.sparse_packing import STEPS, head_specs, sparse_specs, unpack_codes, unpack_head
+from sqft.models.tokenizer import quiet_transformers
 from sqft.ops import GridSpec, QuantizedWeight
 from sqft.ops.head_grid import head_weight
 from sqft.untrusted import check_regular
@@ -39,7 +36,6 @@ __all__ = [
     "build_skeleton",
     "open_checkpoint",
     "open_config",
-    "quiet_transformers",
     "read_generation",
 ]
 
@@ -190,24 +186,6 @@ def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Chec
     parts = {part for name in in_bytes for part in head_specs(name, (0, 0))}
     names = tuple(sorted({*files, *(f"{name}{WEIGHT}" for name in in_bytes)} - parts))
     return Checkpoint(directory, config, names, blocks, dtype, grid, trust_remote_code, files, handles)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars and hints off the screen for a while.
-
-    Some of its bars know no switch, so what it writes to stderr is dropped.
-    """
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def open_config(directory: Path, trust_remote_code: bool) -> Any:

@@ -2,18 +2,15 @@
 
 import logging
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import transformers
-from transformers import AutoConfig, AutoTokenizer
 
 from sqft.artifacts import digest_file, user_cache
 from sqft.directories import new_directory
 from sqft.errors import ModelError, SqftError, first_line
-from sqft.models.checkpoint import quiet_transformers
 from sqft.models.gguf_header import read_gguf_header
-from sqft.models.loading import load_tokenizer
+from sqft.models.tokenizer import load_tokenizer, quiet_transformers
 
 __all__ = ["gguf_config", "gguf_tokenizer"]
 
@@ -23,6 +20,7 @@ LARGE_BYTES = 16 * 1024 * 1024  # of smaller files nothing is kept: they are rea
 
 def gguf_config(path: Path) -> Any:
     """The configuration inside a GGUF file. Raises: ModelError if it cannot be read."""
+    from transformers import AutoConfig
 
     def read() -> Any:
         read_gguf_header(path)  # its counts and lengths are believed by who reads it next
@@ -42,6 +40,8 @@ def gguf_tokenizer(path: Path) -> Any:
     """
 
     def read() -> Any:
+        from transformers import AutoTokenizer
+
         read_gguf_header(path)
         try:
             with quiet_transformers():
@@ -62,7 +62,7 @@ def _kept(path: Path, part: str, load: Callable[[Path], Any], read: Callable[[],
     """A part of a large file as it was read before, from the user's cache; else read now, and kept there."""
     if path.stat().st_size < LARGE_BYTES:
         return read()
-    name = f"{path.stem}-{digest_file(path)[:12]}-{transformers.__version__}"
+    name = f"{path.stem}-{digest_file(path)[:12]}-{version('transformers')}"
     place = user_cache() / "gguf" / name / part
     if place.is_dir():
         try:

@@ -1,16 +1,15 @@
 """Whole models in memory: to run, and to train adapters on."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sqft.errors import ModelError, first_line
-from sqft.models.checkpoint import Checkpoint, open_checkpoint, quiet_transformers, read_generation
+from sqft.errors import ModelError
+from sqft.models.checkpoint import Checkpoint, open_checkpoint, read_generation
 from sqft.models.quantized_linear import GridLinear, PackedLinear, QuantizedLinear
 from sqft.models.saving import save_as_packed
 from sqft.models.writer import StoredMasks, read_latents
@@ -21,7 +20,6 @@ from sqft.ops.mask import existing_mask
 __all__ = [
     "build_trainable",
     "load_model",
-    "load_tokenizer",
     "load_trainable",
     "read_quantized",
     "training_dtype",
@@ -148,23 +146,6 @@ def build_trainable(
     return _finish(model, checkpoint, dtype, device)
 
 
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory, with a padding token.
-
-    Raises: ModelError if it has none, or one with more tokens than the model.
-    """
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-            tokenizer.decode(tokenizer(["a", "a b"])["input_ids"][1])
-    except Exception as error:  # of many kinds: parts of a wrong type meet code that computes with them
-        raise ModelError(f"{directory} has no tokenizer that can be read ({first_line(error)})") from error
-    _check_vocabulary(Path(directory) / "config.json", tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def read_quantized(directory: Path) -> dict[str, QuantizedWeight]:
     """Codes and grid of every quantized linear; empty for a model that is not quantized.
 
@@ -202,24 +183,6 @@ def _quantized_layer(
     if mask is not None and not torch.equal(base != 0, mask):
         raise ModelError(f"{name}: the zeros of the base are not those of its stored mask; quantize it again")
     return QuantizedLinear(base if base_precision == "float32" else latent, weight.qparams, bias, dtype=dtype)
-
-
-def _check_vocabulary(path: Path, tokenizer: Any) -> None:
-    """Refuse ids past the embedding's end: an IndexError on a CPU, and on a GPU the process dies."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        size = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
-    except (OSError, ValueError, AttributeError):
-        return  # opening the model says what is wrong with it
-    # Special tokens past the end do no harm unused: conversions and tokenizer classes add such.
-    added = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
-    used = [tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0, *tokenizer("a")["input_ids"]]
-    last = max([tokenizer.vocab_size - 1, *added, *used])
-    if isinstance(size, int) and last >= size:
-        raise ModelError(
-            f"the tokenizer of {path.parent} has ids up to {last}, but the model has {size} tokens; "
-            "take the tokenizer that belongs to it"
-        )
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

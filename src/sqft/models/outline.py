@@ -1,64 +1,24 @@
-"""What can be known of a model before any weight is loaded: its identity and its shapes."""
+"""What can be known of a model before any weight is loaded: its shapes."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sqft.artifacts import digest_file, digest_files, digest_json
-from sqft.models.blocks import decoder_blocks
+from sqft.models.blocks import decoder_blocks, fused_weights, head_weights
 from sqft.models.checkpoint import build_skeleton, open_checkpoint, open_config
+from sqft.models.experts import has_experts
 from sqft.models.gguf_description import gguf_config
-from sqft.models.source import fetch_from_hub, find_gguf
+from sqft.models.location import fetch_from_hub, find_gguf
+from sqft.models.packing import read_grid
+from sqft.models.shapes import AFTER_HEAD, ModelOutline, Shapes
+from sqft.ops import GridSpec
 from sqft.sections import ModelSection
 
-__all__ = ["ModelOutline", "model_identity", "model_outline", "source_bytes"]
+__all__ = ["model_config", "model_outline", "outline_skeleton"]
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-
-
-@dataclass(frozen=True)
-class ModelOutline:
-    """Shapes of a model.
-
-    skeleton: the model on the meta device. linears: (out, in) of every linear inside the
-    blocks, by full name. has_weights: False of a directory with a config alone, which can be planned for.
-    """
-
-    skeleton: nn.Module
-    linears: dict[str, tuple[int, int]]
-    num_parameters: int
-    num_blocks: int
-    hidden_size: int
-    vocab_size: int
-    has_weights: bool = True
-
-
-def model_identity(section: ModelSection, digest_cache: Path) -> str:
-    """A digest of the weights that a recipe starts from: of file contents, or of the hub's commit.
-
-    Raises: ModelError if there is no such model.
-    """
-    gguf = find_gguf(section)
-    if gguf is not None:
-        content: Any = digest_file(gguf, cache=digest_cache)
-    elif Path(section.source).expanduser().is_dir():
-        content = digest_files(Path(section.source).expanduser(), cache=digest_cache)
-    else:
-        content = fetch_from_hub(section, weights=False).name  # a snapshot is called after its commit
-    return digest_json({"content": content, "storage_dtype": section.storage_dtype})
-
-
-def source_bytes(section: ModelSection) -> int:
-    """The size of what `model_identity` reads; 0 for a model of the hub, which its commit identifies.
-
-    Raises: ModelError if there is no such model.
-    """
-    gguf = find_gguf(section)
-    directory = Path(section.source).expanduser()
-    paths = [gguf] if gguf is not None else directory.rglob("*") if directory.is_dir() else []
-    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def model_outline(section: ModelSection) -> ModelOutline:
@@ -66,33 +26,69 @@ def model_outline(section: ModelSection) -> ModelOutline:
 
     Raises: ModelError if there is no such model, or its architecture is not understood.
     """
-    gguf, has_weights = find_gguf(section), True
     directory = Path(section.source).expanduser()
+    is_here = find_gguf(section) is None and directory.is_dir()
+    has_weights = not is_here or _has_weights(directory)
+    if is_here and has_weights:  # which must be whole
+        checkpoint = open_checkpoint(directory, trust_remote_code=section.trust_remote_code)
+        outline = outline_skeleton(checkpoint.skeleton())
+        return _quantized(outline, checkpoint.quantized_names, checkpoint.grid)
+    config = model_config(section)
+    outline = outline_skeleton(build_skeleton(config, section.trust_remote_code), has_weights=has_weights)
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return outline
+    grid = read_grid(settings if isinstance(settings, dict) else settings.to_dict())
+    return _quantized(outline, tuple(outline.linears), grid)
+
+
+def model_config(section: ModelSection) -> Any:
+    """The configuration of a model, as transformers has it.
+
+    Raises: ModelError if there is no such model, or its configuration is not understood.
+    """
+    gguf = find_gguf(section)
     if gguf is not None:
-        config = gguf_config(gguf)
-    elif directory.is_dir():
-        has_weights = any(path.suffix in WEIGHTS for path in directory.iterdir())
-        if has_weights:
-            config = open_checkpoint(directory, trust_remote_code=section.trust_remote_code).config
-        else:
-            config = open_config(directory, section.trust_remote_code)
-    else:
-        config = open_config(fetch_from_hub(section, weights=False), section.trust_remote_code)
-    skeleton = build_skeleton(config, section.trust_remote_code)
+        return gguf_config(gguf)
+    directory = Path(section.source).expanduser()
+    found = directory if directory.is_dir() else fetch_from_hub(section, weights=False)
+    return open_config(found, section.trust_remote_code)
+
+
+def outline_skeleton(skeleton: Any, *, has_weights: bool = True) -> ModelOutline:
+    """The shapes of a model whose parameters may be on the meta device.
+
+    Raises: ModelError if its decoder blocks are not found.
+    """
     blocks = decoder_blocks(skeleton)
-    linears = {
-        f"{block_name}.{name}": (module.out_features, module.in_features)
-        for block_name, block in blocks.items()
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    parameters = {id(parameter): parameter.numel() for parameter in skeleton.parameters()}
+    inside = tuple(f"{name}." for name in blocks)
+    linears: Shapes = {}
+    other: Shapes = {}
+    for name, module in skeleton.named_modules():
+        if isinstance(module, nn.Linear):
+            found = linears if name.startswith(inside) else other
+            found[name] = (module.out_features, module.in_features)
+    text = skeleton.config.get_text_config()
     return ModelOutline(
-        skeleton,
         linears,
-        sum(parameters.values()),
+        sum({id(parameter): parameter.numel() for parameter in skeleton.parameters()}.values()),
         len(blocks),
-        config.get_text_config().hidden_size,
-        config.get_text_config().vocab_size,
+        text.hidden_size,
+        text.vocab_size,
         has_weights,
+        other,
+        {name: weight.numel() for name, weight in fused_weights(skeleton).items()},
+        {name: (weight.shape[0], weight.shape[1]) for name, weight in head_weights(skeleton).items()},
+        has_experts=has_experts(skeleton),
+        changes_logits=any(getattr(skeleton.config, name, None) for name in AFTER_HEAD),
     )
+
+
+def _quantized(outline: ModelOutline, names: tuple[str, ...], grid: GridSpec | None) -> ModelOutline:
+    parts = ("bits", "group_size", "symmetric", "scale_bits")
+    stated = None if grid is None else {part: getattr(grid, part) for part in parts}
+    return replace(outline, quantized=list(names), grid=stated)
+
+
+def _has_weights(directory: Path) -> bool:
+    return any(path.suffix in WEIGHTS for path in directory.iterdir())

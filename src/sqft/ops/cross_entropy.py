@@ -17,14 +17,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sqft.kernels.choices import choose_loss
+from sqft.kernels.choices import CHUNK_ELEMENTS, choose_loss
 from sqft.ops.kernel_use import device_capability
 
 __all__ = ["chunk_elements", "chunked_cross_entropy", "liger_cross_entropy"]
-
-# Logits that exist at a time. A chunk reads the output layer twice, so a GPU needs many tokens in one to be
-# bound by its products: 2^26 are 512 tokens of 128 k logits, 0.8 GB in all their forms. A CPU keeps 16 MiB.
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def chunk_elements(device: str) -> int:

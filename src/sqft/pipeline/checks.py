@@ -1,19 +1,26 @@
 """Refusing in the first seconds what a run would refuse hours later: settings, shapes, missing extras."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqft.errors import AdapterError, ModelError, require
+from sqft.errors import AdapterError, CompressionError, ModelError, RecipeError, require
 from sqft.pipeline.recipe import Recipe
-from sqft.sections import DataSource, HubSource, QuantizeSection, SparsifySection
+from sqft.sections import DataSource, HubSource, QuantizeSection, SparsifySection, TrainSection, TuneSection
 
 if TYPE_CHECKING:
     from sqft.models import ModelOutline
 
-__all__ = ["ChosenModules", "check_recipe"]
+__all__ = [
+    "ChosenModules",
+    "check_libraries",
+    "check_modules",
+    "check_recipe",
+    "planned_grid",
+    "unusual_trainings",
+]
 
 
 @dataclass(frozen=True)
@@ -37,25 +44,52 @@ def check_recipe(recipe: Recipe, outline: "ModelOutline", models_dir: Path) -> C
 
     Raises: ModelError, CompressionError, AdapterError, TrainingError, ExportError, MissingExtraError.
     """
+    modules = check_modules(recipe, outline)
+    shapes = {name: outline.linears[name] for name in sorted(modules.quantized)}
+    check_libraries(recipe, shapes, planned_grid(recipe, outline), models_dir)
+    return modules
+
+
+def planned_grid(recipe: Recipe, outline: "ModelOutline") -> dict[str, Any] | None:
+    """The grid of the recipe's model: the one it makes, or the one that its model arrives on."""
+    parts = ("bits", "group_size", "symmetric", "scale_bits")
+    made = recipe.quantize
+    return outline.grid if made is None else {part: getattr(made, part) for part in parts}
+
+
+def check_modules(recipe: Recipe, outline: "ModelOutline") -> ChosenModules:
+    """What of `check_recipe` needs no library: extras, modules, widths and ranks."""
     from sqft.compression import choose_heads
 
     for module, extra in _needed_extras(recipe):
         if importlib.util.find_spec(module) is None:
             require(module, extra)
-    quantized = set(_chosen(outline, recipe.quantize))
+    _check_grid(recipe, outline)
+    quantized = set(_chosen(outline, recipe.quantize)) | set(outline.quantized)
     tuned = _tuned(recipe, outline)
     if recipe.quantize:
-        choose_heads(outline.skeleton, recipe.quantize)
+        choose_heads(outline, recipe.quantize)
     adapted, scaled = _trained(recipe, outline, quantized)
-    modules = ChosenModules(
+    return ChosenModules(
         frozenset(_chosen(outline, recipe.sparsify)),
         frozenset(quantized),
         frozenset(adapted),
         frozenset(scaled),
         frozenset(tuned),
     )
-    # Trainer is slow to import, and has nothing to say where these are as they are.
-    trainings = [s for s in (recipe.tune, recipe.train) if s and (s.arguments or s.gradient_accumulation > 1)]
+
+
+def check_libraries(
+    recipe: Recipe,
+    quantized: Mapping[str, tuple[int, int]],
+    grid: Mapping[str, Any] | None,
+    models_dir: Path,
+) -> None:
+    """What of `check_recipe` the libraries underneath are asked: training arguments, and formats.
+
+    quantized: (out, in) of the linears on the grid, by name; grid: `planned_grid`.
+    """
+    trainings = unusual_trainings(recipe)
     if trainings:
         from sqft.training import check_arguments
 
@@ -63,12 +97,47 @@ def check_recipe(recipe: Recipe, outline: "ModelOutline", models_dir: Path) -> C
             check_arguments(section)
     if recipe.export:
         from sqft.export.foresight import check_exports
+        from sqft.models.outline import model_config
         from sqft.models.source import source_tokenizer
+        from sqft.ops import GridSpec
 
-        shapes = {name: outline.linears[name] for name in sorted(modules.quantized)}
         tokenizer = source_tokenizer(recipe.model, models_dir) if "gguf" in recipe.export.formats else None
-        check_exports(recipe.export.formats, outline.skeleton.config, shapes, recipe.quantize, tokenizer)
-    return modules
+        spec = None if grid is None else GridSpec(**grid)
+        check_exports(recipe.export.formats, model_config(recipe.model), quantized, spec, tokenizer)
+
+
+def _check_grid(recipe: Recipe, outline: "ModelOutline") -> None:
+    """Refuse what needs a grid where there is none, and what cannot be done to codes that exist already."""
+    source = recipe.model.source
+    method = recipe.adapters.method if recipe.adapters else None
+    if outline.grid is None:
+        if method == "qa_sparse_peft" and not recipe.quantize:
+            raise RecipeError(
+                f"adapters.method: qa_sparse_peft trains on a grid, and {source} has none; add a quantize "
+                "section or use sparse_peft"
+            )
+        if method == "scales" and not recipe.quantize:
+            raise RecipeError(
+                f"adapters.method: scales trains the scales of a grid, and {source} has none; add a quantize "
+                "section"
+            )
+        return
+    for section, given in (("sparsify", recipe.sparsify), ("quantize", recipe.quantize)):
+        if given is not None:
+            raise CompressionError(
+                f"{section}: {source} is quantized already; train on it without this section, or give the "
+                "model that it was made from"
+            )
+    if method == "sparse_peft":
+        raise RecipeError(
+            f"adapters.method: sparse_peft merges into 16 bits, and {source} is quantized; use "
+            "qa_sparse_peft or scales, which merge into its grid"
+        )
+
+
+def unusual_trainings(recipe: Recipe) -> list[TuneSection | TrainSection]:
+    """The trainings that Trainer may refuse; it is slow to import, and so not asked about others."""
+    return [s for s in (recipe.tune, recipe.train) if s and (s.arguments or s.gradient_accumulation > 1)]
 
 
 def _needed_extras(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -95,7 +164,7 @@ def _chosen(outline: "ModelOutline", section: SparsifySection | QuantizeSection 
     """The linears that a compression section touches, checked against its shapes."""
     from sqft.compression import choose_layers
 
-    return [] if section is None else choose_layers(outline.skeleton, outline.linears, section)
+    return [] if section is None else choose_layers(outline, section)
 
 
 def _tuned(recipe: Recipe, outline: "ModelOutline") -> set[str]:
@@ -104,8 +173,6 @@ def _tuned(recipe: Recipe, outline: "ModelOutline") -> set[str]:
     Raises: AdapterError if a target is missing, the rank is beyond a width, or an adapter that exists does
     not fit; ModelError if a tuned model that exists has another architecture.
     """
-    from sqft.adapters.targets import find_targets
-
     section = recipe.tune
     if section is None:
         return set()
@@ -117,26 +184,19 @@ def _tuned(recipe: Recipe, outline: "ModelOutline") -> set[str]:
         return set()
     if section.adapter is not None:
         return _fitting(Path(section.adapter), outline)
-    targets = set(find_targets(outline.skeleton, section.target_modules, section.skip_modules))
+    targets = set(_adapted(outline, section.target_modules, section.skip_modules))
     _check_rank(outline, targets, section.rank, "tune.rank")
     return targets
 
 
 def _fitting(directory: Path, outline: "ModelOutline") -> set[str]:
     """The linears of an adapter that exists already. Raises: AdapterError if it is for another model."""
-    from torch import nn
-
     from sqft.adapters.lora_files import open_foreign_adapter
     from sqft.foreign.fit import check_shapes
 
     adapter = open_foreign_adapter(directory)
-    linears = {
-        name: (module.out_features, module.in_features)
-        for name, module in outline.skeleton.named_modules()
-        if isinstance(module, nn.Linear)
-    }
     try:
-        check_shapes(linears, adapter)
+        check_shapes(outline.linears | outline.other_linears, adapter)
     except AdapterError as error:
         raise AdapterError(f"tune.adapter: {error}; {directory} is of another model") from None
     return set(adapter.names)
@@ -160,12 +220,10 @@ def _trained(recipe: Recipe, outline: "ModelOutline", quantized: set[str]) -> tu
     section = recipe.adapters
     if section is None:
         return set(), set()
-    from sqft.adapters.targets import find_targets
-
     if section.low_rank or section.target_modules is not None:
-        targets = set(find_targets(outline.skeleton, section.target_modules, section.skip_modules))
+        targets = _adapted(outline, section.target_modules, section.skip_modules)
     else:
-        targets = quantized & set(find_targets(outline.skeleton, "all-linear", section.skip_modules))
+        targets = quantized & _adapted(outline, "all-linear", section.skip_modules)
     off_grid = sorted(targets - quantized)
     if section.method in ("qa_sparse_peft", "scales") and off_grid:
         raise AdapterError(
@@ -176,3 +234,12 @@ def _trained(recipe: Recipe, outline: "ModelOutline", quantized: set[str]) -> tu
         return set(), targets
     _check_rank(outline, targets, max(section.ranks), "adapters.ranks")
     return targets, quantized if section.trains_scales else set()
+
+
+def _adapted(
+    outline: "ModelOutline", targets: Sequence[str] | str | None, skip: Sequence[str] | str
+) -> set[str]:
+    from sqft.models.names import choose_adapted, is_repeated
+
+    names = list(outline.linears | outline.other_linears)
+    return set(choose_adapted(list(filter(is_repeated, names)) or names, targets, skip))

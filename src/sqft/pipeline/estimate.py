@@ -7,10 +7,14 @@ below were measured (`python -m benchmarks.planning`, docs/results/scale.md).
 """
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft.kernels.choices import CHUNK_ELEMENTS
+from sqft.pipeline.checks import planned_grid
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.stages import Stage
 from sqft.sections import (
@@ -87,6 +91,7 @@ class Estimate:
         self.adapter_weights = sum(m.count * (m.rank * sum(m.shape) + m.num_scales) for m in modules)
         self.tuned_weights = sum(m.count * m.tuned_rank * sum(m.shape) for m in modules)
         self.modules = modules
+        self.grid = planned_grid(recipe, outline)
         self.widest = max((m.shape[1] for m in modules), default=0)
         self.largest = max((math.prod(m.shape) for m in modules), default=0)
 
@@ -111,7 +116,7 @@ class Estimate:
             memory = self._inference(SEARCH_BATCH * self._length("search"), adapted=True)
             return memory, FLOAT32 * self.adapter_weights
         if kind in ("merge", "export"):
-            quantized = self.recipe.quantize is not None
+            quantized = self.grid is not None
             memory = self._merging() if kind == "merge" else self._inference(self._length("test"))
             return memory, self._stored(quantized=quantized, latent=False)
         return self._inference(self._measured_tokens(), adapted=stage.argument == "adapted"), 0
@@ -165,19 +170,13 @@ class Estimate:
         return max(embedding + states, states + block + sums + max(passing, working))
 
     def _stored(self, *, quantized: bool, latent: bool) -> float:
-        section = self.recipe.quantize
         masks = self.block_weights / 8 if self.recipe.sparsify else 0
-        if not (quantized and section):
+        if not (quantized and self.grid):
             return self._dense_bytes() + masks
-        group = section.group_size if section.group_size > 0 else self.widest
-        codes = self.quantized_weights * (section.bits / 8 + 2 / group)
+        bits, group = self.grid["bits"], self.grid["group_size"]
+        codes = self.quantized_weights * (bits / 8 + 2 / (group if group > 0 else self.widest))
         sixteen = 2 * (self.block_weights - self.quantized_weights + self.other_weights)
-        return (
-            codes
-            + sixteen
-            + masks
-            + (self.quantized_weights * (1 if section.bits <= 4 else 2) if latent else 0)
-        )
+        return codes + sixteen + masks + (self.quantized_weights * (1 if bits <= 4 else 2) if latent else 0)
 
     def _tuning(self) -> tuple[float, float]:
         """(memory, disk) of a LoRA that is trained on the dense model, if none exists, and merged."""
@@ -200,31 +199,25 @@ class Estimate:
 
     def _logits_at_a_time(self, tokens: int) -> int:
         """Of a training step, whose loss takes them in chunks where nothing follows the output layer."""
-        import torch
-
-        from sqft.ops.cross_entropy import chunk_elements
-        from sqft.training.head import AFTER_HEAD
-
-        config, vocabulary = self.outline.skeleton.config, self.outline.vocab_size
-        if any(getattr(config, name, None) for name in AFTER_HEAD):
+        vocabulary = self.outline.vocab_size
+        if self.outline.changes_logits:
             return tokens * vocabulary
         device = self.recipe.runtime.device
-        on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-        return min(tokens * vocabulary, max(vocabulary, chunk_elements("cuda" if on_gpu else "cpu")))
+        on_gpu = device.startswith("cuda") or (device == "auto" and _finds_gpu())
+        return min(tokens * vocabulary, max(vocabulary, CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"]))
 
     def _trainable(self, *, dense: bool = False) -> float:
         """A model that adapters stand on: linears in the blocks as they are stored, all else in float32."""
         weights: float = 2 * self.block_weights
-        section = self.recipe.quantize
-        if section and not dense and self.recipe.adapters:
-            form, narrow = self.recipe.adapters.loaded_as, section.bits <= 4
-            each = {"latent": 1 if narrow else 2, "packed": section.bits / 8, "float32": 4}[form]
+        if self.grid and not dense and self.recipe.adapters:
+            form, bits = self.recipe.adapters.loaded_as, self.grid["bits"]
+            each = {"latent": 1 if bits <= 4 else 2, "packed": bits / 8, "float32": 4}[form]
             weights = 2 * (self.block_weights - self.quantized_weights) + each * self.quantized_weights
         return weights + FLOAT32 * self.other_weights
 
     def _merging(self) -> float:
         """The adapted model, what it is merged into, and the merged one, opened twice to certify it."""
-        each = (1 if self.recipe.quantize else 2) + 1  # codes or weights, and masks
+        each = (1 if self.grid else 2) + 1  # codes or weights, and masks
         return self._trainable() + each * self.block_weights + 2 * self._whole()
 
     def _whole(self) -> float:
@@ -240,3 +233,12 @@ class Estimate:
         logits = 2 * FLOAT32 * min(tokens, LOGIT_ROWS) * self.outline.vocab_size
         working = WORKING * FLOAT32 * self.largest
         return (self._trainable() if adapted else self._whole()) + working + logits
+
+
+def _finds_gpu() -> bool:
+    """Whether torch would train on an NVIDIA card; it is not imported where there is none."""
+    if shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
+        return False
+    import torch
+
+    return torch.cuda.is_available()

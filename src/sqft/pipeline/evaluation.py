@@ -121,7 +121,7 @@ def _locate(target: str) -> Path:
 
     Raises: ModelError if there is no such thing.
     """
-    from sqft.models.source import fetch_from_hub, find_gguf
+    from sqft.models.location import fetch_from_hub, find_gguf
 
     section = ModelSection(source=target)
     path = Path(target).expanduser()

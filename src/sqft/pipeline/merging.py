@@ -36,8 +36,8 @@ def write_certified(
     """Merge into a directory, open it again, and certify it; a model that fails a check is removed.
 
     token_ids: items whose logits are kept as reference, the first few of them. facts: what sqft.json says
-    beside the heads, the weights outside the blocks that `quantize` put on a grid of 8 bits. trained_digest:
-    as `certify_model` takes it.
+    beside the heads, the weights outside the blocks that `quantize`, or what made the base, put on a grid of
+    8 bits. trained_digest: as `certify_model` takes it.
 
     Raises: AdapterError if the adapter does not belong to the base, or cannot be merged; CertificateError if
     the merged model is not the one that was trained.
@@ -46,7 +46,7 @@ def write_certified(
     from sqft.adapters.space import adapter_config
     from sqft.certificate import certify_model
     from sqft.compression import choose_heads
-    from sqft.models import load_model, open_checkpoint, read_masks, write_model
+    from sqft.models import load_model, open_checkpoint, outline_skeleton, read_masks, write_model
 
     loading: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
     adapted = open_adapted(base, adapter, base_precision=base_precision, **loading).eval()
@@ -56,7 +56,9 @@ def write_certified(
         existing = {name: weight.mask for name, weight in merged.items() if name not in masks}
         masks |= {name: mask for name, mask in existing.items() if not bool(mask.all())}
     source = open_checkpoint(base, trust_remote_code=trust_remote_code)
-    heads = choose_heads(source.skeleton(), quantize) if quantize else []
+    heads = read_object(base / FACTS).get("heads") or []  # of a base that was merged before
+    if quantize:
+        heads = choose_heads(outline_skeleton(source.skeleton()), quantize)
     write_model(
         directory,
         source,

@@ -3,18 +3,25 @@
 Memory and disk are estimates from shapes (`estimate.py`), without the half gigabyte of Python and libraries.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqft.pipeline.checks import ChosenModules, check_recipe
+from sqft.pipeline.checks import (
+    ChosenModules,
+    check_libraries,
+    check_modules,
+    planned_grid,
+    unusual_trainings,
+)
 from sqft.pipeline.estimate import Estimate, ModulePlan
-from sqft.pipeline.preview import DataPreview, load_items, view_item
+from sqft.pipeline.preview import DataPreview, ItemView, load_items, view_item
+from sqft.pipeline.recall import recall
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import Workspace, findable_keys
 from sqft.pipeline.stages import Stage, recipe_stages
 from sqft.pipeline.step_items import check_splits
-from sqft.sections import CalibrationSection
+from sqft.sections import CalibrationSection, ModelSection
 
 if TYPE_CHECKING:
     from sqft.models import ModelOutline
@@ -55,12 +62,11 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
     Raises: SqftError as the run would, but for what only the weights tell.
     """
-    from sqft.models import model_outline
-
-    outline = model_outline(recipe.model)
     workspace = Workspace(Path(recipe.runtime.workspace))
-    chosen = check_recipe(recipe, outline, workspace.models)
     keys = findable_keys(recipe, workspace)
+    outline = _outline(recipe.model, keys)
+    chosen = check_modules(recipe, outline)
+    _check_libraries(recipe, outline, chosen, keys, workspace)
     modules = _modules(recipe, outline, chosen)
     data, longest = _data(recipe, outline, workspace, keys)
     estimate = Estimate(recipe, outline, modules, longest)
@@ -73,6 +79,43 @@ def plan_recipe(recipe: Recipe) -> Plan:
     )
 
 
+def _outline(section: ModelSection, keys: dict[str, str]) -> "ModelOutline":
+    """The shapes of a model, as they were found before if its files are known to be what they were."""
+
+    def look() -> dict[str, Any]:
+        from sqft.models import model_outline
+
+        return asdict(model_outline(section))
+
+    from sqft.models.shapes import ModelOutline
+
+    if not keys or section.trust_remote_code:  # whose code may say something else every time
+        return ModelOutline.read(look())
+    return ModelOutline.read(recall("outline", keys["model"], look, module="sqft.models.outline"))
+
+
+def _check_libraries(
+    recipe: Recipe,
+    outline: "ModelOutline",
+    chosen: ChosenModules,
+    keys: dict[str, str],
+    workspace: Workspace,
+) -> None:
+    """`check_libraries`, which asks nothing that was answered before."""
+    shapes = {name: outline.linears[name] for name in sorted(chosen.quantized)}
+    trainings = [section.model_dump(mode="json") for section in unusual_trainings(recipe)]
+    formats, grid = recipe.export.formats if recipe.export else [], planned_grid(recipe, outline)
+    if keys:
+        recall(
+            "libraries",
+            [keys["model"], shapes, trainings, formats, grid],
+            lambda: check_libraries(recipe, shapes, grid, workspace.models),
+            module="sqft.pipeline.checks",
+        )
+    else:
+        check_libraries(recipe, shapes, grid, workspace.models)
+
+
 def _data(
     recipe: Recipe, outline: "ModelOutline", workspace: Workspace, keys: dict[str, str]
 ) -> tuple[DataPreview | None, dict[str, int]]:
@@ -80,23 +123,32 @@ def _data(
 
     That there is enough to calibrate on is checked as well.
     """
-    from sqft.data import calibration_tokens
-
     if recipe.data is None:
         return None, {}
     if not outline.has_weights and not any((Path(recipe.model.source).expanduser()).glob("tokenizer*")):
         return None, {}  # of a config alone: nothing tells how long an item is
+
+    def look() -> dict[str, Any]:
+        return asdict(_read_data(recipe, workspace, keys))
+
+    settings = recipe.model_dump(mode="json", include={"data", "calibration", "seed"})
+    question = [keys.get("items"), settings, recipe.needs_calibration]
+    found = recall("data", question, look, module=_read_data.__module__) if keys else look()
+    check_splits(recipe, found["report"]["items"])
+    longest = {name: int(lengths["longest"]) for name, lengths in found["report"]["lengths"].items()}
+    return DataPreview(found["report"], [ItemView.read(item) for item in found["items"]]), longest
+
+
+def _read_data(recipe: Recipe, workspace: Workspace, keys: dict[str, str]) -> DataPreview:
+    from sqft.data import calibration_tokens
+
+    assert recipe.data is not None
     splits, tokenizer = load_items(recipe, workspace, keys)
-    check_splits(recipe, splits)
     calibration = recipe.calibration or CalibrationSection()
     if recipe.needs_calibration and calibration.source == "train":
         calibration_tokens(calibration, splits.train, tokenizer, seed=recipe.seed)
     first = [view_item(example, "train", tokenizer, recipe.data.loss_on) for example in splits.train[:1]]
-    longest = {
-        name: max((len(example.token_ids) for example in getattr(splits, name)), default=0)
-        for name in ("train", "search", "test")
-    }
-    return DataPreview(splits.report, first), longest
+    return DataPreview(splits.report, first)
 
 
 def _stage(stage: Stage, directory: Path | None, estimate: Estimate) -> StagePlan:
@@ -116,7 +168,8 @@ def _stage(stage: Stage, directory: Path | None, estimate: Estimate) -> StagePla
 def _modules(recipe: Recipe, outline: "ModelOutline", chosen: ChosenModules) -> list[ModulePlan]:
     rank = max(recipe.adapters.ranks) if recipe.adapters else 0
     tuned = recipe.tune.rank if recipe.tune and recipe.tune.trains else 0
-    size = recipe.quantize.group_size if recipe.quantize else -1
+    grid = planned_grid(recipe, outline)
+    size = grid["group_size"] if grid else -1
     rows: dict[ModulePlan, int] = {}
     for name, shape in outline.linears.items():
         end = ".".join(name.split(".")[-2:])

@@ -1,5 +1,6 @@
 """The items of a recipe as the model will see them, before anything runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,11 @@ class ItemView:
     choices: list[str]
     label: int | None
 
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "ItemView":
+        """An item out of its fields as JSON has them."""
+        return cls(**{**values, "pieces": [(text, counted) for text, counted in values["pieces"]]})
+
 
 @dataclass(frozen=True)
 class DataPreview:
@@ -49,7 +55,7 @@ def preview_data(recipe: Recipe, *, items: int = 3, split: str = "train") -> Dat
     workspace = Workspace(Path(recipe.runtime.workspace))
     keys = findable_keys(recipe, workspace)
     splits, tokenizer = load_items(recipe, workspace, keys)
-    check_splits(recipe, splits)
+    check_splits(recipe, splits.report["items"])
     chosen = getattr(splits, split)[:items]
     views = [view_item(example, split, tokenizer, recipe.data.loss_on) for example in chosen]
     return DataPreview(splits.report, views)

@@ -125,14 +125,6 @@ class Recipe(Section):
                 "evaluate: needs a data section, evaluate.perplexity or evaluate.tasks",
             ),
             (
-                method == "qa_sparse_peft" and not self.quantize,
-                "adapters.method: qa_sparse_peft trains on a grid; add a quantize section or use sparse_peft",
-            ),
-            (
-                method == "scales" and not self.quantize,
-                "adapters.method: scales trains the scales of a grid; add a quantize section",
-            ),
-            (
                 method == "scales" and bool(self.search),
                 "search: method scales has no ranks to choose from; remove the search section",
             ),

@@ -310,7 +310,7 @@ def _data_key(recipe: Recipe) -> str:
 
 def _texts_key(recipe: Recipe) -> str:
     """The identity of what `evaluate` reads beside the items: the perplexity text and the tasks."""
-    from sqft.evaluation import find_task_data, general_path
+    from sqft.evaluation import general_path
 
     section = recipe.evaluate
     if section is None:
@@ -325,6 +325,8 @@ def _texts_key(recipe: Recipe) -> str:
         "tasks": tasks,
     }
     if section.tasks_data is not None:
+        from sqft.evaluation import find_task_data
+
         named = [task for task in section.tasks if Path(task).suffix not in YAML]
         files = find_task_data(named, Path(section.tasks_data))
         texts["data"] = {name: digest_file(path) for name, path in files.items()}
@@ -333,10 +335,12 @@ def _texts_key(recipe: Recipe) -> str:
 
 def _tuned_key(recipe: Recipe) -> str:
     """The identity of an adapter or a tuned model that exists already."""
+    adapter = recipe.tune.adapter if recipe.tune else None
+    if adapter is None:
+        return _model_key(recipe, recipe.tuned_model)
     from sqft.adapters.lora_files import adapter_digests
 
-    adapter = recipe.tune.adapter if recipe.tune else None
-    return digest_json(adapter_digests(Path(adapter))) if adapter else _model_key(recipe, recipe.tuned_model)
+    return digest_json(adapter_digests(Path(adapter)))
 
 
 def _model_key(recipe: Recipe, model: ModelSection | None) -> str:

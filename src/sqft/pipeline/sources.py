@@ -11,6 +11,7 @@ from typing import Any
 
 from sqft import __version__
 from sqft.artifacts import digest_file
+from sqft.deferred import names_for_types
 
 __all__ = ["source_digest", "source_files"]
 
@@ -81,9 +82,9 @@ def _origin(module: str, name: str) -> str:
     path = _path(module)
     if path is None or path.name != "__init__.py":
         return module
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    places = names_for_types(tree)
+    for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                if (alias.asname or alias.name) == name:
-                    return _origin(node.module, alias.name)
-    return module
+            places |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    return _origin(*places[name]) if name in places else module

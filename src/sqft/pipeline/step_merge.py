@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqft.artifacts import Manifest
+from sqft.artifacts import FACTS, Manifest, read_object
 from sqft.pipeline.context import ADAPTER, StageContext
 from sqft.pipeline.merging import write_certified
 
@@ -39,11 +39,14 @@ def merge(context: StageContext) -> dict[str, Any]:
 def _facts(context: StageContext) -> dict[str, Any]:
     """What sqft.json of a merged model says."""
     recipe = context.recipe
+    arrived = read_object(context.base / FACTS)  # of a base that was merged before, whose grid and zeros stay
     return {
         "kind": "merged",
         "method": context.adapters.method,
-        "pattern": recipe.pattern,
-        "quantization": recipe.quantize.model_dump(mode="json") if recipe.quantize else None,
+        "pattern": recipe.pattern or arrived.get("pattern"),
+        "quantization": recipe.quantize.model_dump(mode="json")
+        if recipe.quantize
+        else arrived.get("quantization"),
         "ranks": Manifest.read(context.inputs[recipe.adapter_stage]).metrics["ranks"],
         "lineage": context.lineage(recipe.adapter_stage),
         "recipe": recipe.model_dump(mode="json", include=DETERMINING, exclude_none=True),

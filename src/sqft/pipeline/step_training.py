@@ -84,7 +84,7 @@ def train_on(
         storage_dtype=None if stored.grid else stored.storage_dtype,
         seed=seed,
     )
-    if context.recipe.base_stage == "model" and section.method != "lora":
+    if context.recipe.base_stage == "model" and section.method != "lora" and stored.grid is None:
         tell_kept_zeros(len(ExistingMasks(stored)))
     space = SearchSpace.of(adapted)
     loss_on, held_out = context.data.loss_on, read_items(context.inputs["items"], "search")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from sqft.models import load_model, open_checkpoint
-from sqft.models.checkpoint import quiet_transformers
+from sqft.models.tokenizer import quiet_transformers
 
 __all__ = ["open_in_transformers", "run_model", "run_transformers"]
 

@@ -6,12 +6,10 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sqft.models.shapes import AFTER_HEAD
 from sqft.ops.cross_entropy import chunk_elements
 
 __all__ = ["chunked_head", "separable_head", "without_head"]
-
-# Settings of architectures that change the logits after the output layer.
-AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def chunked_head(model: nn.Module, num_tokens: int) -> nn.Linear | None:
