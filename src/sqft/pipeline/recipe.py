@@ -117,6 +117,12 @@ class Recipe(Section):
                 "distillation.text: evaluate measures on the same text what is forgotten; learn another one",
             ),
             (
+                bool(
+                    self.distillation and self.distillation.item_weight and self.train and self.train.packing
+                ),
+                "distillation.item_weight: a teacher predicts items in their order; remove train.packing",
+            ),
+            (
                 bool(self.search and not self.adapters),
                 "search: needs an adapters section, or goes",
             ),

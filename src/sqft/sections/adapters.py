@@ -146,6 +146,11 @@ class TrainingSection(Section):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     gradient_checkpointing: bool = False
+    packing: Literal["bfd"] | None = Field(
+        None,
+        description="bfd: items of a batch share rows (best fit decreasing) in place of being padded; the "
+        "loss is the same, and items of unequal length train faster.",
+    )
     seed: int | None = Field(
         None,
         ge=0,

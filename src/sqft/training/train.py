@@ -25,6 +25,7 @@ from sqft.training.arguments import refusals, training_arguments
 from sqft.training.best import best_step, is_exhausted
 from sqft.training.cores import warn_of_busy_cores
 from sqft.training.distillation import Distillation
+from sqft.training.packing import check_packing
 from sqft.training.record import Journal, TrainingRecord, environment, peak_bytes, reset_peak
 from sqft.training.trackers import reporting_into
 from sqft.training.trainer import ElasticTrainer, StepCallback
@@ -60,8 +61,9 @@ def train_adapters(
     and when the training ends, where the section says so. distillation: what is learnt from a teacher
     beside them.
 
-    Raises: TrainingError for wrong `section.arguments`, no items, a loss or gradient that is not a number
-    (naming the step), a teacher's predictions for other items, and checkpoints of another training.
+    Raises: TrainingError for wrong `section.arguments`, no items, packing that a model cannot do, a loss or
+    gradient that is not a number (naming the step), a teacher's predictions for other items, and checkpoints
+    of another training.
 
     Source: arXiv 2410.03750, section 3.2 (one sub-adapter a step, as in arXiv 2404.10934).
     Differs from the paper: ranks follow from (seed, step) and are drawn once a step; the loss counts the
@@ -74,6 +76,8 @@ def train_adapters(
     if distillation is not None and distillation.on_items:
         distillation.teacher.check_items(examples, loss_on)
     device = next(model.parameters()).device
+    if section.packing:
+        check_packing(model, examples, section.place)
     arguments = training_arguments(section, seed=seed, output_dir=output_dir, device=device)
     output_dir.mkdir(parents=True, exist_ok=True)
     here = environment(model, device)

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from sqft.adapters import SearchSpace, set_ranks
 from sqft.adapters.unrounded import check_trained, load_unrounded, save_unrounded
 from sqft.data import Example, collate
-from sqft.data.batches import IGNORED
+from sqft.data.batches import IGNORED, collate_packed
 from sqft.errors import AdapterError, TrainingError
 from sqft.ops.cross_entropy import chunked_cross_entropy
 from sqft.progress import Advance
@@ -105,10 +105,11 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         distillation: Distillation | None = None,
     ) -> None:
         self.section, self.distillation = section, distillation
+        join = collate_packed if section.packing else collate
 
         def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
             told = distillation.batch([row["index"] for row in rows]) if distillation else {}
-            return collate([row["example"] for row in rows], loss_on) | told
+            return join([row["example"] for row in rows], loss_on) | told
 
         super().__init__(
             model=model,
@@ -151,7 +152,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -163,6 +164,10 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         told = {name: inputs.pop(name) for name in list(inputs) if name.startswith("teacher_")}
+        row_tokens = inputs.pop("row_tokens", None)
+        if row_tokens is not None:  # packed: with a cache or a mask, transformers would let items mix
+            inputs["use_cache"] = False
+        tokens = inputs["attention_mask"].sum() if row_tokens is None else row_tokens.sum()
         counted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
         targets = labels[:, counted + 1].flatten()
         head = None if return_outputs else chunked_head(self.step_callback.model, targets.numel())
@@ -179,7 +184,7 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
         loss = total / num_items_in_batch * processes
         taught = self._taught(model, states, targets, told, head, num_items_in_batch / processes)
         learnt = None if taught is None else float(taught.detach())
-        self.step_callback.add(float(loss.detach()), int(inputs["attention_mask"].sum()), learnt)
+        self.step_callback.add(float(loss.detach()), int(tokens), learnt)
         loss = loss if taught is None else loss + taught
         return (loss, outputs) if return_outputs else loss
 
