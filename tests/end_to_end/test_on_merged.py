@@ -12,17 +12,18 @@ from sqft.cli import run_command_line
 from sqft.errors import CompressionError, RecipeError, SqftError
 from sqft.models import open_checkpoint, read_masks
 from sqft.pipeline import parse_recipe, plan_recipe, run_recipe
-from tests.end_to_end.conftest import values_maker
+from tests.end_to_end.conftest import values_maker, write_task
 
 Maker = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def first(
-    task_files: dict[str, str], tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Maker]:
     """A merged model, and a maker of recipes in the workspace that it lies in."""
-    make = values_maker(task_files, tmp_path_factory.mktemp("merged") / "runs")
+    folder = tmp_path_factory.mktemp("merged")
+    make = values_maker(write_task(folder), folder / "runs")
     values = make("qa_sparse_peft", tiny_model_dir("llama")) | {"search": {"method": "median"}}
     values["quantize"] = {"method": "rtn", "group_size": 32, "symmetric": False}
     del values["evaluate"]
@@ -67,7 +68,8 @@ def test_what_is_trained_on_it_is_certified_against_it(
     assert changed[kept] == 0
     zeros = {check.name: check for check in check_integrity(result.model_dir)}["zeros"]
     assert "pruned and exactly 0" in zeros.detail
-    assert run_command_line(["verify", str(result.model_dir), "--base", str(model)]) == 0, capsys.readouterr()
+    verify = ["verify", result.model_dir, "--base", model, "--adapter", result.adapter_dir]
+    assert run_command_line([str(word) for word in verify]) == 0, capsys.readouterr()
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,7 @@ UNDECIDED_SHARE = 1e-3  # share of a linear's codes, at 4 bits and ranks up to 6
 FEW_UNDECIDED = 2  # undecided weights that a small linear may have by chance
 LARGEST_ERROR = 1e-2  # of the root mean square of a row's adapted weights
 STRAY_ZEROS = 0.01  # share of zeros up to which a weight without a stored mask counts as dense
+SPARSE_CODES = 0.4  # share of zeros from which codes without a stored mask count as sparse
 DOCUMENTS = ("readme", "license", "notice")  # no part of what was merged
 
 Lineage = dict[str, dict[str, str]]
@@ -205,10 +206,29 @@ def _check_masks(merged: StoredModel, base: StoredModel, adapter: Adapter) -> st
 def _mask(base: StoredModel, name: str) -> NDArray[np.bool_] | None:
     """The stored mask of a linear, or that of the zeros it came with; None where every weight is kept."""
     mask = base.mask(name)
-    if mask is not None or name in set(base.quantized):
+    if mask is not None:
         return mask
+    if name in set(base.quantized):
+        return _kept_codes(base, name)
     kept = base.tensors.values(f"{name}.weight") != 0
     return np.asarray(kept) if kept.mean() < 1 - STRAY_ZEROS else None
+
+
+def _kept_codes(base: StoredModel, name: str) -> NDArray[np.bool_] | None:
+    """Which codes are not 0, of a base that holds codes alone and no mask, if so few are that it is sparse.
+
+    Of a dense one some weights round to 0 with 4 bits or more; with fewer the share tells nothing.
+    """
+    if base.latent is not None or base.bits < 4:
+        return None
+    kept = _whole_steps(base, name) != 0
+    return np.asarray(kept) if kept.mean() <= 1 - SPARSE_CODES else None
+
+
+def _whole_steps(base: StoredModel, name: str) -> NDArray[np.int64]:
+    """code - zero_point of every weight."""
+    codes, zero_point = base.codes(name).astype(np.int64), base.zero_point(name)
+    return np.asarray(codes - np.repeat(zero_point, codes.shape[1] // zero_point.shape[1], axis=1))
 
 
 def _check_others(merged: StoredModel, base: StoredModel, adapter: Adapter) -> str:
@@ -311,7 +331,8 @@ def _base_weight(base: StoredModel, name: str, quantized: bool, *, nudged: bool)
     """The weight that the update is added to, in float64.
 
     On an integer grid it is stored as latent codes, code * 16 + fraction + 8, whose value is
-    (code + fraction / 16 - zero_point) * scale.
+    (code + fraction / 16 - zero_point) * scale. A base that was merged before holds codes alone: training
+    starts from these, with a kept weight of 0 at a sixteenth of a step.
 
     nudged: where there is no mask every weight counts as kept, and training reads an exact 0 as the smallest
     number that is not pruned: a sixteenth of a step, or the smallest normal number of the stored type.
@@ -321,7 +342,15 @@ def _base_weight(base: StoredModel, name: str, quantized: bool, *, nudged: bool)
         weight = base.tensors.values(f"{name}.weight").astype(np.float64)
         smallest = SMALLEST_NORMAL.get(base.tensors.dtype(f"{name}.weight"), 0.0)
         return np.where(weight == 0, smallest, weight) if dense else weight
-    if base.latent is None or name not in base.latent:
+    if base.latent is None:
+        mask, whole = _mask(base, name), _whole_steps(base, name)
+        if mask is not None and whole[~mask].any():
+            raise CertificateError(f"{name} has weights that its mask prunes and that are not 0")
+        kept = np.ones_like(whole, dtype=bool) if mask is None else mask
+        steps = np.where((whole == 0) & kept, 1 / 16, whole)
+        scale = base.scale(name)
+        return steps * np.repeat(scale, steps.shape[1] // scale.shape[1], axis=1)
+    if name not in base.latent:
         raise CertificateError(f"{base.directory} does not hold the weight of {name} before rounding")
     latent = base.latent.values(name).astype(np.int64)
     codes, fraction = latent // 16, latent % 16 - 8
