@@ -7,7 +7,8 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c cons
 DEMO := $(VENV)/.installed-demo
 ALL  := $(VENV)/.installed-all
 
-# Tests run one process a core, each with one thread: tiny tensors gain nothing from more.
+# Tests run one process a core, each with one thread: tiny tensors gain nothing from more. A process takes a
+# stretch of them, so that what a module shares is made once, and what is left of another's when it is done.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help setup demo demo-small demo-full test test-slow peft-suite check fix docs site dist bench gpu clean
@@ -52,7 +53,7 @@ demo-full: $(DEMO)
 	$(BIN)/sqft demo --full
 
 test: $(ALL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(ALL) peft-suite
 	$(BIN)/python -m pytest -m slow

@@ -144,6 +144,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the plots out of reports that no test looks at: they take a third of a tiny run's time.
+
+    They are drawn in tests/report, by the demo, and by what the README and the tutorials show.
+    """
+    if request.path.parent.name in {"pipeline", "end_to_end"}:
+        monkeypatch.setattr("sqft.report.page.draw_plots", lambda data: [])
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of every tiny model: bytes and a few merges, `<pad>` 0, `</s>` 1, a chat template."""

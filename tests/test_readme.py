@@ -28,7 +28,11 @@ def test_the_marked_blocks_run(
     (tmp_path / "more.jsonl").write_text("\n".join(more))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    commands = run_document(README, names)
+    searched = "method: hill_climb"
+    assert README.count(searched) == 1
+    commands = run_document(
+        README, names, lambda source: source.replace(searched, f"{searched}\n  num_trials: 3")
+    )
     assert len(commands) >= 5
     assert {"sqft", "AutoTokenizer", "SqftConfig"} <= names.keys()
 

@@ -34,29 +34,32 @@ def test_a_spilled_run_that_was_cut_ends_with_the_same_bytes(
     compress, settings = JOBS[job]
     directory = tiny_model_dir("llama")
     compress(directory, tmp_path / "whole", **settings)
-    save = BlockWalk.save_state
+    save, activations = BlockWalk.save_state, tmp_path / "cut" / "activations"
+    spilled: list[str] = []
 
     def save_and_fail(walk: BlockWalk, *arguments: Any, **options: Any) -> None:
         save(walk, *arguments, **options)
-        assert (tmp_path / "cut" / "activations").is_dir()
+        spilled.extend(sorted(path.name for path in activations.iterdir()))
         raise Interrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockWalk, "save_state", save_and_fail)
         with pytest.raises(Interrupted):
             compress(directory, tmp_path / "cut", spill=True, **settings)
-    left = sorted(path.name for path in (tmp_path / "cut" / "activations").iterdir())
+    assert spilled
+    assert not activations.exists()
+    activations.mkdir()
+    (activations / "hidden-9.bin").write_bytes(b"of a run that was killed")
     seen: list[list[str]] = []
-    close = BlockWalk.close
+    leave = BlockWalk.__exit__
 
-    def look_and_close(walk: BlockWalk) -> None:
-        assert walk.spill_dir is not None
-        seen.append(sorted(path.name for path in walk.spill_dir.iterdir()))
-        close(walk)
+    def look_and_leave(walk: BlockWalk, *error: object) -> None:
+        seen.append(sorted(path.name for path in activations.iterdir()))
+        leave(walk, *error)
 
-    monkeypatch.setattr(BlockWalk, "close", look_and_close)
+    monkeypatch.setattr(BlockWalk, "__exit__", look_and_leave)
     compress(directory, tmp_path / "cut", spill=True, **settings)
-    assert all(names == left for names in seen)  # none of the run before beside them
+    assert all(names == spilled for names in seen)  # none of the run before beside them
     assert len(seen) == (2 if job == "owl" else 1)
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name

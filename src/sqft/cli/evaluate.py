@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqft.cli.options import AsJson, print_json
+
 if TYPE_CHECKING:
     from sqft.pipeline.evaluation import Evaluation
     from sqft.sections import EvaluateSection
@@ -59,7 +61,7 @@ def evaluate(
     tokenizer: Annotated[Path | None, typer.Option(help="Of a GGUF file; default its own.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     write: Annotated[
         bool, typer.Option("--write/--no-write", help="Put the results beside the model, in .eval_results.")
     ] = True,
@@ -71,52 +73,57 @@ def evaluate(
 
     For instance: sqft evaluate runs/mine/merged --data test.jsonl --tasks arc_easy,gsm8k
     """
-    import json as json_module
     from dataclasses import asdict
 
     import torch
 
-    from sqft.cli.messages import RichProgress
-    from sqft.pipeline.evaluation import evaluate_path
-    from sqft.pipeline.run import resolve_device
-    from sqft.report.content import finite_values
-
     if threads:
         torch.set_num_threads(threads)
-    asked: dict[str, Any] = {
+    asked = {
         "batch_size": batch_size,
         "max_items": max_items,
         "max_new_tokens": max_new_tokens,
+        "num_fewshot": num_fewshot,
+        "tasks": [name for text in tasks for name in text.split(",") if name] if tasks else None,
+        "tasks_data": str(tasks_data) if tasks_data else None,
+        "general_text": general,
+        "perplexity": str(perplexity) if perplexity else None,
     }
-    asked |= {"num_fewshot": num_fewshot, "tasks_data": str(tasks_data) if tasks_data else None}
-    asked |= {"general_text": general}
-    asked |= {"perplexity": str(perplexity) if perplexity else None}
-    asked |= {"tasks": [name for text in tasks for name in text.split(",") if name] if tasks else None}
     form = {"prompt": prompt, "answer": answer, "choices": choices, "label": label}
     section, items = _sections(recipe, asked, form, data)
-    found = []
+    found = _evaluate_all(
+        models,
+        section,
+        items,
+        device,
+        base=base,
+        tokenizer_dir=tokenizer,
+        chat_tasks=chat,
+        samples=samples,
+        write=write,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        print_json([{"model": m, **asdict(one.row)} for m, one in zip(models, found, strict=True)])
+    else:
+        _print_results(found)
+
+
+def _evaluate_all(
+    models: list[str],
+    section: "EvaluateSection",
+    items: dict[str, Any] | None,
+    device: str,
+    **options: Any,
+) -> "list[Evaluation]":
+    """Every model in turn, with one bar for all. options: of `evaluate_path`."""
+    from sqft.cli.messages import RichProgress
+    from sqft.pipeline.evaluation import evaluate_path
+    from sqft.pipeline.run import resolve_device
+
+    options["device"] = resolve_device(device)
     with RichProgress() as progress:
-        for model in models:
-            found.append(
-                evaluate_path(
-                    model,
-                    section,
-                    items,
-                    base=base,
-                    tokenizer_dir=tokenizer,
-                    chat_tasks=chat,
-                    samples=samples,
-                    write=write,
-                    device=resolve_device(device),
-                    trust_remote_code=trust_remote_code,
-                    progress=progress,
-                )
-            )
-    if json:
-        values = [{"model": m, **asdict(one.row)} for m, one in zip(models, found, strict=True)]
-        print(json_module.dumps(finite_values(values), indent=1, ensure_ascii=False))
-        return
-    _print_results(found)
+        return [evaluate_path(model, section, items, progress=progress, **options) for model in models]
 
 
 def _sections(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,9 +87,7 @@ def merge(
     from sqft.cli.messages import RichProgress
     from sqft.directories import check_destination
     from sqft.export.table import find_format, require_runtime
-    from sqft.foreign import MergeObserver, merge_foreign
 
-    ours = read_object(adapter / "adapter_config.json").get("peft_type") == "SQFT"
     section = _merge_section(
         rungs=[rung.strip() for rung in rungs.split(",")],
         enough=enough,
@@ -102,28 +101,17 @@ def merge(
         find_format(into)
         require_runtime(into)
         check_destination(exported_dir, base, adapter, trained_on)
-    if ours:
+    if read_object(adapter / "adapter_config.json").get("peft_type") == "SQFT":
         _refuse_ignored({"--data": data, "--trained-on": trained_on, "--dequantize": dequantize})
+        run_merge = partial(_merge_ours, base, adapter, output, silent=as_json)
     else:
         calibration, measure = _measurement(base, data, prompt, answer, items, samples, length)
+        run_merge = partial(
+            _merge_theirs, base, adapter, output, section, calibration, measure, None if as_json else layers
+        )
     stdout = sys.stdout  # the bars take it over, which is right only where both are one terminal
     with RichProgress() as progress, redirect_stdout(sys.stdout if stdout.isatty() else stdout):
-        if ours:
-            found = _merge_ours(base, adapter, output, progress, silent=as_json)
-        else:
-            result = merge_foreign(
-                base,
-                adapter,
-                output,
-                section,
-                calibration=calibration,
-                measure=measure,
-                observer=MergeObserver() if as_json else _printer(layers),
-                progress=progress,
-            )
-            found = result.as_dict()
-            if not as_json:
-                _print_result(result)
+        found = run_merge(progress=progress)
         if into is not None:
             found["exported"] = _export(
                 output, into, exported_dir, allow_requantize, progress, silent=as_json
@@ -142,6 +130,35 @@ def _merge_ours(
     if not silent:
         print(f"merged: {output}; certificate: {len(checks)} of {len(checks)} checks passed")
     return {"directory": output.name, "checks": checks}
+
+
+def _merge_theirs(
+    base: Path,
+    adapter: Path,
+    output: Path,
+    section: MergeSection,
+    calibration: Any,
+    measure: Callable[[Any], float] | None,
+    all_layers: bool | None,
+    *,
+    progress: "Progress",
+) -> dict[str, Any]:
+    """Merge what was trained elsewhere, rung by rung. all_layers: as --layers; None prints nothing at all."""
+    from sqft.foreign import MergeObserver, merge_foreign
+
+    result = merge_foreign(
+        base,
+        adapter,
+        output,
+        section,
+        calibration=calibration,
+        measure=measure,
+        observer=MergeObserver() if all_layers is None else _printer(all_layers),
+        progress=progress,
+    )
+    if all_layers is not None:
+        _print_result(result)
+    return result.as_dict()
 
 
 def _refuse_ignored(options: dict[str, Any]) -> None:

@@ -138,38 +138,37 @@ def quantize_model(
     _check_masks(checkpoint, masks)
     if method.statistic is not None and calibration is None:
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
-    walk = BlockWalk(
+    with BlockWalk(
         checkpoint,
         calibration if method.statistic else None,
         device=device,
         dense_stream=method.statistic is DenseTargetHessian,
         spill_dir=writer.directory / "activations" if spill else None,
-    )
-    masked = linears if section.method == "joint" else masks
-    grid = replace(_grid(section), stored_dtype=scale_dtype(checkpoint.skeleton(), _grid(section)))
-    writer.prepare(quantized=linears, grid=grid, masked=masked, latent=linears, halves=heads)
+    ) as walk:
+        masked = linears if section.method == "joint" else masks
+        grid = replace(_grid(section), stored_dtype=scale_dtype(checkpoint.skeleton(), _grid(section)))
+        writer.prepare(quantized=linears, grid=grid, masked=masked, latent=linears, halves=heads)
 
-    def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
-        return _quantize_linear(group, name, module, masks.get(name), method, section, writer)
+        def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
+            return _quantize_linear(group, name, module, masks.get(name), method, section, writer)
 
-    def finish_block(name: str) -> None:
-        _apply_other_masks(walk, name, masks, linears, writer)
+        def finish_block(name: str) -> None:
+            _apply_other_masks(walk, name, masks, linears, writer)
 
-    key = {
-        "quantize": section.model_dump(mode="json"),
-        "masks": digest_json({name: digest_tensor(mask) for name, mask in masks.items()}),
-    }
-    task = Task(
-        f"quantize ({section.method})",
-        linears,
-        method.statistic,
-        compress,
-        key,
-        section.sequential,
-        finish_block,
-    )
-    reports = compress_blocks(walk, task, writer, calibration, progress)
-    walk.close()
+        key = {
+            "quantize": section.model_dump(mode="json"),
+            "masks": digest_json({name: digest_tensor(mask) for name, mask in masks.items()}),
+        }
+        task = Task(
+            f"quantize ({section.method})",
+            linears,
+            method.statistic,
+            compress,
+            key,
+            section.sequential,
+            finish_block,
+        )
+        reports = compress_blocks(walk, task, writer, calibration, progress)
     for name in heads:
         weight = checkpoint.tensor(name)
         check_finite(name, weight)

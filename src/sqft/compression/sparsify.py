@@ -96,29 +96,27 @@ def sparsify_model(
         raise CompressionError(f"{section.method} needs calibration texts; give a calibration section")
     spill_dir = writer.directory / "activations" if spill else None
     sparsities = _sparsities(checkpoint, section, linears, calibration, device, spill_dir)
-    walk = BlockWalk(
+    with BlockWalk(
         checkpoint,
         calibration if statistic else None,
         device=device,
         dense_stream=section.dense_targets,
         spill_dir=spill_dir,
-    )
-    writer.prepare(masked=linears)
+    ) as walk:
+        writer.prepare(masked=linears)
 
-    def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
-        return _sparsify_linear(walk, group, name, module, section, sparsities[name], writer)
+        def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
+            return _sparsify_linear(walk, group, name, module, section, sparsities[name], writer)
 
-    task = Task(
-        f"sparsify ({section.method})",
-        linears,
-        statistic,
-        compress,
-        {"sparsify": section.model_dump(mode="json")},
-        section.sequential,
-    )
-    reports = compress_blocks(walk, task, writer, calibration, progress)
-    walk.close()
-    return reports
+        task = Task(
+            f"sparsify ({section.method})",
+            linears,
+            statistic,
+            compress,
+            {"sparsify": section.model_dump(mode="json")},
+            section.sequential,
+        )
+        return compress_blocks(walk, task, writer, calibration, progress)
 
 
 def needed_statistic(section: SparsifySection) -> Callable[[int, torch.device], Any] | None:
@@ -192,9 +190,8 @@ def _sparsities(
     if section.budget == "arithmetic":
         of_block = dict(zip(blocks, arithmetic_offsets(len(blocks), section.budget_spread), strict=True))
     else:
-        walk = BlockWalk(checkpoint, calibration, device=device, spill_dir=spill_dir)
-        ratios = outlier_ratios(walk, linears)
-        walk.close()
+        with BlockWalk(checkpoint, calibration, device=device, spill_dir=spill_dir) as walk:
+            ratios = outlier_ratios(walk, linears)
         offsets = outlier_offsets(list(ratios.values()), section.budget_spread)
         of_block = dict(zip(ratios, offsets, strict=True))
     of_linear = {n: of_block[next(b for b in of_block if n.startswith(b + "."))] for n in linears}

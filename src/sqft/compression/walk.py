@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Integer
@@ -85,7 +85,7 @@ class BlockWalk:
 
     calibration: token ids (n, length), or None where no method asks for inputs. dense_stream: keep the hidden
     states of the uncompressed model beside those of the compressed one. spill_dir: keep hidden states in
-    memory-mapped files there.
+    memory-mapped files there. However a `with` block ends, hidden states and files are gone then.
     """
 
     def __init__(
@@ -254,7 +254,10 @@ class BlockWalk:
         mapped = torch.from_file(str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype)
         return mapped.view(hidden.shape).copy_(hidden)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Drop the hidden states, and the files they were spilled to."""
         self.hidden, self.dense_hidden = [], []
         if self.spill_dir is not None:
