@@ -30,7 +30,13 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.published import PublishedLinear, layer_flops
-from benchmarks.steps import QUICK_VARIANTS, STEP_VARIANTS, measure_steps, saved_bytes_per_weight
+from benchmarks.steps import (
+    QUICK_VARIANTS,
+    STEP_VARIANTS,
+    VARIANTS,
+    measure_steps,
+    saved_bytes_per_weight,
+)
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -42,18 +48,7 @@ from sqft.ops.scaled_linear import scaled_linear
 TOKENS, RANK, ALPHA, GROUP = 1024, 32, 64.0, 64
 SMOLLM2 = {"q": (576, 576), "k, v": (192, 576), "up": (1536, 576), "down": (576, 1536)}
 LLAMA3 = {"q": (4096, 4096), "k, v": (1024, 4096), "up": (14336, 4096), "down": (4096, 14336)}
-LAYER_VARIANTS = (
-    "frozen",
-    "peft lora",
-    "published",
-    "exact",
-    "lowrank",
-    "published qa",
-    "qa exact",
-    "qa lowrank",
-    "scales",
-    "three products",
-)
+LAYER_VARIANTS = ("frozen", *VARIANTS, "three products")
 
 
 def pruned_layer(
@@ -165,7 +160,7 @@ RATIOS = (
 def measure_memory(arguments: argparse.Namespace) -> dict[str, int]:
     """Peak memory of training steps, one process for each variant."""
     peaks = {}
-    full = ("peft lora", "published", "exact", "lowrank", "published qa", "qa exact")
+    full = [variant for variant in VARIANTS if variant not in {"qa lowrank", "scales"}]
     for variant in ("peft lora", "exact", "qa exact") if arguments.quick else full:
         print(f"memory {variant}", file=sys.stderr)
         command = [
@@ -214,26 +209,19 @@ def collect_checks(result: dict[str, Any]) -> list[dict[str, Any]]:
             )
             for model in ("SmolLM2-135M", "Llama-3-8B")
         ),
-        check(
-            "sparse_peft exact / PEFT LoRA" + end,
-            step("exact", "peft lora"),
-            at_most=1.35,
-            aim=1.25,
-            floor=floor("exact", "peft lora"),
-        ),
-        check(
-            "sparse_peft lowrank / PEFT LoRA" + end,
-            step("lowrank", "peft lora"),
-            at_most=1.12,
-            aim=1.04,
-            floor=floor("lowrank", "peft lora"),
-        ),
-        check(
-            "qa_sparse_peft lowrank / PEFT LoRA" + end,
-            step("qa lowrank", "peft lora"),
-            at_most=1.20,
-            aim=1.10,
-            floor=floor("qa lowrank", "peft lora"),
+        *(
+            check(
+                f"{name} / PEFT LoRA{end}",
+                step(variant, "peft lora"),
+                at_most=at_most,
+                aim=aim,
+                floor=floor(variant, "peft lora"),
+            )
+            for name, variant, at_most, aim in (
+                ("sparse_peft exact", "exact", 1.35, 1.25),
+                ("sparse_peft lowrank", "lowrank", 1.12, 1.04),
+                ("qa_sparse_peft lowrank", "qa lowrank", 1.20, 1.10),
+            )
         ),
         check("bytes saved for backward per adapted weight", saved["exact"], at_most=0, aim=0),
         check("the same, qa_sparse_peft", saved["qa exact"], at_most=0, aim=0),

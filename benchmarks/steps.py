@@ -20,23 +20,30 @@ from sqft.ops import GridSpec, compute_qparams, encode_latent, keep_nonzero, mas
 from sqft.sections import AdapterSection, ModelSection
 from sqft.training.record import peak_bytes, reset_peak
 
-__all__ = ["QUICK_VARIANTS", "STEP_VARIANTS", "measure_steps", "saved_bytes_per_weight", "step_flops"]
+__all__ = [
+    "QUICK_VARIANTS",
+    "STEP_VARIANTS",
+    "VARIANTS",
+    "measure_steps",
+    "saved_bytes_per_weight",
+    "step_flops",
+]
 
 BATCH, LENGTH, RANK, ALPHA = 4, 256, 32, 64.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-STEP_VARIANTS = (
+# Of one layer alone and of a whole model; the second has two more, which differ from step to step.
+VARIANTS = (
     "peft lora",
     "published",
     "exact",
-    "exact nls",
     "lowrank",
-    "hybrid 4",
     "published qa",
     "qa exact",
     "qa lowrank",
     "scales",
 )
-QUICK_VARIANTS = tuple(variant for variant in STEP_VARIANTS if variant != "hybrid 4")
+STEP_VARIANTS = (*VARIANTS, "exact nls", "hybrid 4")
+QUICK_VARIANTS = (*VARIANTS, "exact nls")
 
 
 def pruned_model(directory: Path, device: str, quantized: bool, packed: bool = False) -> nn.Module:
@@ -166,16 +173,7 @@ def step_flops(model: nn.Module, variant: str) -> float:
 def saved_bytes_per_weight(device: str) -> dict[str, float]:
     """Bytes that autograd keeps of one layer beyond x, A, B and what is resident anyway, per weight."""
     out_features, in_features, found = 256, 512, {}
-    for variant in (
-        "peft lora",
-        "published",
-        "exact",
-        "lowrank",
-        "published qa",
-        "qa exact",
-        "qa lowrank",
-        "scales",
-    ):
+    for variant in VARIANTS:
         holder = nn.Module()
         holder.layers = nn.ModuleList([nn.Module()])
         linear = nn.Linear(in_features, out_features, bias=False, device=device)

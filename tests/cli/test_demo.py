@@ -6,6 +6,7 @@ import pytest
 
 from sqft.cli import run_command_line
 from sqft.cli.demo import SIZES, demo_values
+from sqft.models import read_masks
 from sqft.pipeline import parse_recipe
 
 DATA = {"train": "train.jsonl", "choices": "choices"}
@@ -42,13 +43,19 @@ def test_the_demo_runs_on_a_tiny_model(
     assert "from_pretrained" in shown
     report = json.loads((results / "report.json").read_text())
     assert [row["name"] for row in report["models"]] == ["base", "sparse", "quantized", "merged"]
+    assert {row["num_items"] for row in report["models"]} == {SIZES["demo-small"][1]["test_items"]}
+    assert len(report["training"]) == SIZES["demo-small"][0]["train"]["max_steps"]
     assert report["certificate"]["passed"]
-    assert (results / "merged" / "config.json").exists()
+    masks = read_masks(results / "merged")
+    assert len(masks) == 14
+    assert all(abs(mask.float().mean().item() - 0.5) < 0.001 for mask in masks.values())
 
 
 def test_two_sizes_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command_line(["demo", "--small", "--full"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "--small or --full" in said
 
 
 @pytest.mark.slow
