@@ -43,7 +43,7 @@ def test_an_export_never_deletes_what_sqft_did_not_write(model: Path, tmp_path: 
     with pytest.raises(ExportError, match="which no export or merge of sqft wrote"):
         export_model(model, "gptq", papers)
     assert (papers / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(ExportError, match="is no directory"):
+    with pytest.raises(ExportError, match="is not a directory"):
         export_model(model, "gptq", papers / "thesis.txt")
 
 

@@ -192,7 +192,7 @@ def test_a_symlink_or_file_of_that_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("elsewhere")
     (tmp_path / "text").write_text("x")
     for name in ("link", "text"):
-        with pytest.raises(WorkspaceError, match="is no directory"):
+        with pytest.raises(WorkspaceError, match="is not a directory"):
             put(tmp_path / name, "new")
         assert free_place(tmp_path / name, {}) == tmp_path / f"{name}-2"
     assert not list((tmp_path / "elsewhere").iterdir())

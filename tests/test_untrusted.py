@@ -37,7 +37,7 @@ def test_only_regular_files_of_a_bounded_size(tmp_path: Path) -> None:
         ("a: !!int x", "invalid literal"),
         ("a: " + "9" * 5000, "digits"),
         ("[" * 5000, "nested too deeply"),
-        ("a: &a [*a]", "stands for itself"),
+        ("a: &a [*a]", "refers to itself"),
         (
             "a0: &a0 [1]\n"
             + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)),
@@ -60,12 +60,12 @@ def test_yaml_that_is_read() -> None:
 
 
 def test_a_time_limit_ends_loops_and_regular_expressions() -> None:
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(TimeoutError, match=r"longer than 0\.1 s"), time_limit(0.1):
         sum(1 for _ in itertools.count())
     with pytest.raises(TimeoutError), time_limit(0.1):
         re.match(r"(a+)+$", "a" * 60 + "b")
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     with time_limit(0.05):
         pass
     time.sleep(0.1)  # no signal comes late

@@ -212,7 +212,7 @@ def digest_file(path: Path, *, cache: Path | None = None) -> str:
     Raises: OSError, also for a pipe or a device, which may never end.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     if cache is not None:
         known, identity = _read_cache(cache), _identity(path)
         if identity not in known:

@@ -125,7 +125,7 @@ def check_destination(output_dir: Path, *sources: str | Path | None) -> None:
         if read in place.parents and any((read / name).is_file() for name in CONFIGS):
             raise ExportError(f"{output_dir} lies inside {source}, which is read; choose another output")
     if output_dir.is_symlink() or (output_dir.exists() and not output_dir.is_dir()):
-        raise ExportError(f"{output_dir} is no directory; choose another output")
+        raise ExportError(f"{output_dir} is not a directory; choose another output")
     mark = read_mark(output_dir)
     if mark is not None and mark.about and mark.files is not None:
         raise ExportError(f"{output_dir} is a result of `sqft run`; choose another output")
@@ -266,7 +266,7 @@ def _check_replaceable(final: Path) -> None:
     if not os.path.lexists(final):
         return
     if not is_directory(final):
-        raise WorkspaceError(f"{final} is no directory; move it away, or choose another place")
+        raise WorkspaceError(f"{final} is not a directory; move it away, or choose another place")
     stranger = changed_since(final)
     if stranger is not None:
         raise WorkspaceError(

@@ -42,9 +42,7 @@ class Pattern:
         if not self.window_bits:
             return
         if self.kept % len(self.window_bits):
-            raise ValueError(
-                f"{len(self.window_bits)} window sizes do not share out {self.kept} kept weights evenly"
-            )
+            raise ValueError(f"{len(self.window_bits)} windows cannot share {self.kept} kept weights evenly")
         if any(bits < 1 or 1 << bits > self.block for bits in self.window_bits):
             raise ValueError(f"windows have 1 bit or more, and at most the {self.block} columns of a block")
 

@@ -32,7 +32,7 @@ def check_regular(path: Path) -> int:
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     return found.st_size
 
 
@@ -114,7 +114,7 @@ def _count_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
     """How many nodes a document has, checking keys on the way. Raises: ValueError."""
     if id(node) in sizes:
         if not sizes[id(node)]:
-            raise ValueError(f"an alias stands for itself{_place(node)}")
+            raise ValueError(f"an alias refers to itself{_place(node)}")
         return sizes[id(node)]
     sizes[id(node)] = 0
     children: list[yaml.Node] = []

@@ -146,5 +146,7 @@ def test_a_head_that_is_tied_or_brought_along_is_told(
     key = "base_model.model.lm_head.base_layer.weight"
     tensors[key] = tensors[key] + 1
     save_file(tensors, path)
-    with pytest.raises(AdapterError, match=r"brings its own lm_head\.weight, another one than the base's"):
+    with pytest.raises(
+        AdapterError, match=r"has a lm_head\.weight of its own, which differs from the base's"
+    ):
         merge(merged_dir(), adapter_dir, tmp_path / "out")

@@ -31,13 +31,13 @@ def signed(merge_copy: Callable[..., MergedDirectories], tmp_path: Path) -> Path
 def test_what_was_signed_is_told_from_what_was_not(signed: Path, tmp_path: Path) -> None:
     assert "signed it" in check_signature(signed, tmp_path / "mine.pub")
     make_key(tmp_path / "other")
-    with pytest.raises(CertificateError, match="is not as the owner"):
+    with pytest.raises(CertificateError, match="differs from what the owner"):
         check_signature(signed, tmp_path / "other.pub")
     write_certificate(signed, [], trained_digest="edited, everything hashed anew")
-    with pytest.raises(CertificateError, match="is not as the owner"):
+    with pytest.raises(CertificateError, match="differs from what the owner"):
         check_signature(signed, tmp_path / "mine.pub")
     sign_record(signed, tmp_path / "other")
-    with pytest.raises(CertificateError, match="is not as the owner"):
+    with pytest.raises(CertificateError, match="differs from what the owner"):
         check_signature(signed, tmp_path / "mine.pub")
     (signed / "sqft_certificate.json.sig").unlink()
     with pytest.raises(CertificateError, match="is not signed"):
@@ -45,14 +45,14 @@ def test_what_was_signed_is_told_from_what_was_not(signed: Path, tmp_path: Path)
 
 
 def test_keys_that_are_none(signed: Path, tmp_path: Path) -> None:
-    with pytest.raises(CertificateError, match="is no public ssh key"):
+    with pytest.raises(CertificateError, match="is not a public ssh key"):
         check_signature(signed, tmp_path / "mine")
     with pytest.raises(CertificateError, match="cannot be read"):
         check_signature(signed, tmp_path / "none.pub")
     with pytest.raises(CertificateError, match="there is no key"):
         sign_record(signed, tmp_path / "none")
     (tmp_path / "text").write_text("no key")
-    with pytest.raises(CertificateError, match="does not sign"):
+    with pytest.raises(CertificateError, match="cannot be used to sign"):
         sign_record(signed, tmp_path / "text")
     with pytest.raises(CertificateError, match="no certificate to sign"):
         sign_record(tmp_path, tmp_path / "mine")

@@ -196,7 +196,7 @@ def test_a_template_that_refuses_is_told_with_the_place(tiny_tokenizer: Any, tmp
         load(tokenizer, tmp_path / "a.jsonl", {"messages": MESSAGES})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}NEVER{% endif %}"
-    with pytest.raises(DataError, match="elsewhere than after its own header"):
+    with pytest.raises(DataError, match="does not write an answer right behind its header"):
         load(tokenizer, tmp_path / "a.jsonl", {"messages": MESSAGES})
 
 

@@ -5,6 +5,7 @@ The hub itself was not asked.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,9 @@ def test_a_data_set_by_name(tmp_path: Path) -> None:
             assert words in message
             assert "a local file can be given" in message
             assert "\n" not in message
-    gone = "http://127.0.0.1:9"  # what is cached is read without the hub
-    cached, unknown = ask(gone, tmp_path, source, {"hub": "someone/nothing"})
+    with socket.socket() as held:  # a port of ours that nobody listens on
+        held.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{held.getsockname()[1]}"
+        cached, unknown = ask(gone, tmp_path, source, {"hub": "someone/nothing"})  # without the hub
     assert cached == whole
     assert "someone/nothing" in unknown

@@ -164,7 +164,7 @@ def test_the_dense_reference_has_a_rank_of_its_own(values: Any) -> None:
         ({"train": {"learning_rate": 1e-3}}, "train.learning_rate would be ignored"),
         ({"adapters": {"method": "scales", "gradient": "lowrank"}}, "gradient would be ignored"),
         ({"adapters": {"method": "lora", "train_norms": True}}, "train_norms goes with"),
-        ({"adapters": {"method": "scales", "train_scales": False}}, "method scales is just that"),
+        ({"adapters": {"method": "scales", "train_scales": False}}, "method scales always trains the scales"),
         ({"train": {"scale_learning_rate": 0}}, "greater than 0"),
     ],
 )

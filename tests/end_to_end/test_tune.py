@@ -194,7 +194,7 @@ def test_what_cannot_be_tuned_is_refused(
         ({"tune": {"model": quantized}}, ModelError, "is quantized; tune.model is a dense model"),
         ({"tune": TUNE | {"rank": 65}}, AdapterError, "tune.rank: 65 is more than"),
         ({"model": quantized}, ModelError, "is quantized, and tune merges into 16 bits"),
-        ({"model": sparse}, AdapterError, "arrive sparse, and tune would fill their zeros"),
+        ({"model": sparse}, AdapterError, "are sparse, and tune would fill their zeros"),
     ]
     for changes, kind, words in cases:
         with pytest.raises(kind, match=words) as caught:

@@ -243,7 +243,7 @@ def test_a_model_that_another_program_runs(
     assert results["mawps"]["acc,none"] == 1.0
     assert results["gsm8k"]["exact_match,flexible-extract"] == 1.0
     assert results["arc_easy"]["num_items"] == 2
-    with pytest.raises(DataError, match="only a model opened by transformers"):
+    with pytest.raises(DataError, match="only a model that transformers runs"):
         evaluate_tasks(parrot, tiny_tokenizer, ["math_mawps"], data_dir=data_dir)
     loss, accuracy = evaluate_items(Parrot(says), make_items(), tiny_tokenizer)
     assert accuracy is not None

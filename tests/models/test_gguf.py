@@ -93,10 +93,10 @@ def test_a_head_that_is_not_there_is_the_embedding(tmp_path: Path) -> None:
 
 def test_a_million_blocks_are_refused_at_once(tmp_path: Path) -> None:
     path = write_llama(tmp_path / "deep.gguf", blocks=2**31 - 1)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ModelError, match="states 2147483647 blocks"):
         open_gguf(path)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def text(value: str) -> bytes:
@@ -130,7 +130,7 @@ def head(tensors: int = 0, values: int = 0, version: int = 3) -> bytes:
 def test_headers_that_lie(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "lie.gguf"
     path.write_bytes(content)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ModelError, match=message):
         read_gguf_header(path)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5

@@ -102,7 +102,7 @@ def test_an_adapter_without_its_base(trained: Any, tmp_path: Path) -> None:
         base=str(result.base_dir),
     )
     assert given.row.num_items == 8
-    with pytest.raises(AdapterError, match="is no adapter"):
+    with pytest.raises(AdapterError, match="is not an adapter"):
         evaluate_path(str(result.model_dir), SECTION, {"test": str(test)}, base=str(result.base_dir))
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_measured(trained: Any, tmp_path: Path, tiny_model_dir: C
         evaluate_path(str(result.model_dir), EvaluateSection(general_text=None))
     with pytest.raises(ModelError, match="does not exist"):
         evaluate_path(str(tmp_path / "none"), SECTION, {"test": str(test)})
-    with pytest.raises(DataError, match="does not tell with which prompt"):
+    with pytest.raises(DataError, match="does not record the prompt"):
         evaluate_path(str(tiny_model_dir("llama")), SECTION, {"test": str(test)})
     with pytest.raises(DataError, match="there is no file"):
         evaluate_path(str(result.model_dir), SECTION, {"test": str(tmp_path / "none.jsonl")})

@@ -65,5 +65,5 @@ def test_an_adapter_of_another_runtime_is_refused(merged_dir: Callable[..., Path
         open_artefact(tmp_path / "model.gguf", None, tmp_path / "adapter")
     (tmp_path / "lora.gguf").write_bytes(b"")
     assert open_artefact(tmp_path / "model.gguf", None, tmp_path / "lora.gguf").adapter is not None
-    with pytest.raises(ExportError, match="is no PEFT adapter"):
+    with pytest.raises(ExportError, match="is not a PEFT adapter"):
         open_artefact(merged_dir(), None, tmp_path / "lora.gguf")

@@ -185,5 +185,5 @@ def test_a_journal_damaged_between_two_runs_gives_no_other_result(
 def test_trials_that_nothing_proves_are_not_used(tmp_path: Path) -> None:
     search("hill_climb", tmp_path, num_trials=3)
     (tmp_path / ".trials.log.sha256").unlink()
-    with pytest.raises(WorkspaceError, match="no record"):
+    with pytest.raises(WorkspaceError, match="does not record"):
         search("hill_climb", tmp_path, num_trials=5)

@@ -150,7 +150,7 @@ def test_wandb_writes_an_offline_run(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     report_to("wandb", make_model, tmp_path)
     (run,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    for _ in range(100):  # another process writes it
+    for _ in range(1200):  # another process writes it
         if b"eval/loss" in run.read_bytes():
             return
         time.sleep(0.05)

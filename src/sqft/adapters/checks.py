@@ -18,7 +18,7 @@ def check_method(method: str, layer: nn.Module, name: str) -> None:
         raise AdapterError(f"sparse_peft on the quantized {name} would leave its grid; use qa_sparse_peft")
     if method == "qa_sparse_peft" and hasattr(base, "packed"):
         raise AdapterError(
-            f"{name} holds its codes alone, and qa_sparse_peft builds on what was rounded to them; load the "
+            f"{name} is held as codes alone, and qa_sparse_peft needs the weights before rounding; load the "
             "base with base_precision latent"
         )
 

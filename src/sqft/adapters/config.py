@@ -124,8 +124,8 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
             raise AdapterError("kernels 'triton' has no meaning for lora; leave it at auto")
         if self.token_dropout and (self.gradient != "exact" or self.kernels == "triton"):
             raise AdapterError(
-                "token dropout takes two products, whose gradient is exact and by torch; "
-                "set dropout_kind: column, or leave gradient and kernels alone"
+                "dropout_kind token computes base and update apart, with the exact gradient and by torch; "
+                "set dropout_kind: column, or remove gradient and kernels"
             )
         self.ranks = sorted(set(self.ranks), reverse=True)
         if self.task_type in TASK_HEADS:
@@ -151,7 +151,7 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
             )
         if self.train_scales and (self.gradient != "exact" or self.kernels == "triton"):
             raise AdapterError(
-                "trained scales need gradient exact, and kernels auto or torch; leave them alone"
+                "trained scales need gradient exact, and kernels auto or torch; remove the two settings"
             )
         if self.train_scales and self.token_dropout:
             raise AdapterError("trained scales need dropout_kind: column")

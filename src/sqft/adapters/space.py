@@ -46,7 +46,7 @@ class SearchSpace:
         config = adapter_config(peft_model)
         if config.rank_pattern:
             raise AdapterError(
-                "an extracted sub-adapter has one rank for each module; search the super-adapter"
+                "an extracted sub-adapter has one rank for each module, and no choice; use the super-adapter"
             )
         names = (config.target_modules or []) if config.low_rank else []
         return cls(rank_groups(names, config.rank_groups), tuple(config.ranks))

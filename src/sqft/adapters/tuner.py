@@ -127,7 +127,7 @@ class SqftModel(BaseTuner):  # type: ignore[misc]  # peft is untyped
         """
         if kwargs.get("adapter_names") is not None:
             raise AdapterError(
-                "adapter_names gives each row its own adapter, which sqft cannot: a weight is adapted as a "
+                "adapter_names mixes adapters in one batch, which sqft cannot do: a weight is adapted as a "
                 "whole; call set_adapter, and run the rows of one adapter together"
             )
         yield

@@ -124,7 +124,7 @@ def _check_head(name: str, values: NDArray[np.floating]) -> None:
     for first in range(0, len(values), HEAD_ROWS):
         multiples = np.abs(values[first : first + HEAD_ROWS].astype(np.float64)) * 2.0**24
         if values.shape[1] % 32 or bool((multiples != np.rint(multiples)).any()):
-            raise CertificateError(f"{name} is on no grid of 8 bits")
+            raise CertificateError(f"{name} does not lie on a grid of 8 bits")
         groups = multiples.astype(np.int64).reshape(len(multiples), -1, 32)
         unit = np.maximum(np.gcd.reduce(groups, axis=-1), 1)
         outside = int((groups.max(-1) > 127 * unit).sum())

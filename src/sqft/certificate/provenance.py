@@ -264,7 +264,7 @@ def _check_recomputed(merged: StoredModel, base: StoredModel, adapter: Adapter, 
                     raise CertificateError(f"{wrong} weights of {name} are not what base and adapter give")
                 if name in quantized and int((high - low).max()) > 1:
                     raise CertificateError(
-                        f"the update of {name} is too large: float32 does not decide its codes"
+                        f"the update of {name} is too large: float32 leaves its codes undecided"
                     )
                 count += found.size
                 between += int((low != high).sum())
@@ -313,7 +313,7 @@ def _intervals(
         typical = np.sqrt(np.square(adapted).mean(1, keepdims=True))
         if not quantized and not bool((error <= LARGEST_ERROR * typical).all()):
             raise CertificateError(
-                f"the terms of {name}'s update are too large: float32 does not decide its weights"
+                f"the terms of {name}'s update are too large: float32 leaves its weights undecided"
             )
         low: Array = adapted - error
         high: Array = adapted + error

@@ -29,7 +29,7 @@ def signed_record(directory: Path) -> Path:
     for name in RECORDS:
         if (directory / name).is_file():
             return directory / name
-    raise CertificateError(f"{directory} has no certificate to sign: it is no merged model and no export")
+    raise CertificateError(f"{directory} has no certificate to sign: it is not a merged model and no export")
 
 
 def sign_record(directory: Path, key: Path) -> Path:
@@ -47,7 +47,7 @@ def sign_record(directory: Path, key: Path) -> Path:
         copy = Path(shutil.copyfile(record, Path(folder) / record.name))
         done = _ssh_keygen("sign", "-f", str(key.expanduser()), "-n", NAMESPACE, str(copy))
         if done.returncode:
-            raise CertificateError(f"{key} does not sign: {_last_line(done.stderr)}")
+            raise CertificateError(f"{key} cannot be used to sign: {_last_line(done.stderr)}")
         shutil.copyfile(copy.with_name(copy.name + ".sig"), signature)
     return signature
 
@@ -66,7 +66,9 @@ def check_signature(directory: Path, public_key: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise CertificateError(f"{public_key} cannot be read ({error})") from error
     if len(keys) < 2 or "PRIVATE" in " ".join(keys[:4]):
-        raise CertificateError(f"{public_key} is no public ssh key; it is a line like 'ssh-ed25519 AAAA...'")
+        raise CertificateError(
+            f"{public_key} is not a public ssh key; it is a line like 'ssh-ed25519 AAAA...'"
+        )
     with tempfile.TemporaryDirectory() as folder:
         allowed = Path(folder) / "allowed"
         allowed.write_text(f'{SIGNER} namespaces="{NAMESPACE}" {keys[0]} {keys[1]}\n', encoding="utf-8")
@@ -75,7 +77,7 @@ def check_signature(directory: Path, public_key: Path) -> str:
             text=record.read_bytes(),
         )  # fmt: skip
     if done.returncode:
-        raise CertificateError(f"{record.name} is not as the owner of {public_key} signed it")
+        raise CertificateError(f"{record.name} differs from what the owner of {public_key} signed")
     return f"{record.name} is as the owner of {public_key} signed it"
 
 

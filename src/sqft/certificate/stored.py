@@ -202,7 +202,7 @@ class StoredModel:
         """Bits of a code."""
         bits = self._weight_scheme().get("num_bits")
         if type(bits) is not int or not 1 <= bits <= 8:
-            raise CertificateError(f"{self.directory}/config.json does not say of how many bits a code is")
+            raise CertificateError(f"{self.directory}/config.json does not say how many bits a code has")
         return bits
 
     def _weight_scheme(self) -> dict[str, Any]:
@@ -214,7 +214,9 @@ class StoredModel:
         if not schemes:
             raise CertificateError(f"{self.directory}/config.json does not state its quantization")
         if any(scheme != schemes[0] for scheme in schemes):
-            raise CertificateError(f"{self.directory} mixes integer grids, which is not understood")
+            raise CertificateError(
+                f"{self.directory} has more than one integer grid, which cannot be checked"
+            )
         return schemes[0]
 
     def shape(self, name: str) -> tuple[int, int]:

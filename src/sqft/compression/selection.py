@@ -71,7 +71,7 @@ def _check_fused_weights(outline: "ModelOutline") -> None:
     if share > LARGEST_FUSED:
         largest = max(fused, key=lambda name: fused[name])
         raise CompressionError(
-            f"{share:.0%} of the weights in the blocks are no linear layers ({largest} and others), and "
+            f"{share:.0%} of the weights in the blocks are not in linear layers ({largest} and others), and "
             "would stay dense; name the linears to compress in target_modules if that is meant"
         )
 

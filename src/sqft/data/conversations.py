@@ -55,7 +55,7 @@ def render_conversation(
     start, end = spans.get(turns[-1], (0, 0))
     if not 0 < start < end:
         raise DataError(
-            f"{place}: the chat template writes an answer elsewhere than after its own header for one; write "
+            f"{place}: the chat template does not write an answer right behind its header; write "
             "data.prompt and data.answer"
         )
     wanted = [turn for turn in turns[:-1] if turn >= conversation.start]

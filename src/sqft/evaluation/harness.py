@@ -61,7 +61,7 @@ def evaluate_tasks(
         if path is None:  # a group or tag, which the harness resolves
             if data_dir is not None:
                 raise DataError(
-                    f"{task} is a group of tasks; with data of your own name the tasks one by one"
+                    f"{task} is a group of tasks; for data of your own, name each task of the group"
                 )
             specs.append(task)
             sources[task] = None

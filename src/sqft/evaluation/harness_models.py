@@ -156,7 +156,7 @@ def _generate(
     """
     if settings.get("do_sample") or settings.get("num_beams", 1) != 1:
         raise DataError(
-            "this task samples or searches with beams, which only a model opened by transformers does"
+            "this task generates by sampling or beam search, which only a model that transformers runs can do"
         )
     until = settings.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)

@@ -36,7 +36,7 @@ def read_task(path: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """
     settings = _read(path, trust_remote_code, [])
     if not isinstance(settings.get("task"), str):
-        raise DataError(f"{path} has no 'task' name, so it is no task of lm-evaluation-harness")
+        raise DataError(f"{path} has no 'task' name, so it is not a task of lm-evaluation-harness")
     if not trust_remote_code:
         wrong = _asks_for_more(settings)
         if wrong:
@@ -74,7 +74,7 @@ def _read(path: Path, trust_remote_code: bool, including: list[Path]) -> dict[st
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise DataError(f"{path} has no 'task' name, so it is no task of lm-evaluation-harness")
+        raise DataError(f"{path} has no 'task' name, so it is not a task of lm-evaluation-harness")
     including = [*including, path.resolve()]
     if len(including) > INCLUDES or len(set(including)) < len(including):
         raise DataError(f"{path} includes itself, or too many others")

@@ -66,7 +66,7 @@ def _copy_peft(adapter: ForeignAdapter, directory: Path, made_of: dict[str, str]
 def _gguf_source(adapter: ForeignAdapter, base_dir: Path | None) -> ExportSource:
     if base_dir is None:
         raise ExportError(
-            "an adapter in gguf needs the names and rotary order of its model; give the base too"
+            "an adapter in gguf has its model's tensor names and rotary order; give the base too"
         )
     source = open_source(base_dir)
     if source.architecture not in FAMILIES or adapter.config.get("use_dora"):

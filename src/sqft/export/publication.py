@@ -44,7 +44,9 @@ def describe_publication(directory: Path, repo: str) -> Publication:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ExportError(f"{repo!r} is no name on the hub, write USER/NAME: {first_line(error)}") from None
+        raise ExportError(
+            f"{repo!r} is not a name on the hub, write USER/NAME: {first_line(error)}"
+        ) from None
     if "/" not in repo:
         raise ExportError(f"{repo!r} lacks its owner; write USER/{repo}")
     paths = _files(directory)

@@ -109,7 +109,7 @@ def _check_made_anew(directory: Path, merged_dir: Path) -> str:
         names = (digest_files(directory).keys() | digest_files(anew).keys()) - set(NOT_CHECKED)
         other = [name for name in sorted(names) if not _same_file(directory / name, anew / name)]
     if other:
-        raise ExportError(f"not what an export of the merged model is: {', '.join(other)}")
+        raise ExportError(f"files that are not as an export of this model has them: {', '.join(other)}")
     return f"{len(names)} files are those of an export made now"
 
 
@@ -129,5 +129,5 @@ def _model_record(directory: Path) -> dict[str, Any]:
     """What an export wrote of itself. Raises: ExportError if it is an adapter's."""
     record: dict[str, Any] = json.loads((directory / EXPORT_RECORD).read_text(encoding="utf-8"))
     if record.get("adapter"):
-        raise ExportError("an adapter is no merged model; verify it without --merged")
+        raise ExportError("an adapter is not a merged model; verify it without --merged")
     return record

@@ -24,7 +24,7 @@ def check_dense(base: Checkpoint) -> None:
     sparse = len(ExistingMasks(base))
     if sparse:
         raise AdapterError(
-            f"{sparse} linears of {base.directory} arrive sparse, and tune would fill their zeros; leave it "
+            f"{sparse} linears of {base.directory} are sparse, and tune would fill their zeros; leave tune "
             "out, and train by adapters.method sparse_peft"
         )
 

@@ -37,7 +37,7 @@ def check_fit(checkpoint: Checkpoint, adapter: ForeignAdapter) -> None:
     for name, stored in adapter.copies():
         if name not in checkpoint.names or not _same(checkpoint.tensor(name), stored):
             raise AdapterError(
-                f"the adapter brings its own {name}, another one than the base's; save it with "
+                f"the adapter has a {name} of its own, which differs from the base's; save it with "
                 "save_embedding_layers=False if it was not trained"
             )
 

@@ -265,8 +265,8 @@ def _check_kept(layers: list[LayerErasure], least: float) -> None:
     if kept < least:
         raise ExportError(
             f"plain rounding keeps {max(kept, 0):.1%} of the update (at least {least:.0%} is asked), so that "
-            "the base would be written; give items to measure on (--data), with which further rungs are "
-            "climbed, or serve the adapter unmerged"
+            "little but the base would be written; give items to measure on (--data), so that more rungs can "
+            "be tried, or serve the adapter unmerged"
         )
 
 

@@ -23,9 +23,7 @@ class AwqLayout(GroupedLayout):
     def __init__(self, files: ForeignFiles, quantization: Mapping[str, Any]) -> None:
         super().__init__(files, quantization)
         if self.bits != 4:
-            raise ModelError(
-                f"{files.directory} is AWQ with {self.bits} bits, which is not understood, only 4"
-            )
+            raise ModelError(f"{files.directory} is AWQ with {self.bits} bits, and only 4 bits can be read")
 
     def codes(self, name: str) -> UInt8[Tensor, "out in"]:
         """The codes of a linear."""

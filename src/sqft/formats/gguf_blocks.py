@@ -65,7 +65,7 @@ def pack_blocks(weight: QuantizedWeight, kind: GGMLQuantizationType) -> Bytes:
 def unpack_blocks(data: Bytes, kind: GGMLQuantizationType) -> IntegerWeight:
     """Undo `pack_blocks`; for Q4_1 the zero point is -m / d.
 
-    Raises: ExportError if a minimum of Q4_1 is no whole number of steps, so that no zero point is behind it.
+    Raises: ExportError if a minimum of Q4_1 is not a whole number of steps, so that it is not a zero point.
     """
     sizes = {Q4_0: 18, Q4_1: 20, Q8_0: 34}
     rows = len(data)
@@ -81,7 +81,7 @@ def unpack_blocks(data: Bytes, kind: GGMLQuantizationType) -> IntegerWeight:
             offset = np.rint(minimum / scale)
             broken = int((~(offset * scale == minimum)).sum())
         if broken:
-            raise ExportError(f"the minimum of {broken} blocks of Q4_1 is no whole number of steps")
+            raise ExportError(f"the minimum of {broken} blocks of Q4_1 is not a whole number of steps")
         steps = _from_nibbles(blocks[..., 4:]) + offset.astype(np.int16)[..., None]
     return IntegerWeight(steps.reshape(rows, -1).astype(np.int16), scale)
 

@@ -69,7 +69,7 @@ class Nf4Layout:
         self.names = [name.removesuffix(self.END) for name in files.names if name.endswith(self.END)]
         if not self.names or any("bitsandbytes__fp4" in name for name in files.names):
             raise ModelError(
-                f"{files.directory} is quantized by bitsandbytes, but not to NF4; only that is read"
+                f"{files.directory} is quantized by bitsandbytes, but not to NF4, and only that can be read"
             )
 
     def stored(self, name: str) -> set[str]:

@@ -157,7 +157,7 @@ class PackedMatrix:
         y = torch.empty(x.shape[0], self.out_features)
         weight = ctypes.byref(self._weight)
         if library.sqft_multiply(weight, x.data_ptr(), self.in_features, len(x), y.data_ptr(), threads):
-            raise MemoryError("no memory for the activations of a product")
+            raise MemoryError("there is not enough memory for the activations of a product")
         return y
 
     def unpack(self) -> tuple[Int8[Tensor, "out in"], Float[Tensor, "out groups"]]:

@@ -226,7 +226,7 @@ def read_generation(directory: Path) -> GenerationConfig | None:
 
 
 def build_skeleton(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """A model with its parameters on the meta device. Raises: ModelError if it is no language model."""
+    """A model with its parameters on the meta device. Raises: ModelError if it is not a language model."""
     try:
         values = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
         plain = type(config).from_dict(values)

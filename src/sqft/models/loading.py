@@ -131,8 +131,8 @@ def build_trainable(
         masked = name == f"{linear}.weight" and linear in masks
         if masked and not torch.equal(value != 0, masks[linear].to(device)):
             raise ModelError(
-                f"{checkpoint.directory}: the zeros of {linear} are not those of its stored mask; "
-                "write it again"
+                f"{checkpoint.directory}: the zeros of {linear} are not where its stored mask has them; "
+                "make the model again"
             )
         in_block = linear in linears and any(linear.startswith(b + ".") for b in checkpoint.block_names)
         dense = linear not in masks and in_block and name == f"{linear}.weight"

@@ -143,10 +143,12 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         ModelRow(**values["row"])
         if not all(isinstance(values[key], dict) for key in ("items", "recipe", "model")):
-            raise TypeError("a part is no object")
+            raise TypeError("a part is not an object")
         return values | {"date": str(values["date"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WorkspaceError(f"{path} is no evaluation of this version ({error}); evaluate again") from error
+        raise WorkspaceError(
+            f"{path} is not an evaluation of this version ({error}); evaluate again"
+        ) from error
 
 
 def _merged(evaluations: list[dict[str, Any]]) -> Measured:
@@ -211,7 +213,9 @@ def _series(one: Measured) -> dict[str, _Series]:
     ids = items.get("ids")
     if "loss_sums" in items:
         if ids is None:
-            raise DataError(f"{one.place} was measured by a version that named no items; run it again")
+            raise DataError(
+                f"{one.place} was measured by a version of sqft that did not record its items; run it again"
+            )
         found["loss"] = _Series(ids, items["loss_sums"], items["answer_tokens"])
         found["accuracy"] = _Series(ids, [float(right) for right in items["correct"]], [1] * len(ids))
     for measure, key in (("general text", "general"), ("log perplexity", "perplexity")):
@@ -257,7 +261,7 @@ def _check_pair(measure: str, first: tuple[str, _Series], second: tuple[str, _Se
     if one.units != other.units:
         raise DataError(
             f"{first[0]} and {second[0]} cannot be compared: their tokenizers split the answers differently, "
-            "so a loss per token is another thing for each"
+            "so their losses per token say different things"
         )
 
 

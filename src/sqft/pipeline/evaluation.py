@@ -137,12 +137,12 @@ def _describe(path: Path, base: str | None) -> "Artefact":
     config = path / "adapter_config.json"
     if not config.is_file():
         if base is not None:
-            raise AdapterError(f"{path} is no adapter, so --base does not apply")
+            raise AdapterError(f"{path} is not an adapter, so --base does not apply")
         return open_artefact(path)
     named = base or read_object(config).get("base_model_name_or_path")
     try:
         if not isinstance(named, str) or not named:
-            raise ModelError("it names none")
+            raise ModelError("it does not name one")
         found = _locate(named)
     except ModelError as error:
         raise AdapterError(
@@ -172,7 +172,7 @@ def _data_section(artefact: "Artefact", data: Mapping[str, Any]) -> DataSection:
     told = {key: value for key, value in data.items() if value is not None}
     if recorded is None and "prompt" not in told:
         raise DataError(
-            f"{path} does not tell with which prompt it was trained; give --prompt and --answer, or --recipe"
+            f"{path} does not record the prompt it was trained with; give --prompt and --answer, or --recipe"
         )
     values = {**(recorded or {}), **told}
     try:

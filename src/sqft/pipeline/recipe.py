@@ -287,7 +287,7 @@ def load_recipe(path: Path | str, overrides: list[str] | None = None) -> Recipe:
 def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> dict[str, Any]:
     """A recipe as nested dictionaries, named after its file, overrides applied, nothing else checked.
 
-    Raises: RecipeError if it cannot be read, is no mapping, or an override does not fit.
+    Raises: RecipeError if it cannot be read, is not a mapping, or an override does not fit.
     """
     path = Path(path)
     try:
@@ -297,7 +297,7 @@ def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> 
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except ValueError as error:
-        raise RecipeError(f"{path} is no recipe: {error}") from None
+        raise RecipeError(f"{path} is not a recipe: {error}") from None
     try:
         values = parse_yaml(text, _Loader)
     except ValueError as error:
@@ -376,7 +376,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"'{override}' is no override; write section.key=value")
+        raise RecipeError(f"'{override}' is not an override; write section.key=value")
     try:
         value = parse_yaml(text, _Loader)
     except ValueError as error:

@@ -74,7 +74,7 @@ def load_experiment(name: str, scale: Scale, data: Path, overrides: list[str] | 
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals:
-            raise RecipeError(f"'{override}' is no override; write section.key=value")
+            raise RecipeError(f"'{override}' is not an override; write section.key=value")
         set_value(values, key, yaml.safe_load(text))
     return expand_sweep(values, path=path, many=True)
 

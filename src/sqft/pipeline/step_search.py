@@ -58,6 +58,6 @@ def _check_digest(digest: str, trained: str | None) -> None:
     """The adapter read from disk must give the codes that the model in memory had when training ended."""
     if trained is not None and trained != digest:
         raise CertificateError(
-            "the adapter read from disk gives other codes than the trained model had; delete the train stage "
+            "the saved adapter gives other codes than the model had after training; delete the train stage "
             "and run again"
         )

@@ -59,9 +59,7 @@ def _take_model(context: StageContext) -> dict[str, Any]:
     if tuned.grid is not None:
         raise ModelError(f"{tuned.directory} is quantized; tune.model is a dense model")
     if _shapes(base) != _shapes(tuned):
-        raise ModelError(
-            f"{tuned.directory} has other weights than {base.directory}, and is no tuned form of it"
-        )
+        raise ModelError(f"{tuned.directory} has weights of other names or shapes than {base.directory}")
     known, other = (load_tokenizer(path.directory, **code).get_vocab() for path in (base, tuned))
     if any(other.get(token) != number for token, number in known.items()):
         raise ModelError(f"{tuned.directory} has another tokenizer than {base.directory}; name it as model")

@@ -138,7 +138,7 @@ def read_report(directory: Path) -> ReportData:
     except FileNotFoundError:
         raise WorkspaceError(f"{directory} has no report.json; run a recipe first") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise WorkspaceError(f"{path} is no report of this version ({error}); run again") from error
+        raise WorkspaceError(f"{path} is not a report of this version ({error}); run again") from error
 
 
 def finite_values(value: Any) -> Any:

@@ -67,9 +67,11 @@ def _plugin() -> ctypes.CDLL:
     try:
         pointers = [ctypes.cast(getattr(host, name), ctypes.c_void_p).value for name in FUNCTIONS]
     except AttributeError as error:
-        raise ExportError(f"this llama.cpp does not let the sparse kernels in: {error}") from None
+        raise ExportError(f"the sparse kernels cannot be added to this llama.cpp: {error}") from None
     table = (ctypes.c_void_p * len(pointers))(*pointers)
     fits = host.ggml_op_name(MUL_MAT) == b"MUL_MAT"
     if not fits or plugin.sqft_plugin_install(table, host.ggml_tensor_overhead()):
-        raise ExportError("this llama.cpp has other structures than the sparse kernels know; go without them")
+        raise ExportError(
+            "this llama.cpp has another binary interface than the sparse kernels expect; go without them"
+        )
     return plugin

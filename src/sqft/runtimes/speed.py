@@ -83,7 +83,9 @@ def open_artefact(
         return Artefact(name, path, "transformers + sqft")
     if (path / "config.json").is_file():
         if adapter is not None and not (adapter / "adapter_config.json").is_file():
-            raise ExportError(f"{adapter} is no PEFT adapter, as {path} needs; give the one that was trained")
+            raise ExportError(
+                f"{adapter} is not a PEFT adapter, as {path} needs; give the one that was trained"
+            )
         return Artefact(name, path, "transformers", adapter)
     raise ExportError(f"{path} is neither a model directory, nor a GGUF file, nor an OpenVINO model")
 

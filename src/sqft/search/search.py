@@ -162,7 +162,7 @@ def _open_study(storage: Path, sampler: Proposer, name: str, space: SearchSpace)
             raise WorkspaceError(f"{storage} holds another search; remove it, or choose another place")
         if _finished(study, space) and not sealed:
             raise WorkspaceError(
-                f"{storage} has no record of which of its trials are whole; remove it to search anew"
+                f"{storage} does not record which of its trials were finished; remove it to search anew"
             )
         if not sealed:
             _seal(storage)

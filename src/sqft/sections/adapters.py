@@ -111,7 +111,7 @@ class AdapterSection(Section):
                 "train_norms goes with the methods that merge: sparse_peft, qa_sparse_peft, scales"
             )
         if self.method == "scales" and not self.trains_scales:
-            raise ValueError("train_scales: method scales is just that; remove it")
+            raise ValueError("train_scales: method scales always trains the scales; remove it")
         beside = self.trains_scales and self.low_rank
         if beside and (self.gradient != "exact" or self.kernels == "triton"):
             raise ValueError("train_scales goes with gradient exact, and kernels auto or torch")

@@ -26,7 +26,7 @@ def _check_names(value: list[str] | str) -> list[str] | str:
         if isinstance(value, str):
             re.compile(value)
     except re.error as error:
-        raise ValueError(f"{value!r} is no regular expression: {error}; names go into a list") from None
+        raise ValueError(f"{value!r} is not a regular expression: {error}; names go into a list") from None
     return value
 
 

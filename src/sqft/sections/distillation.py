@@ -46,9 +46,11 @@ class DistillationSection(Section):
     @model_validator(mode="after")
     def _something(self) -> "DistillationSection":
         if self.text is None and not self.item_weight:
-            raise ValueError("nothing is learnt from the teacher; give text, or item_weight above 0")
+            raise ValueError("nothing would be learnt from the teacher; give text, or an item_weight above 0")
         if self.text == "train":
-            raise ValueError("text names texts that are not of the task; for the items set item_weight")
+            raise ValueError(
+                "text is for texts other than the training items; for the items, set item_weight"
+            )
         if self.text is not None and self.sequence_length < 2:
             raise ValueError("sequence_length must be 2 at least: the first token is not predicted")
         return self

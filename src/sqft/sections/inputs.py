@@ -157,5 +157,5 @@ class CalibrationSection(Section):
     @model_validator(mode="after")
     def _mix(self) -> "CalibrationSection":
         if self.mix == "train":
-            raise ValueError("mix names texts that are not the training items; write train as source")
+            raise ValueError("mix is for texts other than the training items; for those, write source: train")
         return self

@@ -50,7 +50,7 @@ class EvaluateSection(Section):
     @model_validator(mode="after")
     def _tasks(self) -> "EvaluateSection":
         if not self.tasks and (self.tasks_data is not None or self.num_fewshot is not None):
-            raise ValueError("tasks_data and num_fewshot are about tasks; name some")
+            raise ValueError("tasks_data and num_fewshot are settings of tasks; name some in tasks")
         return self
 
 

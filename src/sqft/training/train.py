@@ -72,7 +72,9 @@ def train_adapters(
     if not examples:
         raise TrainingError("there is no item to train on")
     if section.selects and measure is None:
-        raise TrainingError("train.keep and train.early_stopping go by a loss that nothing measures here")
+        raise TrainingError(
+            "train.keep and train.early_stopping go by a measured loss, and nothing measures one here"
+        )
     if distillation is not None and distillation.on_items:
         distillation.teacher.check_items(examples, loss_on)
     device = next(model.parameters()).device

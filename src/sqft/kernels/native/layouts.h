@@ -85,8 +85,8 @@ struct sqft_activation {
     int32_t *sum8;
 };
 
-/* The scale of a block whose largest value this is, not a number if one is none; returns what values are multiplied
- * with, or 0 if every q is 0. */
+/* The scale of a block whose largest absolute value this is (NaN where a value is NaN). Returns the factor that turns values
+ * into q, or 0 if every q is 0. */
 static inline float sqft_set_scale(const struct sqft_activation *a, int64_t block, float largest) {
     float inverse = largest > 0 ? 127.0f / largest : 0.0f;
     int too_small = inverse > 3e38f; /* to be told from 0 */
@@ -94,7 +94,7 @@ static inline float sqft_set_scale(const struct sqft_activation *a, int64_t bloc
     return too_small ? 0.0f : inverse;
 }
 
-/* What an instruction set brings. quantize: whole blocks of a vector. rows: rows first..last of one product for
+/* The functions of one instruction set. quantize: whole blocks of a vector. rows: rows first..last of one product for
  * `batch` vectors, first a multiple of 8; y has the stride weight->rows. */
 struct sqft_kernels {
     void (*quantize)(const float *x, int64_t blocks, const struct sqft_activation *a);

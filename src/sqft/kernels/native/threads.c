@@ -2,8 +2,8 @@
  * load beside both and depend on neither.
  *
  * Workers spin some 50 microseconds for the next product, as decoding brings one after the other, then sleep. Parts
- * are taken from one counter; the caller works too, and calls off whoever has not begun when nothing is left. There
- * is one caller at a time: another one, at the same time, works alone.
+ * are taken from one counter; the caller works too, and when nothing is left calls off
+ * the workers that have not begun. One caller at a time has the workers; a second one works alone.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
