@@ -173,3 +173,14 @@ sys.exit(run_command_line(["--version"]))
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("sqft ")
+
+
+@pytest.mark.parametrize("words", [["plan", "~/none.yaml"], ["inspect", "--json", "~/none"]])
+def test_home_is_written_out(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_command_line(words) == 2
+    assert str(tmp_path / "none") in capsys.readouterr().err
+    assert cli._expand_home("--output=~/x") == f"--output={tmp_path}/x"
+    assert cli._expand_home("data.answer=~/x") == "data.answer=~/x"  # a text may begin so; paths expand it

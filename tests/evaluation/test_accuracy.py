@@ -37,6 +37,8 @@ def test_accuracy_by_likelihood(model: Any, make_items: Callable[..., Any], tiny
     assert result.accuracy == pytest.approx(6 / 7)
     assert (result.low, result.high) == pytest.approx((0.4869, 0.9743), abs=1e-3)
     assert result.method == "likelihood"
+    taken = [(example.choices_ids or ())[index] for example, index in zip(items, best, strict=True)][:7]
+    assert result.answers == [tiny_tokenizer.decode(ids) for ids in taken]
 
 
 def greedy(model: Any, tokenizer: Any, example: Any, length: int) -> str:

@@ -79,7 +79,6 @@ def test_every_error_is_reported_with_its_path() -> None:
     ("values", "part"),
     [
         ({"adapters": {"method": "sparse_peft"}}, "adapters: needs a data section"),
-        ({"data": DATA, "adapters": {"method": "qa_sparse_peft"}}, "add a quantize section"),
         (
             {"data": DATA, "quantize": {}, "adapters": {"method": "sparse_peft"}},
             "remove the quantize section",

@@ -73,8 +73,18 @@ def _take_verbosity(arguments: Sequence[str]) -> tuple[list[str], int]:
     levels = {"-q": -1, "--quiet": -1, "-v": 1, "--verbose": 1}
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     given = [levels[word] for word in arguments[:end] if word in levels]
-    words = [word for place, word in enumerate(arguments) if place >= end or word not in levels]
+    words = [
+        word if place >= end else _expand_home(word)
+        for place, word in enumerate(arguments)
+        if place >= end or word not in levels
+    ]
     return words or ["--help"], given[-1] if given else 0
+
+
+def _expand_home(word: str) -> str:
+    """A path below ~ written out, which a shell leaves as it is in --option=~/path."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return name + equals + os.path.expanduser(value) if value.startswith("~/") else word
 
 
 def _complain(message: str, code: int) -> int:

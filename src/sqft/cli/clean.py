@@ -43,7 +43,8 @@ def clean(
     ]
     if rows:
         print_table(["directory", "frees", "why"], rows, left=1)
-    print(f"work of {len(found.recipes)} recipes is kept: {', '.join(path.name for path in found.recipes)}")
+    kept = "1 recipe" if len(found.recipes) == 1 else f"{len(found.recipes)} recipes"
+    print(f"work of {kept} is kept: {', '.join(path.name for path in found.recipes)}")
     for path, reason in found.unread.items():
         print(f"stages and models stay, as {path} cannot be followed: {reason}; mend it, or name the others")
     for directory, reason in found.kept.items():

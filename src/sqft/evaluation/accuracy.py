@@ -48,9 +48,8 @@ def evaluate_accuracy(
     Raises: DataError if there is no item, or some have choices and some have not.
     """
     if has_choices(examples):
-        return judge_choices(
-            score_choices(model, examples, batch_size=batch_size, progress=progress), examples
-        )
+        scores = score_choices(model, examples, batch_size=batch_size, progress=progress)
+        return judge_choices(scores, examples, tokenizer)
     answers = generate_answers(
         model, examples, tokenizer, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress
     )
@@ -72,11 +71,14 @@ def has_choices(examples: Sequence[Example]) -> bool:
     return with_choices > 0
 
 
-def judge_choices(scores: Sequence[Sequence[float]], examples: Sequence[Example]) -> AccuracyResult:
-    """The accuracy of taking the choice with the highest score; answers are the indices taken."""
+def judge_choices(
+    scores: Sequence[Sequence[float]], examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> AccuracyResult:
+    """The accuracy of taking the choice with the highest score; answers are the texts taken."""
     chosen = [max(range(len(item)), key=item.__getitem__) for item in scores]
     correct = [index == example.label for index, example in zip(chosen, examples, strict=True)]
-    return _result(correct, [str(index) for index in chosen], "likelihood")
+    taken = [(example.choices_ids or ())[index] for index, example in zip(chosen, examples, strict=True)]
+    return _result(correct, [str(tokenizer.decode(ids)) for ids in taken], "likelihood")
 
 
 def _result(

@@ -48,4 +48,4 @@ def evaluate_items(
         )
         return loss, accuracy
     scores = score_choices(model, examples, batch_size=batch_size, progress=progress)
-    return choice_loss(scores, examples), judge_choices(scores, examples)
+    return choice_loss(scores, examples), judge_choices(scores, examples, tokenizer)

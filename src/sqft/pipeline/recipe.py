@@ -1,6 +1,7 @@
 """A recipe: one YAML file with at most one section for each step, checked as a whole before anything runs."""
 
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,9 @@ def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> 
     try:
         text = read_bounded(path, RECIPE_BYTES).decode("utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise RecipeError(f"there is no recipe {path}") from None
+        near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.y*ml")], n=1)
+        hint = f" (did you mean {path.with_name(near[0])}?)" if near else ""
+        raise RecipeError(f"there is no recipe {path}{hint}") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except ValueError as error:
