@@ -39,8 +39,7 @@ class Predictions:
 
     def of(self, sequences: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The ids and log-probabilities of some sequences, one after the other."""
-        starts = self.starts.tolist()
-        rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in sequences])
+        rows = torch.cat([torch.arange(*self.starts[i : i + 2].tolist()) for i in sequences])
         return self.ids[rows], self.log_probs[rows]
 
 
