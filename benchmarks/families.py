@@ -110,7 +110,9 @@ def run_family(family: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run families and write their rows."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="default: all")
     parser.add_argument("--json", type=Path, default=Path("docs/results/families.json"))
     arguments = parser.parse_args()

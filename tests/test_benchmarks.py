@@ -11,6 +11,7 @@ from benchmarks.common import check, checks_table, markdown_table, read_text
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 # compression_peer runs in llm-compressor's own environment, random_llama makes a model; the others are parts.
 PARTS = {
+    "campaign",
     "common",
     "compression_peer",
     "decode_rivals",
