@@ -75,8 +75,7 @@ def walk_rung(
     grid, quantized = base.grid, list(base.quantized_names)
     wanted = quantized if rung == "rescale" else [name for name in names if name in set(quantized)]
     section = QuantizeSection(bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric)
-    walk = BlockWalk(adapted, calibration)
-    with progress.task(rung, len(walk.blocks)) as advance:
+    with BlockWalk(adapted, calibration) as walk, progress.task(rung, len(walk.blocks)) as advance:
         for block in walk.blocks:
             walk.load(block)
             modules: dict[str, Any] = {
