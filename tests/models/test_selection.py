@@ -38,7 +38,7 @@ def test_what_is_meant(wanted: str | list[str], count: int, unknown: list[str]) 
 
 
 def test_an_expression_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sqft.models.blocks.SECONDS", 0.1)
+    monkeypatch.setattr("sqft.models.names.SECONDS", 0.1)
     with pytest.raises(ModelError, match=r"'\[' cannot be used"):
         select_names(NAMES, "[")
     with pytest.raises(ModelError, match="longer than"):
