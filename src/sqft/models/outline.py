@@ -26,8 +26,9 @@ def model_outline(section: ModelSection) -> ModelOutline:
 
     Raises: ModelError if there is no such model, or its architecture is not understood.
     """
+    gguf = find_gguf(section)  # refuses what is no path here, before it is taken for one
     directory = Path(section.source).expanduser()
-    is_here = find_gguf(section) is None and directory.is_dir()
+    is_here = gguf is None and directory.is_dir()
     has_weights = not is_here or _has_weights(directory)
     if is_here and has_weights:  # which must be whole
         checkpoint = open_checkpoint(directory, trust_remote_code=section.trust_remote_code)
