@@ -234,7 +234,7 @@ def gguf(sources: Sources, folder: Path, edit: Editor) -> Try:
     recipe = sources.write_recipe(folder, model=str(path), sparsify={"method": "magnitude", "sparsity": 0.7})
 
     def judge() -> str | None:
-        (converted,) = (folder / "runs" / "models").iterdir()
+        (converted,) = (path for path in (folder / "runs" / "models").iterdir() if path.is_dir())
         return judges.judge_weights_of_gguf(converted, path) or judges.judge_model(_made(folder))
 
     return Try(["run", str(recipe)], path, judge)
