@@ -180,7 +180,7 @@ def test_a_config_alone_is_planned_and_does_not_run(
         assert stage.name == known.name
         # without a tokenizer items are as long as they may be
         assert (stage.memory_bytes == known.memory_bytes) == (
-            stage.name in ("items", "sparsify", "quantize", "merge")
+            stage.name in ("items", "sparsify", "quantize", "search", "merge")
         )
         assert stage.memory_bytes >= known.memory_bytes
     assert run_command_line(["plan", str(tmp_path / "recipe.yaml")]) == 0

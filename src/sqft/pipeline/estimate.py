@@ -23,6 +23,7 @@ from sqft.sections import (
     DistillationSection,
     EvaluateSection,
     HubSource,
+    SearchSection,
     TrainingSection,
     TrainSection,
     TuneSection,
@@ -46,6 +47,7 @@ TARGETING = 5  # and as many more where the weight aims at what the dense model 
 SHARED_INPUTS = ("k_proj", "v_proj", "up_proj")  # read what q_proj and gate_proj read
 LOGIT_ROWS = 2048  # that scoring holds at a time (`evaluation/scoring.py`)
 SEARCH_BATCH = 16  # items that a search measures a sub-adapter on at a time
+UNMEASURED = ("median", "maximal", "minimal")  # searches that take a sub-adapter as it is
 TEACHER_TOKENS = 512  # that a teacher sees at a time
 WORKING = 4  # float32 copies of the largest linear while a model runs: its adapted weight, products
 
@@ -113,8 +115,9 @@ class Estimate:
         if kind == "teacher":
             return self._inference(max(TEACHER_TOKENS, self._length("train"))), self._predictions()
         if kind == "search":
-            memory = self._inference(SEARCH_BATCH * self._length("search"), adapted=True)
-            return memory, FLOAT32 * self.adapter_weights
+            measures = (self.recipe.search or SearchSection()).method not in UNMEASURED
+            tokens = SEARCH_BATCH * self._length("search") if measures else 0
+            return self._inference(tokens, adapted=True), FLOAT32 * self.adapter_weights
         if kind in ("merge", "export"):
             quantized = self.grid is not None
             memory = self._merging() if kind == "merge" else self._inference(self._length("test"))
