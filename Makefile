@@ -40,7 +40,7 @@ $(DEMO): pyproject.toml constraints.txt
 
 $(ALL): $(DEMO)
 	@echo "installing tools, lm-evaluation-harness and the runtimes of exports into $(VENV) ..."
-	$(PIP) -e '.[dev,eval,gguf,openvino,triton,liger]'
+	$(PIP) -e '.[dev,eval,gguf,openvino,triton,liger,trl]'
 	@touch $(ALL)
 
 demo: $(DEMO)

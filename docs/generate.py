@@ -1,11 +1,13 @@
 """Rewrite the parts of the documentation that are made from the code and from measured reports.
 
-python docs/generate.py           docs/recipe.md; the diagram of packages in docs/architecture.md; the demo's
-                                  table in README.md if runs/demo-full or runs/demo holds a report
-python docs/generate.py --check   exit with 1 if the first two are not what the code says
+python docs/generate.py           docs/recipe.md; the diagram of packages in docs/architecture.md; the
+                                  table of docs/families.md; the demo's table in README.md if
+                                  runs/demo-full or runs/demo holds a report
+python docs/generate.py --check   exit with 1 if the first three are not what the code says
 """
 
 import ast
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,22 @@ schema, with which editors complete and check recipes. On the command line, `sec
 setting: `sqft run recipe.yaml sparsify.sparsity=0.6`.
 
 Steps always run in this order: tune, sparsify, quantize, train, search, merge, evaluate, export, report.
+"""
+
+FAMILIES = """\
+# Model families
+
+<!-- Written by docs/generate.py (make docs) from docs/results/families.json. -->
+
+Tiny random models of each family, by transformers' model type: Wanda to 50 % zeros, GPTQ to INT4 in groups of
+32, 5 steps of `qa_sparse_peft` on all linears, search, merge with its certificate. *In transformers*: the
+largest difference of the merged model's logits between transformers' own reading and float32 here, as a share
+of the largest logit. *In llama.cpp*: the GGUF file holds every code unchanged, and the divergence of its
+probabilities in nats, which float16 activations and caches leave even of a Llama.
+
+`python -m benchmarks.families` measures it; `make test-slow` runs every family again. Another family
+whose blocks are one uniform list of modules with linears may work too; what `sqft plan` refuses, it
+refuses with the reason.
 """
 
 
@@ -159,10 +177,28 @@ def render_architecture(current: str) -> str:
     return replace_block(current, render_packages(package_imports()), *PACKAGES)
 
 
+def render_families(report: dict[str, Any]) -> str:
+    """docs/families.md, from what `benchmarks.families` measured."""
+    lines = [
+        FAMILIES,
+        "| family | through the pipeline | in transformers | in llama.cpp |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        through = "yes" if row.get("certificate") else f"no: {row['refused']}"
+        served = f"{row['transformers']:.1e}" if "transformers" in row else row.get("unserved", "")
+        runs = f"KL {row['llama.cpp']:.0e}" if "llama.cpp" in row else row.get("gguf", "").partition(" (")[0]
+        lines.append(f"| `{row['family']}` | {through} | {served} | {runs} |")
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return "\n".join([*lines, "", f"Measured with {versions}."]) + "\n"
+
+
 def main(arguments: list[str]) -> int:
     """Write, or with --check compare."""
     architecture = ROOT / "docs" / "architecture.md"
+    families = ROOT / "docs" / "results" / "families.json"
     documents = {
+        ROOT / "docs" / "families.md": render_families(json.loads(families.read_text(encoding="utf-8"))),
         ROOT / "docs" / "recipe.md": render_recipe(),
         architecture: render_architecture(architecture.read_text(encoding="utf-8")),
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from benchmarks.families import FAMILIES, run_family
 
 from sqft.pipeline import load_recipe
 from sqft.pipeline.sweep import load_sweep
@@ -29,6 +30,27 @@ def test_the_recipe_reference_is_current() -> None:
     generate = load_script(ROOT / "docs" / "generate.py")
     current = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
     assert current == generate.render_recipe(), "run: make docs"
+
+
+def test_the_table_of_families_is_current() -> None:
+    generate = load_script(ROOT / "docs" / "generate.py")
+    measured = json.loads((ROOT / "docs" / "results" / "families.json").read_text(encoding="utf-8"))
+    current = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert current == generate.render_families(measured), "run: make docs"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_out_as_the_table_says(family: str, tmp_path: Path) -> None:
+    measured = json.loads((ROOT / "docs" / "results" / "families.json").read_text(encoding="utf-8"))
+    expected = next(row for row in measured["rows"] if row["family"] == family)
+    row = run_family(family, tmp_path)
+    assert row.keys() == expected.keys()
+    assert row.get("certificate") == expected.get("certificate")
+    assert row.get("changed", 0) == 0
+    assert row.get("transformers", 0) <= 1e-5
+    assert row.get("llama.cpp", 0) < 4e-4
 
 
 def test_the_diagram_of_packages_is_current() -> None:
@@ -72,6 +94,7 @@ def test_sweeps_are_valid(path: Path) -> None:
     assert f"`{path.parent.name}/{path.name}`" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers", "ignore::FutureWarning:trl")
 def test_examples_run(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
     model = str(tiny_model_dir("llama"))
     examples = {path.stem: load_script(path) for path in (ROOT / "examples").glob("*.py")}
@@ -96,6 +119,10 @@ def test_examples_run(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> No
     for task, other in (("sums", "animals"), ("animals", "sums")):
         assert losses[task][task] < min(losses["none"][task], losses[other][task])
     assert (tmp_path / "task" / "sqft_certificate.json").is_file()
+    taught, preferred = examples.pop("with_trl").main(str(base), str(tmp_path / "with_trl"), steps=4)
+    assert taught[-1] < 0.95 * taught[0]
+    assert len(preferred) == 4
+    assert (tmp_path / "with_trl" / "sqft_certificate.json").is_file()
     assert not examples, "an example without a test"
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-__all__ = ["REFUSALS", "UNREACHABLE", "refusal_of"]
+__all__ = ["OTHERS", "REFUSALS", "UNREACHABLE", "refusal_of"]
 
 LORA_ON_INT4 = "a plain lora adapter is not merged into an INT4 base: the result would leave the grid"
 COPIED = "a configuration is copied when it is attached, and the caller's own object is never changed"
@@ -14,10 +14,12 @@ BROKEN = "this learning rate makes scales negative, which is refused when they a
 MERGING = "(merge_layers|safe_merge|disable_adapters_with_merging|delete_merged|forward_b?float16)"
 SEED = "an adapter starts from numbers that are a function of its own init_seed, not of torch's state"
 WORDS = "an adapter that is not finite is refused in a sentence of our own, which names the layer"
+PATTERN = "blocks are known by their number, and there is no layers_pattern"
 # Part of a test's id, as a regular expression → why it is refused. The test must then fail.
 REFUSALS: dict[str, str] = {
     rf"test_{MERGING}.*lora on MLP int4": LORA_ON_INT4,
     r"test_from_pretrained_config_construction": COPIED,
+    r"test_config_layers_to_transform_index_zero": PATTERN,
     r"test_save_pretrained(_pickle)?\[(scales on|.*scales too)": ROUNDED,
     r"test_save_pretrained(_selected_adapters)?(_pickle)?\[.* int4-SqftConfig-config_kwargs10": ROUNDED,
     r"test_decoder_models.*test_merge_layers_multi": SEED,
@@ -28,6 +30,8 @@ REFUSALS: dict[str, str] = {
 }
 # These read a configuration or an adapter from the hub, which a stand-in would not test.
 UNREACHABLE = r"test_config.py.*::test_(from_pretrained(_cache_dir)?|save_pretrained_with_runtime_config)\["
+# These are of prompt learning, which has methods of its own.
+OTHERS = "test_prompt_learning|test_training_prompt_learning"
 
 
 def refusal_of(test: str) -> str | None:

@@ -15,6 +15,7 @@ PACKAGES = ("sqft", "torch", "transformers", "peft", "accelerate", "compressed-t
 EXTRAS = {
     "demo": ("reasoning_gym", "the task of `sqft demo`"),
     "eval": ("lm_eval", "evaluate.tasks: tasks of lm-evaluation-harness"),
+    "trl": ("trl", "an example of TRL's trainers"),
     "hub": ("datasets", "data sets of the Hugging Face hub, and Parquet files"),
     "gguf": ("xllamacpp", "export to GGUF, checked in llama.cpp"),
     "openvino": ("openvino", "export to OpenVINO, and running it there"),
