@@ -182,4 +182,5 @@ def test_no_stage_calls_a_function_that_its_imports_do_not_reach(
     for stage in recipe_stages(recipe):
         reached = set(sources.source_files(stage.step.__module__))
         assert len(called[stage.name]) > 1
+        called[stage.name] -= {PACKAGE / "deferred.py"}  # which only leads to what is imported
         assert called[stage.name] - reached == set(), stage.name
