@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -184,7 +184,11 @@ class SqftPackedQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: list[str], **options: Any
     ) -> None:
         for path in checkpoint_files:
-            with safe_open(path, framework="pt") as file:
+            try:
+                opened = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} is truncated or was changed; fetch the model again") from error
+            with opened as file:
                 keys = set(file.keys())
                 ends = (*CODES_ENDS, STEPS)
                 names = [key.removesuffix(end) for key in keys for end in ends if key.endswith(end)]
