@@ -71,8 +71,9 @@ def test_formats_that_hold_the_grid_are_planned(
 
 
 def test_a_format_whose_runtime_is_missing(
-    make_recipe: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    make_recipe: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where an earlier plan's answer is kept
     monkeypatch.setattr("sqft.export.table.FORMATS", {})
     with pytest.raises(ExportError, match="is unknown"):
         plan_recipe(parse_recipe(make_recipe("llama", {"export": {"formats": ["gguf"]}})))
