@@ -186,7 +186,7 @@ def render_families(report: dict[str, Any]) -> str:
     ]
     for row in report["rows"]:
         through = "yes" if row.get("certificate") else f"no: {row['refused']}"
-        served = f"{row['transformers']:.1e}" if "transformers" in row else row.get("unserved", "")
+        served = f"{row['transformers']:.1e}" if "transformers" in row else ""
         runs = f"KL {row['llama.cpp']:.0e}" if "llama.cpp" in row else row.get("gguf", "").partition(" (")[0]
         lines.append(f"| `{row['family']}` | {through} | {served} | {runs} |")
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())

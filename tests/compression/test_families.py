@@ -16,7 +16,7 @@ from sqft.models import load_model, model_outline, open_checkpoint, outline_skel
 from sqft.models.experts import show_every_token
 from sqft.models.writer import CheckpointWriter, write_model
 from sqft.runtimes.hf import run_model, run_transformers
-from sqft.sections import ModelSection, QuantizeSection
+from sqft.sections import ModelSection, QuantizeSection, SparsifySection
 
 # Positions in an embedding of their own, a norm before the blocks, blocks that return tuples, a head that the
 # files call otherwise.
@@ -89,6 +89,13 @@ def test_refused_with_the_reason(arch: str, tiny_model_dir: Callable[..., Path])
     changes, message = REFUSED[arch]
     with pytest.raises(ModelError, match=message):
         model_outline(ModelSection(source=str(tiny_model_dir(arch, **changes))))
+
+
+def test_linears_with_a_forward_of_their_own_are_not_quantized(tiny_model_dir: Callable[..., Path]) -> None:
+    outline = model_outline(ModelSection(source=str(tiny_model_dir("falcon", **FAMILIES["falcon"]))))
+    assert choose_layers(outline, SparsifySection(sparsity=0.5))
+    with pytest.raises(CompressionError, match="cannot run from codes; leave quantize out"):
+        choose_layers(outline, QuantizeSection(group_size=32))
 
 
 def test_a_head_that_files_call_otherwise_opens_in_transformers(

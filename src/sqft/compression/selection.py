@@ -28,8 +28,8 @@ def choose_layers(outline: "ModelOutline", section: SparsifySection | QuantizeSe
     """Full names of the linears to compress.
 
     Raises: ModelError for an unknown name, or if a group that runtimes fuse is split; CompressionError if
-    nothing is left, a group size or pattern does not fit a width, or most weights are no linears and the
-    section does not name what to compress.
+    nothing is left, a group size or pattern does not fit a width, a linear to quantize has a forward of its
+    own, or most weights are no linears and the section does not name what to compress.
     """
     if section.target_modules is None:
         _check_fused_weights(outline)
@@ -40,6 +40,12 @@ def choose_layers(outline: "ModelOutline", section: SparsifySection | QuantizeSe
     if isinstance(section, QuantizeSection) and not section.symmetric and outline.has_experts:
         raise CompressionError(
             "transformers reads experts on symmetric grids alone; set quantize.symmetric: true"
+        )
+    special = set(chosen) & set(outline.special)
+    if isinstance(section, QuantizeSection) and special:
+        raise CompressionError(
+            f"{min(special)} and others are linears of a class of their own, which transformers cannot run "
+            "from codes; leave quantize out, or name them in quantize.skip_modules"
         )
     for name in chosen:
         _check_width(name, outline.linears[name][1], section)

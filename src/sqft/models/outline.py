@@ -65,10 +65,13 @@ def outline_skeleton(skeleton: Any, *, has_weights: bool = True) -> ModelOutline
     inside = tuple(f"{name}." for name in blocks)
     linears: Shapes = {}
     other: Shapes = {}
+    special: list[str] = []
     for name, module in skeleton.named_modules():
         if isinstance(module, nn.Linear):
             found = linears if name.startswith(inside) else other
             found[name] = (module.out_features, module.in_features)
+            if found is linears and type(module).forward is not nn.Linear.forward:
+                special.append(name)
     text = skeleton.config.get_text_config()
     return ModelOutline(
         linears,
@@ -80,6 +83,7 @@ def outline_skeleton(skeleton: Any, *, has_weights: bool = True) -> ModelOutline
         other,
         {name: weight.numel() for name, weight in fused_weights(skeleton).items()},
         {name: (weight.shape[0], weight.shape[1]) for name, weight in head_weights(skeleton).items()},
+        special=special,
         has_experts=has_experts(skeleton),
         changes_logits=any(getattr(skeleton.config, name, None) for name in AFTER_HEAD),
     )
