@@ -57,6 +57,7 @@ def test_every_kind_of_stage_is_made_by_some_recipe(tmp_path: Any) -> None:
             "sparsify": {},
             "quantize": {},
             "adapters": {},
+            "distillation": {"text": "text.txt"},
             "evaluate": {"models": ["merged", "dense_tuned"]},
             "export": {"formats": ["gguf"]},
         }

@@ -35,7 +35,7 @@ def test_windows_stand_evenly_and_mirror_each_other() -> None:
         ("2:4window 1", "write N:M"),
         ("16:32 window 2 2", "write N:M"),
         ("9999999:9999999", "write N:M"),
-        ("16:32 window 3-3-2", "do not share out 16"),
+        ("16:32 window 3-3-2", "cannot share 16 kept weights"),
         ("2:4 window 3", "at most the 4 columns"),
         ("2:4 window 0", "1 bit or more"),
     ],

@@ -158,7 +158,6 @@ def test_the_dense_reference_has_a_rank_of_its_own(values: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quantize": None}, "add a quantize section"),
         ({"search": {"method": "median"}}, "no ranks to choose from"),
         ({"adapters": {"method": "scales", "ranks": [8]}}, "adapters.ranks would be ignored"),
         ({"train": {"learning_rate": 1e-3}}, "train.learning_rate would be ignored"),

@@ -268,7 +268,7 @@ def test_what_is_no_base_is_told(merged_dir: MergedDir, tiny_model_dir: ModelDir
     damages: list[tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any], str]] = [
         (lambda t: None, {"quant_method": "hqq"}, "is quantized by hqq; merge onto GPTQ, AWQ"),
         (lambda t: None, {"quant_method": "bitsandbytes"}, "quantized by bitsandbytes, but not to NF4"),
-        (lambda t: None, {"quant_method": "awq", "bits": 3}, "AWQ with 3 bits, which is not understood"),
+        (lambda t: None, {"quant_method": "awq", "bits": 3}, "AWQ with 3 bits, and only 4 bits can be read"),
         (lambda t: t.pop("model.layers.0.mlp.up_proj.scales"), {}, "lacks the tensor .*up_proj.scales"),
         (lambda t: t.update({"model.magic.qweight": t.pop("lm_head.weight")}), {}, "which is no linear of"),
     ]  # fmt: skip

@@ -64,7 +64,7 @@ def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"models": [{"nom": 1}], "certificate": null}'])
 def test_a_damaged_report_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text)
-    with pytest.raises(WorkspaceError, match=r"report\.json is no report"):
+    with pytest.raises(WorkspaceError, match=r"report\.json is not a report"):
         read_report(tmp_path)
 
 

@@ -315,7 +315,7 @@ def test_a_loss_in_chunks_trains_alike(
 ) -> None:
     plain, chunked = make_model(), make_model()
     first = train(plain, tmp_path / "plain", loss_on="text")
-    monkeypatch.setattr(trainer_module, "chunk_elements", lambda device: 1)
+    monkeypatch.setattr("sqft.training.head.chunk_elements", lambda device: 1)
     second = train(chunked, tmp_path / "chunked", loss_on="text")
     assert second.losses == pytest.approx(first.losses, rel=1e-4)
     for name, weight in trained(plain).items():
