@@ -80,7 +80,7 @@ site: $(ALL)
 dist: $(ALL)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist
-	$(BIN)/python -m pytest tests/test_distribution.py
+	$(BIN)/python -m pytest -m slow tests/test_distribution.py
 
 bench: $(ALL)
 	@mkdir -p runs/bench

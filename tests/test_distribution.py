@@ -13,6 +13,8 @@ import pytest
 
 import sqft
 
+pytestmark = pytest.mark.slow  # `make dist` runs them too
+
 ROOT = Path(__file__).parents[1]
 
 

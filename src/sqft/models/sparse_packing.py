@@ -85,7 +85,7 @@ def unpack_codes(
             f"{name}: the mask and the codes that are kept do not fit each other; fetch it again"
         )
     codes = zero_point.repeat_interleave(in_features // zero_point.shape[1], dim=1).contiguous()
-    codes[mask] = _unpack_bits(kept, count, bits)
+    codes.numpy()[mask.numpy()] = _unpack_bits(kept, count, bits).numpy()
     return codes, mask
 
 

@@ -233,7 +233,8 @@ def _replace(model: PreTrainedModel, name: str, stored: dict[str, Tensor]) -> No
 
 
 def _as_int8(steps: Tensor) -> Tensor:
-    if bool((steps.abs() > 127).any()):
+    lowest, highest = steps.aminmax()
+    if lowest < -127 or highest > 127:
         raise ValueError("a step does not fit 8 bits")
     return steps.to(torch.int8)
 
