@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sqft.data import Example
-from sqft.data.batches import pad_right
 from sqft.evaluation.accuracy import choice_rows, has_choices
 from sqft.evaluation.loss import answer_row
-from sqft.evaluation.scoring import Row
+from sqft.evaluation.scoring import Row, row_log_probs, shared_passes
 
 __all__ = ["backward_loss"]
 
@@ -54,23 +53,9 @@ def _choice_loss(model: nn.Module, examples: Sequence[Example]) -> Tensor:
 
 
 def _log_probs(model: nn.Module, rows: Sequence[Row]) -> Tensor:
-    """The summed log-probability of what each row wants; rows of equal tokens share a pass."""
-    passes: dict[tuple[int, ...], int] = {}
-    for row in rows:
-        passes.setdefault(tuple(row.ids), len(passes))
-    device = next(model.parameters()).device
-    input_ids, attention_mask = (part.to(device) for part in pad_right([list(ids) for ids in passes]))
-    positions = sorted({position for row in rows for position, _ in row.wanted})
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        logits_to_keep=torch.tensor(positions, device=device),
-        use_cache=False,
-    ).logits.float()
-    log_probs = logits.log_softmax(-1)
-    column = {position: index for index, position in enumerate(positions)}
-    sums = []
-    for row in rows:
-        places, tokens = zip(*((column[p], t) for p, t in row.wanted), strict=True)
-        sums.append(log_probs[passes[tuple(row.ids)], list(places), list(tokens)].sum())
-    return torch.stack(sums)
+    """The summed log-probability of what each row wants."""
+    passes, groups = shared_passes(rows)
+    order = [index for indices in groups for index in indices]
+    parts = row_log_probs(model, passes).split([len(rows[index].wanted) for index in order])
+    sums = dict(zip(order, (part.sum() for part in parts), strict=True))
+    return torch.stack([sums[index] for index in range(len(rows))])

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sqft.data.batches import pad_right
 from sqft.errors import ModelError
 from sqft.progress import SILENT, Progress
 
-__all__ = ["Row", "Runtime", "Scorable", "evaluating", "score_rows"]
+__all__ = ["Row", "Runtime", "Scorable", "evaluating", "row_log_probs", "score_rows", "shared_passes"]
 
 LOGIT_ROWS = 2048  # rows of logits held at once; 2048 of 50,000 float32 are 400 MB
 
@@ -58,15 +59,7 @@ def score_rows(
 
     Raises: ModelError if the model's logits are not numbers.
     """
-    carriers = _carriers(rows)
-    carried: dict[int, list[int]] = {}
-    for index, carrier in enumerate(carriers):
-        carried.setdefault(carrier, []).append(index)
-    passes = [
-        Row(rows[carrier].ids, [pair for index in indices for pair in rows[index].wanted])
-        for carrier, indices in carried.items()
-    ]
-    groups = list(carried.values())
+    passes, groups = shared_passes(rows)
     scores: list[list[float]] = [[] for _ in rows]
     with evaluating(model), progress.task(description, len(passes)) as advance:
         for batch in _batches(passes, batch_size):
@@ -85,6 +78,21 @@ def score_rows(
     return scores
 
 
+def shared_passes(rows: Sequence[Row]) -> tuple[list[Row], list[list[int]]]:
+    """Rows that want what all `rows` want, and for each the indices of those it serves, in the order wanted.
+
+    A row that is the beginning of another is served by that one's forward pass.
+    """
+    carried: dict[int, list[int]] = {}
+    for index, carrier in enumerate(_carriers(rows)):
+        carried.setdefault(carrier, []).append(index)
+    passes = [
+        Row(rows[carrier].ids, [pair for index in indices for pair in rows[index].wanted])
+        for carrier, indices in carried.items()
+    ]
+    return passes, list(carried.values())
+
+
 def _carriers(rows: Sequence[Row]) -> list[int]:
     """For each row, the one whose forward pass it is read off: the last that begins with it, or itself."""
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index].ids))
@@ -99,6 +107,12 @@ def _carriers(rows: Sequence[Row]) -> list[int]:
 def _score(model: Scorable, rows: Sequence[Row]) -> list[list[float]]:
     if not isinstance(model, nn.Module):
         return [model.score(row.ids, row.wanted) for row in rows]
+    values = row_log_probs(model, rows).double().cpu()
+    return [part.tolist() for part in values.split([len(row.wanted) for row in rows])]
+
+
+def row_log_probs(model: nn.Module, rows: Sequence[Row]) -> Float[Tensor, " pairs"]:
+    """Log-probabilities of the wanted pairs, row after row, by one forward pass; differentiable."""
     device = next(model.parameters()).device
     input_ids, attention_mask = (part.to(device) for part in pad_right([row.ids for row in rows]))
     positions = sorted({position for row in rows for position, _ in row.wanted})
@@ -111,9 +125,7 @@ def _score(model: Scorable, rows: Sequence[Row]) -> list[list[float]]:
     column = {position: index for index, position in enumerate(positions)}
     triples = [(r, column[p], t) for r, row in enumerate(rows) for p, t in row.wanted]
     r, c, t = torch.tensor(triples, device=device).unbind(1)
-    values = (logits[r, c, t] - logits.logsumexp(dim=-1)[r, c]).double().cpu()
-    split = values.split([len(row.wanted) for row in rows])
-    return [part.tolist() for part in split]
+    return logits[r, c, t] - logits.logsumexp(dim=-1)[r, c]
 
 
 def _batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:
