@@ -16,6 +16,9 @@ INLINE uint8x16_t high_nibbles(uint8x16_t x) { return vshrq_n_u8(x, 4); }
 INLINE uint8x16_t field(uint8x16_t x, int shift, int mask) {
     return vandq_u8(vshlq_u8(x, vdupq_n_s8((int8_t)-shift)), vdupq_n_u8((uint8_t)mask));
 }
+typedef uint8x16_t bytes;
+INLINE bytes add_bytes(bytes x, bytes y) { return vaddq_u8(x, y); }
+INLINE bytes or_bytes(bytes x, bytes y) { return vorrq_u8(x, y); }
 INLINE uint8x16_t four(int a, int b, int c, int d) {
     return vreinterpretq_u8_u32(vdupq_n_u32((uint32_t)(a | b << 8 | c << 16 | d << 24)));
 }
@@ -42,6 +45,8 @@ struct quad {
     int base;
 };
 
+#include "windows.h"
+
 /* The quads of four rows of a block, half 0 or 1, for layouts with slots. Returns how many there are. */
 INLINE int decode_quads(const int layout, const uint8_t *p, const int half, struct quad *quad) {
     if (layout == SQFT_INDEX4) {
@@ -58,28 +63,17 @@ INLINE int decode_quads(const int layout, const uint8_t *p, const int half, stru
     if (layout == SQFT_WINDOW332) {
         uint8x16_t both = vld1q_u8(nibbles + 32);
         quad[2].step = step_of(half ? high_nibbles(both) : low_nibbles(both));
-        quad[0].at = vaddq_u8(field(index, 0, 7), four(0, 0, 2, 5)), quad[0].base = 0;
-        quad[1].at = vaddq_u8(field(index, 3, 7), four(0, 2, 5, 8)), quad[1].base = 8;
-        quad[2].at = vaddq_u8(field(index, 6, 3), four(4, 7, 10, 12)), quad[2].base = 16;
-        return 3;
-    }
-    uint8x16_t second = vld1q_u8(nibbles + 32 + 16 * half);
-    quad[2].step = step_of(low_nibbles(second));
-    quad[3].step = step_of(high_nibbles(second));
-    if (layout == SQFT_WINDOW2) {
-        quad[0].at = vaddq_u8(field(index, 0, 3), four(0, 1, 3, 5)), quad[0].base = 0;
-        quad[1].at = vaddq_u8(field(index, 2, 3), four(0, 2, 4, 6)), quad[1].base = 7;
-        quad[2].at = vaddq_u8(field(index, 4, 3), four(0, 2, 4, 6)), quad[2].base = 15;
-        quad[3].at = vaddq_u8(field(index, 6, 3), four(7, 9, 11, 12)), quad[3].base = 16;
     } else {
-        uint8x16_t both = vld1q_u8(p + 32), narrow = half ? high_nibbles(both) : low_nibbles(both);
-        uint8x16_t third = vorrq_u8(field(index, 6, 3), field(narrow, 1, 4));
-        quad[0].at = vaddq_u8(field(index, 0, 7), four(0, 0, 1, 3)), quad[0].base = 0;
-        quad[1].at = vaddq_u8(field(index, 3, 7), four(0, 2, 4, 6)), quad[1].base = 5;
-        quad[2].at = vaddq_u8(third, four(0, 2, 4, 6)), quad[2].base = 13;
-        quad[3].at = vaddq_u8(field(narrow, 0, 7), four(5, 7, 8, 8)), quad[3].base = 16;
+        uint8x16_t second = vld1q_u8(nibbles + 32 + 16 * half);
+        quad[2].step = step_of(low_nibbles(second));
+        quad[3].step = step_of(high_nibbles(second));
     }
-    return 4;
+    uint8x16_t narrow = index;
+    if (layout == SQFT_WINDOW3) {
+        uint8x16_t both = vld1q_u8(p + 32);
+        narrow = half ? high_nibbles(both) : low_nibbles(both);
+    }
+    return place_quads(layout, index, narrow, quad);
 }
 
 /* 4 lanes, one for each row of a half: the sums of a block for each of n vectors. */

@@ -22,6 +22,9 @@ INLINE __m256i spread_nibbles(const void *at) {
     __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(at));
     return low_nibbles(_mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)));
 }
+typedef __m256i bytes;
+INLINE bytes add_bytes(bytes x, bytes y) { return _mm256_add_epi8(x, y); }
+INLINE bytes or_bytes(bytes x, bytes y) { return _mm256_or_si256(x, y); }
 INLINE __m256i four(int a, int b, int c, int d) { return _mm256_set1_epi32(a | b << 8 | c << 16 | d << 24); }
 
 /* Positions of slots 4 quad .. 4 quad + 3, from the column `base` of the block on, and their codes. */
@@ -29,6 +32,8 @@ struct quad {
     __m256i at, code;
     int base;
 };
+
+#include "windows.h"
 
 /* The quads of a block, for layouts with slots. Returns how many there are. */
 INLINE int decode_quads(const int layout, const uint8_t *p, struct quad *quad) {
@@ -46,28 +51,12 @@ INLINE int decode_quads(const int layout, const uint8_t *p, struct quad *quad) {
     quad[1].code = high_nibbles(first);
     if (layout == SQFT_WINDOW332) {
         quad[2].code = spread_nibbles(nibbles + 32);
-        quad[0].at = _mm256_add_epi8(field(index, 0, 7), four(0, 0, 2, 5)), quad[0].base = 0;
-        quad[1].at = _mm256_add_epi8(field(index, 3, 7), four(0, 2, 5, 8)), quad[1].base = 8;
-        quad[2].at = _mm256_add_epi8(field(index, 6, 3), four(4, 7, 10, 12)), quad[2].base = 16;
-        return 3;
-    }
-    __m256i second = load(nibbles + 32);
-    quad[2].code = low_nibbles(second);
-    quad[3].code = high_nibbles(second);
-    if (layout == SQFT_WINDOW2) {
-        quad[0].at = _mm256_add_epi8(field(index, 0, 3), four(0, 1, 3, 5)), quad[0].base = 0;
-        quad[1].at = _mm256_add_epi8(field(index, 2, 3), four(0, 2, 4, 6)), quad[1].base = 7;
-        quad[2].at = _mm256_add_epi8(field(index, 4, 3), four(0, 2, 4, 6)), quad[2].base = 15;
-        quad[3].at = _mm256_add_epi8(field(index, 6, 3), four(7, 9, 11, 12)), quad[3].base = 16;
     } else {
-        __m256i narrow = spread_nibbles(p + 32);
-        __m256i third = _mm256_or_si256(field(index, 6, 3), field(narrow, 1, 4));
-        quad[0].at = _mm256_add_epi8(field(index, 0, 7), four(0, 0, 1, 3)), quad[0].base = 0;
-        quad[1].at = _mm256_add_epi8(field(index, 3, 7), four(0, 2, 4, 6)), quad[1].base = 5;
-        quad[2].at = _mm256_add_epi8(third, four(0, 2, 4, 6)), quad[2].base = 13;
-        quad[3].at = _mm256_add_epi8(field(narrow, 0, 7), four(5, 7, 8, 8)), quad[3].base = 16;
+        __m256i second = load(nibbles + 32);
+        quad[2].code = low_nibbles(second);
+        quad[3].code = high_nibbles(second);
     }
-    return 4;
+    return place_quads(layout, index, layout == SQFT_WINDOW3 ? spread_nibbles(p + 32) : index, quad);
 }
 
 /* Products of codes 0..15 with bytes, added up: as pairs of 16 bits, or with VNNI as fours of 32 bits. At most 8
