@@ -55,6 +55,8 @@ TITLES = {
     "qa-paper": "50 % INT4 as in the paper, then QA-SparsePEFT + NLS",
     "scales-paper": "50 % INT4 as in the paper, then scales and norms",
     "scales-gentle-paper": "the same, about a third of the rate",
+    "scales-gentle-window2": "the same, its zeros in `16:32 window 2`",
+    "scales-gentle-window3": "the same, its zeros in `16:32 window 3`",
     "both-paper": "50 % INT4 as in the paper, then QA-SparsePEFT, scales and norms",
     "scales-sparse-int4": "50 % INT4 by the best recipe, then scales and norms",
     "scales-int4": "INT4, then scales and norms",
