@@ -3,7 +3,7 @@
     python -m benchmarks.tampering [--tries N] [--seconds S] [--seed N] [--only NAME] --json FILE
 
 accident: any file of a certified model, an export or a packed model is flipped, cut, emptied, zeroed, deleted
-or added to, and `sqft verify DIR` must say so. Left out are what says of itself that it is no part of the
+or added to, and `sqft verify DIR` must say so. Left out are what says of itself that it is not part of the
 model: README.md, manifest.json and .sqft.json.
 attacker: weights, tokenizer, template, settings, graph or the set of files are edited, and all digests,
 reference logits and certificates made anew, without the signer's key; `--base --adapter`, of exports

@@ -64,7 +64,7 @@ def judge_model(directory: Path) -> str | None:
     except Exception as error:
         return f"transformers does not open it: {type(error).__name__}: {error}"
     if not bool(logits.isfinite().all()):
-        return "its logits are no numbers"
+        return "its logits are not numbers"
     size = logits.shape[-1]
     return None if all(0 <= i < size for i in ids) else f"its tokenizer goes beyond {size} tokens"
 
@@ -89,7 +89,7 @@ def judge_source(path: Path, shapes: dict[str, tuple[int, ...]], *, finite: bool
         if place != len(data):
             return "bytes are missing or left over"
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        return f"it is no safetensors file: {error}"
+        return f"it is not a safetensors file: {error}"
     stored = load_file(path)
     for name, shape in shapes.items():
         if name not in stored or tuple(stored[name].shape) != shape:
@@ -200,4 +200,4 @@ def _scaling(config: dict[str, Any], name: str) -> float | None:
 def _constant(name: str) -> None:
     """NaN is how Python writes a missing number, and counts as null."""
     if name != "NaN":
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} is not a number")

@@ -54,7 +54,7 @@ def recipes(sources: Sources, folder: Path, edit: Editor) -> Try:
 
     def judge() -> str | None:
         found = yaml.safe_load(changed.decode())
-        return None if isinstance(found, dict) and found.get("model") else "it is no mapping with a model"
+        return None if isinstance(found, dict) and found.get("model") else "it is not a mapping with a model"
 
     return Try(["plan", str(path)], path, judge)
 

@@ -24,7 +24,9 @@ def run_check(name: str, step: Callable[[], str]) -> Check:
         return Check(name, True, step())
     except SqftError as error:
         return Check(name, False, str(error))
-    except Exception as error:  # a damaged file makes libraries raise anything, and is no pass whatever it is
+    except (
+        Exception
+    ) as error:  # a damaged file makes libraries raise anything; whatever it is, it is a failure
         message = next(iter(str(error).splitlines()), "")
         return Check(name, False, f"{type(error).__name__}: {message}")
 

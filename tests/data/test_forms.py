@@ -175,7 +175,7 @@ def test_trailing_questions_are_left_out(tiny_tokenizer: Any, tmp_path: Path) ->
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "of pairs of preference one answer can be learnt"),
         ({"messages": [{"role": "king", "content": "a"}]}, "the role 'king' in 'messages' is unknown"),
         ({"messages": [{"role": "user", "content": 3}]}, "is a int, no text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part that is no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part that is not text"),
         ({"messages": MESSAGES[1:]}, "begins with the assistant"),
         ({"question": {"a": 1}, "answer": "b"}, "the field 'question' is a dict, no text"),
         ({"question": "a", "choices": ARC, "answerKey": "E"}, "'answerKey' is 'E'; it must be A, B, C"),

@@ -270,7 +270,7 @@ def test_what_is_no_base_is_told(merged_dir: MergedDir, tiny_model_dir: ModelDir
         (lambda t: None, {"quant_method": "bitsandbytes"}, "quantized by bitsandbytes, but not to NF4"),
         (lambda t: None, {"quant_method": "awq", "bits": 3}, "AWQ with 3 bits, and only 4 bits can be read"),
         (lambda t: t.pop("model.layers.0.mlp.up_proj.scales"), {}, "lacks the tensor .*up_proj.scales"),
-        (lambda t: t.update({"model.magic.qweight": t.pop("lm_head.weight")}), {}, "which is no linear of"),
+        (lambda t: t.update({"model.magic.qweight": t.pop("lm_head.weight")}), {}, "not a linear of"),
     ]  # fmt: skip
     for number, (edit, quantization, message) in enumerate(damages):
         damaged = tmp_path / str(number)

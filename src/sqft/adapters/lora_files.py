@@ -154,7 +154,8 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
                 keys.setdefault(match["name"], {})[match["part"]] = key
                 factor = file.get_tensor(key)
                 if match["part"] in ("A", "B") and factor.ndim != 2:
-                    raise AdapterError(f"{directory}: lora_{match['part']} of {match['name']} is no matrix")
+                    where = f"{directory}: lora_{match['part']} of {match['name']}"
+                    raise AdapterError(f"{where} is not a matrix")
                 if not bool(factor.float().isfinite().all()):
                     raise AdapterError(
                         f"{directory}: lora_{match['part']} of {match['name']} is not finite; train it again"

@@ -53,7 +53,7 @@ def load_unrounded(model: nn.Module, checkpoint: Path) -> None:
 
 
 def check_trained(model: nn.Module) -> None:
-    """Raises: AdapterError if a trained scale is no positive number, or a trained norm is not finite."""
+    """Raises: AdapterError if a trained scale is not a positive number, or a trained norm is not finite."""
     scales, norms = trained_in_place(model, "sqft_scale"), trained_in_place(model, "sqft_norm")
     for parameters, least, kind in ((scales, -1.0, "scales"), (norms, -torch.inf, "weights")):
         if not parameters:

@@ -18,7 +18,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 
 
 def print_json(value: Any) -> None:
-    """Print a result as JSON: dataclasses as objects, paths as texts, what is no number as null."""
+    """Print a result as JSON: dataclasses as objects, paths as texts, what is not a number as null."""
     print(json.dumps(_plain(value), ensure_ascii=False, indent=1, default=str, allow_nan=False))
 
 

@@ -29,7 +29,7 @@ def choose_layers(outline: "ModelOutline", section: SparsifySection | QuantizeSe
 
     Raises: ModelError for an unknown name, or if a group that runtimes fuse is split; CompressionError if
     nothing is left, a group size or pattern does not fit a width, a linear to quantize has a forward of its
-    own, or most weights are no linears and the section does not name what to compress.
+    own, or most weights are not linears and the section does not name what to compress.
     """
     if section.target_modules is None:
         _check_fused_weights(outline)

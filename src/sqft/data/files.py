@@ -32,7 +32,7 @@ def read_file(path: Path) -> Iterator[Record]:
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"there is no file {path}; check the path in the recipe's data section") from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path} is no whole gzip file ({error})") from None
+        raise DataError(f"{path} is not a whole gzip file ({error})") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     empty = True
@@ -82,14 +82,14 @@ def _parse_json(text: str) -> Any:
 
 def _constant(name: str) -> None:
     if name != "NaN":
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} is not a number")
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     half = isinstance(error, UnicodeEncodeError)
-    return "it holds half of a surrogate pair, which is no character" if half else first_line(error)
+    return "it holds half of a surrogate pair, which is not a character" if half else first_line(error)
 
 
 def _object(value: Any, place: str) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def _read_parquet(data: bytes, path: Path) -> Iterator[Record]:
     try:
         rows = parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is no whole Parquet file ({first_line(error)})") from None
+        raise DataError(f"{path} is not a whole Parquet file ({first_line(error)})") from None
     for number, row in enumerate(rows, start=1):
         yield Record(row, f"{path}, row {number}")
 

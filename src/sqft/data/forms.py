@@ -210,7 +210,7 @@ def _message(record: Record, name: str, message: dict[str, Any]) -> dict[str, An
     content = message.get("content")
     if isinstance(content, list):  # parts, as of models that see images too
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise DataError(f"{record.place}: a message in {name!r} has a part that is no text")
+            raise DataError(f"{record.place}: a message in {name!r} has a part that is not text")
         message["content"] = content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise DataError(

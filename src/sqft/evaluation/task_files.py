@@ -32,7 +32,7 @@ ALLOWED = {
 def read_task(path: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """The settings of a task file with those of the files that it includes.
 
-    Raises: DataError if it is no task, or asks for code or network and trust_remote_code is False.
+    Raises: DataError if it is not a task, or asks for code or network and trust_remote_code is False.
     """
     settings = _read(path, trust_remote_code, [])
     if not isinstance(settings.get("task"), str):

@@ -29,7 +29,7 @@ def export_adapter(adapter_dir: Path, base_dir: Path | None, format: str, output
 
     base_dir: the model that it belongs to, which gguf needs.
 
-    Raises: AdapterError if it is no plain LoRA; ExportError if the format takes none, if writing would
+    Raises: AdapterError if it is not a plain LoRA; ExportError if the format takes none, if writing would
     destroy something else, or if what was written is not the adapter.
     """
     adapter = open_foreign_adapter(adapter_dir)

@@ -174,7 +174,7 @@ def _shapes(skeleton: nn.Module, directory: Path, names: list[str]) -> Shapes:
         raise ModelError(f"{directory} states a quantization but holds no quantized weights")
     for name in names:
         if name not in shapes:
-            raise ModelError(f"{directory} holds {name}, which is no linear of its architecture")
+            raise ModelError(f"{directory} holds {name}, which is not a linear of its architecture")
     return shapes
 
 

@@ -66,7 +66,7 @@ def pack_model(directory: Path, output_dir: Path, progress: Progress = SILENT) -
     """Write a packed copy of a model directory, and check that everything can be written again from it.
 
     Raises: ExportError if there is nothing to pack, a pruned weight is not zero, the output would destroy
-    something, or what was packed does not give the original back; ModelError if the directory is no whole
+    something, or what was packed does not give the original back; ModelError if the directory is not a whole
     model.
     """
     checkpoint = open_checkpoint(directory)

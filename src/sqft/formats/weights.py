@@ -89,7 +89,7 @@ class ExportSource:
 
     @property
     def plain_names(self) -> list[str]:
-        """Stored tensors that are no part of a quantized linear, biases included."""
+        """Stored tensors that are not part of a quantized linear, biases included."""
         quantized = set(self.quantized_names)
         return [
             name

@@ -206,7 +206,7 @@ def kernel_scales(scale: Float[Tensor, "out groups"], columns: int) -> tuple[Ten
     groups = scale.shape[1]
     size = -(-columns // groups)
     if groups > 1 and (columns % groups or size % 32):
-        raise ValueError(f"groups of {size} columns are no multiple of 32")
+        raise ValueError(f"groups of {size} columns are not a multiple of 32")
     kernel_size = 64 if groups == 1 or size % 64 == 0 else 32
     half = scale.to(torch.float16)
     if not torch.equal(half.float(), scale.float()):

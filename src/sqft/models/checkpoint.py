@@ -150,7 +150,7 @@ def tied_weights(skeleton: PreTrainedModel) -> dict[str, str]:
 def open_checkpoint(directory: Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Open a model directory and check that its files hold exactly the tensors its architecture needs.
 
-    Raises: ModelError, in one line, if the directory is no model, a file is truncated, or a tensor is
+    Raises: ModelError, in one line, if the directory is not a model, a file is truncated, or a tensor is
     missing, unexpected, or of another shape than the architecture's.
     """
     directory = Path(directory)
@@ -261,7 +261,7 @@ def _tensor_paths(directory: Path) -> list[Path]:
             paths = [directory / name for name in names]
             outside = next((name for name in names if Path(name).name != name), None)
             if outside is not None:
-                raise ModelError(f"{index} names {outside!r}, which is no file of this directory")
+                raise ModelError(f"{index} names {outside!r}, which is not a file of this directory")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ModelError(f"{index} is damaged ({error}); fetch the model again") from None
     else:

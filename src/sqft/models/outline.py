@@ -26,7 +26,7 @@ def model_outline(section: ModelSection) -> ModelOutline:
 
     Raises: ModelError if there is no such model, or its architecture is not understood.
     """
-    gguf = find_gguf(section)  # refuses what is no path here, before it is taken for one
+    gguf = find_gguf(section)  # refuses what is not a path here, before it is taken for one
     directory = Path(section.source).expanduser()
     is_here = gguf is None and directory.is_dir()
     has_weights = not is_here or _has_weights(directory)

@@ -16,10 +16,10 @@ class ModelOutline:
     """Shapes of a model, as plain values.
 
     linears: (out, in) of every linear inside the decoder blocks, by full name; other_linears: of those
-    outside. fused: the numbers in each matrix of the blocks that is no linear; heads: the shapes of embedding
-    and output head. quantized: the linears that are codes already; grid: what these are on (bits, group_size,
-    symmetric, scale_bits). special: the linears inside whose class has a forward of its own, which asks
-    for a weight where codes have none. has_experts: those of a mixture are among the linears.
+    outside. fused: the numbers in each matrix of the blocks that is not a linear; heads: the shapes of
+    embedding and output head. quantized: the linears that are codes already; grid: what these are on
+    (bits, group_size, symmetric, scale_bits). special: the linears inside whose class has a forward of its
+    own, which asks for a weight where codes have none. has_experts: those of a mixture are among the linears.
     changes_logits: after the output layer (AFTER_HEAD). has_weights: False of a directory with a config
     alone, which can be planned for.
     """

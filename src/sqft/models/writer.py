@@ -119,7 +119,7 @@ class CheckpointWriter:
             self._latents.write(name, latent)
 
     def write_tensor(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor that is no linear's, cast to its declared dtype, or that of the source."""
+        """Write a tensor that is not a linear's, cast to its declared dtype, or that of the source."""
         if self._weights is None:
             self.prepare()
         assert self._weights is not None

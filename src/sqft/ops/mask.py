@@ -73,7 +73,7 @@ def keep_nonzero(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]) 
 def existing_mask(weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"] | None:
     """The mask of the zeros that a weight already has; None for a weight that counts as dense.
 
-    A dense weight has an exact 0 here and there by chance; up to STRAY_ZEROS of them are no pattern.
+    A dense weight has an exact 0 here and there by chance; up to STRAY_ZEROS of them do not count as one.
     """
     mask = weight != 0
     zeros = mask.numel() - int(mask.sum())

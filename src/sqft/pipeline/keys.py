@@ -10,7 +10,7 @@ __all__ = ["inner_sections", "section_at", "section_defaults", "takes_text"]
 
 
 def takes_text(model: type[BaseModel], path: Sequence[str], value: Any) -> bool:
-    """Whether the key at a path takes a text and nothing of the type of this value, which is no text."""
+    """Whether the key at a path takes a text and nothing of the type of this value, which is not a text."""
     section = section_at(model, path[:-1])
     field = section.model_fields.get(path[-1]) if section else None
     if field is None or value is None or isinstance(value, str):

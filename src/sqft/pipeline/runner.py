@@ -160,7 +160,7 @@ def run_stages(
 
 
 def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
-    """The identity of every stage, and of every input that is no stage."""
+    """The identity of every stage, and of every input that is not a stage."""
     keys = {"model": model_key, "data": _data_key(recipe), "texts": _texts_key(recipe)}
     keys["calibration"] = _calibration_key(recipe)
     keys["distillation"] = _distillation_key(recipe)

@@ -28,7 +28,7 @@ def open_in_transformers(directory: Path, adapter: Path | None = None, *, packed
 
     adapter: a plain LoRA in PEFT's files, applied unmerged.
 
-    Raises: ModelError if the directory is no whole model.
+    Raises: ModelError if the directory is not a whole model.
     """
     if packed:
         import sqft.runtimes.packed  # noqa: F401  enters the form into transformers' tables
