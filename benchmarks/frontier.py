@@ -34,7 +34,7 @@ from sqft.directories import write_files
 from sqft.errors import SqftError
 from sqft.formats.packed import pack_model
 from sqft.pipeline.comparison import compare_runs
-from sqft.pipeline.recipe import read_recipe_values
+from sqft.pipeline.recipe_file import read_recipe_values
 from sqft.pipeline.sweep import Sweep, choose_cells, expand_sweep
 from sqft.pipeline.sweep_run import plan_sweep
 from sqft.report.comparison import ComparedRow, ComparisonData, Estimate, Gap, markdown

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sqft.pipeline.recipe import recipe_schema
+from sqft.pipeline.recipe_file import recipe_schema
 from sqft.report import ReportData, markdown_table, read_report
 from sqft.report.summary import format_seconds
 

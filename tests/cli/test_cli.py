@@ -125,7 +125,7 @@ def test_errors_become_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("sqft.pipeline.recipe.recipe_schema", fail)
+    monkeypatch.setattr("sqft.pipeline.recipe_file.recipe_schema", fail)
     assert run_command_line(["schema"]) == code
     assert capsys.readouterr().err == line
 
@@ -134,7 +134,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("sqft.pipeline.recipe.recipe_schema", fail)
+    monkeypatch.setattr("sqft.pipeline.recipe_file.recipe_schema", fail)
     with pytest.raises(ZeroDivisionError):
         run_command_line(["schema"])
 

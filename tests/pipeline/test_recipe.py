@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sqft.errors import RecipeError
-from sqft.pipeline.recipe import load_recipe, parse_recipe, recipe_schema
+from sqft.pipeline.recipe_file import load_recipe, parse_recipe, recipe_schema
 
 DATA = {"train": "items.jsonl"}
 

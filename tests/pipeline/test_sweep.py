@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sqft.errors import RecipeError
-from sqft.pipeline.recipe import load_recipe, parse_recipe
+from sqft.pipeline.recipe_file import load_recipe, parse_recipe
 from sqft.pipeline.sweep import expand_sweep, load_sweep
 
 

@@ -11,7 +11,8 @@ from sqft.directories import PARTIAL, is_being_built, remove_own, why_not_ours
 from sqft.errors import SqftError, WorkspaceError
 from sqft.marks import Mark, is_directory, read_mark
 from sqft.pipeline.locks import StageBusyError, hold, holders
-from sqft.pipeline.recipe import RECIPE_BYTES, Recipe
+from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.recipe_file import RECIPE_BYTES
 from sqft.pipeline.runner import Workspace, stage_keys
 from sqft.pipeline.stages import recipe_stages
 from sqft.pipeline.sweep import load_sweep

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sqft.errors import DataError, RecipeError
 from sqft.pipeline.plan import Plan, plan_recipe
-from sqft.pipeline.recipe import parse_recipe
+from sqft.pipeline.recipe_file import parse_recipe
 from sqft.sections import DataSection, ModelSection
 
 if TYPE_CHECKING:

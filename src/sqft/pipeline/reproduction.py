@@ -9,7 +9,7 @@ import yaml
 from sqft.artifacts import REPORT
 from sqft.errors import RecipeError, WorkspaceError
 from sqft.pipeline.comparison import Measured, find_measured
-from sqft.pipeline.recipe import read_recipe_values, set_value
+from sqft.pipeline.recipe_file import read_recipe_values, set_value
 from sqft.pipeline.sweep import Sweep, expand_sweep
 
 __all__ = ["Row", "experiment_names", "load_experiment", "reproduction_rows"]

@@ -33,7 +33,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from sqft.artifacts import digest_json
 from sqft.errors import RecipeError
-from sqft.pipeline.recipe import Recipe, parse_recipe, read_recipe_values, set_value
+from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.recipe_file import parse_recipe, read_recipe_values, set_value
 
 __all__ = ["Cell", "Sweep", "choose_cells", "expand_sweep", "load_sweep"]
 
