@@ -15,6 +15,7 @@ from torch.func import functional_call
 from sqft.adapters.config import STORAGE_DTYPES, SqftConfig
 from sqft.adapters.tuner_layer import TunerLayer, start_values
 from sqft.errors import AdapterError
+from sqft.models.blocks import is_norm
 from sqft.ops.trained import trained_norm
 
 __all__ = ["AdapterNorm", "find_norms", "norm_dtype"]
@@ -30,8 +31,7 @@ def find_norms(model: nn.Module, names: Sequence[str] | None = None) -> dict[str
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inner = name.rpartition(".")[2] == "base_layer"
-        weight = getattr(module, "weight", None) if "norm" in type(module).__name__.lower() else None
-        if isinstance(weight, nn.Parameter) and weight.ndim == 1 and not inner:
+        if is_norm(module) and not inner:
             found[name] = module
     missing = sorted(set(names or ()) - set(found))
     if missing:

@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from sqft.artifacts import digest_json
 from sqft.compression.compressed import Rounded
 from sqft.compression.descent import descend
-from sqft.compression.driver import Task, compress_blocks, weight_of
+from sqft.compression.driver import LinearWork, Task, compress_blocks, weight_of
 from sqft.compression.gptaq import ALPHA, gptaq
 from sqft.compression.gptq import gptq
+from sqft.compression.inputs import InputGroup
 from sqft.compression.refine import fit_kept_weights
 from sqft.compression.reports import LayerReport, check_finite, warn_damping
 from sqft.compression.rtn import rtn
 from sqft.compression.selection import check_not_quantized, choose_heads, choose_layers
 from sqft.compression.sparsegpt import prune_and_round
 from sqft.compression.statistics import DenseTargetHessian, Hessian
-from sqft.compression.walk import BlockWalk, InputGroup, digest_tensor
+from sqft.compression.walk import BlockWalk, digest_tensor
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter, outline_skeleton
 from sqft.models.experts import scale_dtype
@@ -159,15 +160,8 @@ def quantize_model(
             "quantize": section.model_dump(mode="json"),
             "masks": digest_json({name: digest_tensor(mask) for name, mask in masks.items()}),
         }
-        task = Task(
-            f"quantize ({section.method})",
-            linears,
-            method.statistic,
-            compress,
-            key,
-            section.sequential,
-            finish_block,
-        )
+        work = LinearWork(walk, linears, method.statistic, compress, section.sequential, finish_block)
+        task = Task(f"quantize ({section.method})", work, key, LayerReport.from_json)
         reports = compress_blocks(walk, task, writer, calibration, progress)
     for name in heads:
         weight = checkpoint.tensor(name)

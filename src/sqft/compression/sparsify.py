@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from sqft.compression.budget import arithmetic_offsets, outlier_offsets, outlier_ratios, share_out
 from sqft.compression.compressed import Pruned
-from sqft.compression.driver import Task, compress_blocks, weight_of
+from sqft.compression.driver import LinearWork, Task, compress_blocks, weight_of
+from sqft.compression.inputs import InputGroup
 from sqft.compression.magnitude import magnitude_scores
 from sqft.compression.obs import obs_pass
 from sqft.compression.refine import fit_kept_weights, swap_mask
@@ -21,7 +22,7 @@ from sqft.compression.ria import ria_scores
 from sqft.compression.selection import check_not_quantized, choose_layers
 from sqft.compression.sparsegpt import sparsegpt
 from sqft.compression.statistics import DenseTargetHessian, Hessian, InputNorm
-from sqft.compression.walk import BlockWalk, InputGroup
+from sqft.compression.walk import BlockWalk
 from sqft.compression.wanda import wanda_scores
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, CheckpointWriter, outline_skeleton
@@ -108,14 +109,9 @@ def sparsify_model(
         def compress(group: InputGroup, name: str, module: nn.Module) -> LayerReport:
             return _sparsify_linear(walk, group, name, module, section, sparsities[name], writer)
 
-        task = Task(
-            f"sparsify ({section.method})",
-            linears,
-            statistic,
-            compress,
-            {"sparsify": section.model_dump(mode="json")},
-            section.sequential,
-        )
+        work = LinearWork(walk, linears, statistic, compress, section.sequential)
+        key = {"sparsify": section.model_dump(mode="json")}
+        task = Task(f"sparsify ({section.method})", work, key, LayerReport.from_json)
         return compress_blocks(walk, task, writer, calibration, progress)
 
 

@@ -8,24 +8,26 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Integer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sqft.artifacts import replace_file, seal, unseal
+from sqft.compression.inputs import InputGroup, Statistic
 from sqft.compression.processes import share_of_rows
 from sqft.errors import CompressionError
 from sqft.models import Checkpoint, decoder_blocks
 from sqft.models.experts import show_every_token
 
-__all__ = ["BlockWalk", "InputGroup", "Statistic", "digest_tensor", "read_facts"]
+__all__ = ["BlockWalk", "digest_tensor", "read_facts"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,42 +36,6 @@ HELD_OUT_FROM = 8  # from this many sequences on, the last is kept out of the st
 SAMPLE_TOKENS = 128
 PROBE_TOKENS = 32
 TENSORS = "tensors"  # in the metadata of a state: the digests of its tensors
-
-
-class Statistic(Protocol):
-    """A running statistic of the inputs of a linear."""
-
-    num_tokens: int
-
-    def update(self, inputs: Tensor, dense_inputs: Tensor | None = None) -> None:
-        """Take in (tokens, in), and what the uncompressed model has there, where that is kept."""
-
-    def reduce(self) -> None:
-        """Take in what other processes have seen."""
-
-    def check(self, name: str) -> None:
-        """Raises: CompressionError if the inputs were not finite."""
-
-    @property
-    def num_dead(self) -> int:
-        """Inputs that were 0 in every token."""
-
-
-class InputGroup:
-    """Linears of one block that read the same tensor: their names, statistic, and a sample of inputs."""
-
-    def __init__(self, names: list[str], statistic: Any, columns: int, device: torch.device) -> None:
-        self.names = names
-        self.statistic = statistic
-        self.sample = torch.zeros(0, columns, device=device)
-
-    def error(self, dense: Tensor, compressed: Tensor) -> float | None:
-        """Relative squared error of a layer's output on the sample, against the dense layer's."""
-        if not len(self.sample):
-            return None
-        expected = self.sample @ dense.float().T
-        difference = self.sample @ (dense - compressed).float().T
-        return float(difference.square().sum() / expected.square().sum().clamp_min(1e-30))
 
 
 class _Stop(Exception):
@@ -86,6 +52,8 @@ class BlockWalk:
     calibration: token ids (n, length), or None where no method asks for inputs. dense_stream: keep the hidden
     states of the uncompressed model beside those of the compressed one. spill_dir: keep hidden states in
     memory-mapped files there. However a `with` block ends, hidden states and files are gone then.
+    batch_rows: sequences of a batch; None: as many as make 2048 tokens. held_out_rows: so many at the end are
+    batches of their own, the last `held_out`; None: one, of 8 sequences or more.
     """
 
     def __init__(
@@ -97,6 +65,8 @@ class BlockWalk:
         dtype: torch.dtype = torch.float32,
         dense_stream: bool = False,
         spill_dir: Path | None = None,
+        batch_rows: int | None = None,
+        held_out_rows: int | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.spill_dir = spill_dir
@@ -113,13 +83,13 @@ class BlockWalk:
         self.held_out = 0
         self._arguments: dict[str, dict[torch.Size, tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         if calibration is not None:
-            self._record_inputs(share_of_rows(calibration))
+            self._record_inputs(share_of_rows(calibration), batch_rows, held_out_rows)
 
     def load(self, name: str) -> nn.Module:
         """Put a block's weights into memory and return it."""
         block = self.blocks[name]
         for inner, _ in list(block.named_parameters()):
-            self._set(f"{name}.{inner}", self.checkpoint.tensor(f"{name}.{inner}"))
+            self.replace(f"{name}.{inner}", self.checkpoint.tensor(f"{name}.{inner}"))
         if self._dense_stream:
             self.dense_block = copy.deepcopy(block)
         return block
@@ -143,9 +113,14 @@ class BlockWalk:
             return
         for index, out in enumerate(self.outputs(name, self.hidden)):
             self.hidden[index] = self._keep(self.hidden[index], out)
+        self.advance_dense(name)
+
+    def advance_dense(self, name: str) -> None:
+        """Replace the uncompressed model's hidden states by its block's outputs, once a block."""
         if self.dense_block is not None:
             for index, out in enumerate(self.outputs(name, self.dense_hidden, self.dense_block)):
                 self.dense_hidden[index] = self._keep(self.dense_hidden[index], out)
+            self.dense_block = None
 
     def input_groups(self, name: str, linears: dict[str, nn.Module]) -> list[list[str]]:
         """Which of these linears (by full name) of a loaded block read the very same tensor, in order of use.
@@ -185,7 +160,7 @@ class BlockWalk:
         """
         leaders = {names[0]: self.model.get_submodule(names[0]) for names in groups}
         found: dict[str, InputGroup] = {}
-        last = len(self.hidden) - 1
+        held_out_from = len(self.hidden) - self.held_out
         for index, batch in enumerate(self.hidden):
             inputs = self._inputs(name, self.blocks[name], leaders, batch)
             dense: dict[str, Tensor] = {}
@@ -199,7 +174,7 @@ class BlockWalk:
                     statistic = make(x.shape[1], self.device)
                     found[names[0]] = InputGroup(names, statistic, x.shape[1], self.device)
                 group = found[names[0]]
-                held_out = self.held_out > 0 and index == last
+                held_out = index >= held_out_from
                 if held_out or not len(group.sample):
                     group.sample = x[:: -(-len(x) // SAMPLE_TOKENS)].to(torch.float32, copy=True)
                 if not held_out:
@@ -215,12 +190,18 @@ class BlockWalk:
                 )
         return result
 
-    @torch.no_grad()
-    def _call(self, name: str, block: nn.Module, batch: Tensor) -> Tensor:
+    def call(
+        self, name: str, block: nn.Module, batch: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What a block makes of a batch of hidden states, with these weights in the place of its own."""
         arguments, options = self._arguments[name][batch.shape[:2]]
-        out = block(batch.to(self.device), *arguments, **options)
+        out = functional_call(block, dict(weights or {}), (batch.to(self.device), *arguments), options)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
+
+    @torch.no_grad()
+    def _call(self, name: str, block: nn.Module, batch: Tensor) -> Tensor:
+        return self.call(name, block, batch)
 
     def _inputs(
         self, name: str, block: nn.Module, linears: dict[str, nn.Module], batch: Tensor
@@ -293,27 +274,27 @@ class BlockWalk:
         ]
         return True
 
-    def _set(self, name: str, value: Tensor) -> None:
+    def replace(self, name: str, value: Tensor) -> None:
+        """Put a parameter, by full name, into the model, as this walk computes."""
         parent, _, child = name.rpartition(".")
         value = value.to(device=self.device, dtype=self.dtype)
         setattr(self.model.get_submodule(parent), child, nn.Parameter(value, requires_grad=False))
 
     @torch.no_grad()
-    def _record_inputs(self, calibration: Tensor) -> None:
+    def _record_inputs(self, calibration: Tensor, batch_rows: int | None, held_out_rows: int | None) -> None:
         """Run what comes before the blocks, and note with what arguments the model calls each of them."""
         before = self._outside_of_blocks()
         for name in before:
-            self._set(name, self.checkpoint.tensor(name))
+            self.replace(name, self.checkpoint.tensor(name))
         for module in self.model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[key] = buffer.to(self.device)
-        size = max(1, BATCH_TOKENS // calibration.shape[1])
-        rows = calibration.shape[0]
-        batches = list(calibration.split(size))
-        if rows >= HELD_OUT_FROM:
-            self.held_out = 1
-            batches = [*calibration[: rows - 1].split(size), calibration[rows - 1 :]]
+        size = batch_rows or max(1, BATCH_TOKENS // calibration.shape[1])
+        last = int(len(calibration) >= HELD_OUT_FROM) if held_out_rows is None else held_out_rows
+        seen, held_out = calibration[: len(calibration) - last], calibration[len(calibration) - last :]
+        self.held_out = -(-last // size)
+        batches = [*seen.split(size), *(held_out.split(size) if last else ())]
         for returns_tuple in (False, True):
             self.hidden, self.dense_hidden, self._arguments = [], [], {}
             with suppress(_Unpacked), self._recorders(returns_tuple):

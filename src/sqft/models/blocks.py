@@ -88,6 +88,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or bool(getattr(module, "is_quantized_linear", False))
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm with a weight of one dimension."""
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
 def _is_uniform(blocks: nn.ModuleList) -> bool:
     classes = {type(block) for block in blocks}
     return len(classes) == 1 and all(any(is_linear(m) for m in block.modules()) for block in blocks)

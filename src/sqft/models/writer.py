@@ -25,7 +25,15 @@ from sqft.models.packing import (
 from sqft.models.tensorfile import TensorFile, TensorSpec
 from sqft.ops import GridSpec, QuantizedWeight, pack_mask, unpack_mask
 
-__all__ = ["CheckpointWriter", "StoredMasks", "read_latents", "read_masks", "write_masks", "write_model"]
+__all__ = [
+    "CheckpointWriter",
+    "StoredLatents",
+    "StoredMasks",
+    "read_latents",
+    "read_masks",
+    "write_masks",
+    "write_model",
+]
 
 STATE = "resume.safetensors"
 
@@ -130,15 +138,14 @@ class CheckpointWriter:
         if self._masks is not None:
             self._masks.write(name, pack_mask(mask))
 
-    def read_linear(self, name: str) -> Tensor | None:
-        """A written weight as the model computes with it, dequantized if it is quantized; None if it is not
-        written."""
+    def read_written(self, name: str) -> Tensor | None:
+        """A parameter as the model computes with it, dequantized if it is quantized; None if not written."""
         assert self._weights is not None
-        if f"{name}.weight" in self._weights.digests:
-            return self._weights.read(f"{name}.weight")
-        if f"{name}.weight_packed" not in self._weights.digests or self._grid is None:
+        if name in self._weights.digests:
+            return self._weights.read(name)
+        if f"{name}_packed" not in self._weights.digests or self._grid is None:
             return None
-        return unpack_weight(name, self._weights.read, self._grid).dequantize()
+        return unpack_weight(name.removesuffix(".weight"), self._weights.read, self._grid).dequantize()
 
     def take_over(self, block: str, digests: Mapping[str, Mapping[str, str]]) -> bool:
         """Whether the files still hold a block as an interrupted run wrote it, tensor by tensor.
@@ -282,19 +289,33 @@ def read_masks(directory: Path) -> dict[str, Bool[Tensor, "out in"]]:
     return dict(StoredMasks(directory))
 
 
+class StoredLatents(Mapping[str, Tensor]):
+    """The stored latent codes by linear, each read when it is asked for; empty if there are none."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path, self._names = Path(directory) / LATENT, list[str]()
+        if self._path.is_file():
+            with _opened(self._path) as file:
+                self._names = list(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._path) as file:
+            value: Tensor = file.get_tensor(name)
+            return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def read_latents(directory: Path) -> dict[str, Tensor]:
     """The stored latent codes by linear; empty if the directory has none.
 
     Raises: ModelError if the file is damaged.
     """
-    path = Path(directory) / LATENT
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is truncated or damaged ({error}); write it again") from error
+    return dict(StoredLatents(directory))
 
 
 def _mask_file(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> TensorFile:

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from sqft.ops.grid import QParams, fake_quantize, quantize
 
-__all__ = ["adapted_codes", "adapted_weight", "exact_float32", "low_rank_delta", "round_storage"]
+__all__ = [
+    "adapted_codes",
+    "adapted_weight",
+    "exact_float32",
+    "low_rank_delta",
+    "masked_update",
+    "round_storage",
+    "updated_weight",
+]
 
 
 @contextmanager
@@ -66,7 +74,21 @@ def adapted_weight(
     so that a merged 16-bit file holds the very weights that were trained.
     A sub-adapter of rank r passes lora_A[:r], lora_B[:, :r] and the scaling of the maximal rank.
     """
-    adapted = _before_rounding(base, lora_A, lora_B, scaling, mask)
+    delta = low_rank_delta(lora_A, lora_B, scaling)
+    return updated_weight(base, delta, mask=mask, qparams=qparams, scale=scale, storage_dtype=storage_dtype)
+
+
+def updated_weight(
+    base: Float[Tensor, "out in"],
+    delta: Float[Tensor, "out in"],
+    *,
+    mask: Bool[Tensor, "out in"] | None = None,
+    qparams: QParams | None = None,
+    scale: Float[Tensor, "out groups"] | None = None,
+    storage_dtype: torch.dtype | None = None,
+) -> Float[Tensor, "out in"]:
+    """The adapted weight of an update given as a whole; differentiable in the update and the scale."""
+    adapted = masked_update(base, delta, mask)
     if qparams is not None:
         return fake_quantize(adapted, qparams, scale)
     return adapted if storage_dtype is None else round_storage(adapted, storage_dtype)
@@ -83,7 +105,7 @@ def adapted_codes(
 ) -> UInt8[Tensor, "out in"]:
     """The codes of the adapted weight: what a merge writes."""
     with torch.no_grad():
-        return quantize(_before_rounding(base, lora_A, lora_B, scaling, mask), qparams)
+        return quantize(masked_update(base, low_rank_delta(lora_A, lora_B, scaling), mask), qparams)
 
 
 def round_storage(weight: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Tensor, "*any"]:
@@ -92,10 +114,10 @@ def round_storage(weight: Float[Tensor, "*any"], dtype: torch.dtype) -> Float[Te
     return out
 
 
-def _before_rounding(
-    base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, mask: Tensor | None
-) -> Tensor:
-    delta = low_rank_delta(lora_A, lora_B, scaling)
+def masked_update(
+    base: Float[Tensor, "out in"], delta: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"] | None
+) -> Float[Tensor, "out in"]:
+    """base + where(mask, delta, 0) in float32: the adapted weight before it is rounded."""
     if mask is not None:
         delta = torch.where(mask, delta, torch.zeros_like(delta))
     return base.float() + delta
