@@ -41,11 +41,11 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     (own / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
-    def run(*arguments: str, program: str = "python", cwd: Path = place) -> str:
+    def run(*arguments: str, program: str = "python", cwd: Path = place, code: int = 0) -> str:
         command = [str(place / "bin" / program), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stderr if code else done.stdout
 
     return run
 
@@ -84,6 +84,25 @@ def test_the_wheel_works_where_it_is_installed(
     plan = installed("plan", "recipe.yaml", program="sqft", cwd=tmp_path)
     assert "sparsify" in plan
     assert "self_attn.q_proj" in plan
+
+
+def test_the_papers_recipes_are_in_it(
+    installed: Callable[..., str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every experiment can be named far from a checkout; one is planned, and one that is not there refused."""
+    help_text = installed("reproduce", "--help", program="sqft", cwd=tmp_path)
+    assert "gsm8k" in help_text
+    table = installed("reproduce", "gsm8k", "--table", program="sqft", cwd=tmp_path)
+    assert "| mistral-7b-sparse-peft | merged | not run |" in table
+    (tmp_path / "data" / "arc_easy").mkdir(parents=True)
+    row = '{"question": "who runs?", "choices": ["a fox", "a dog"], "label": 1}\n'
+    for split in ("train", "test"):
+        (tmp_path / "data" / "arc_easy" / f"{split}.jsonl").write_text(row * 80)
+    command = ["reproduce", "science", "--scale", "small", "--only", "arc-easy-*", "--plan"]
+    plan = installed(*command, f"model={tiny_model_dir('llama')}", program="sqft", cwd=tmp_path)
+    assert "science-small: 5 runs" in plan
+    told = installed("reproduce", "gsm9k", program="sqft", cwd=tmp_path, code=2)
+    assert "there is no experiment gsm9k at scale full; there are ablation, " in told
 
 
 def test_importing_it_costs_nothing(installed: Callable[..., str]) -> None:

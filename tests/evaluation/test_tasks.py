@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from math import exp, fsum, log
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from sqft.data import Example
 from sqft.errors import DataError
-from sqft.evaluation import evaluate_items, evaluate_tasks
+from sqft.evaluation import evaluate_items, evaluate_tasks, task_content
 from sqft.evaluation.definitions import find_definition
 from sqft.evaluation.harness import main_figure
 from sqft.evaluation.numbers import last_number, numbers_agree
@@ -174,6 +175,20 @@ def test_data_that_are_not_here(
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"data of arc_easy are not here.*evaluate\.tasks_data"):
         evaluate_tasks(model, tiny_tokenizer, ["arc_easy"])
+
+
+def test_what_identifies_a_task_by_name(data_dir: Path) -> None:
+    """Its definition, the code that this names, and its local files; of a group the harness's release."""
+    (gsm8k,) = task_content(["gsm8k"], data_dir=data_dir)
+    assert set(gsm8k["data"]) == {"test", "train"}
+    (math,) = task_content(["math_gsm8k"], data_dir=data_dir)
+    assert len(math["definition"]) == 2  # the prompt, and numbers.py
+    assert task_content(["mmlu"]) == [{"group": "mmlu", "harness": version("lm-eval")}]
+    (data_dir / "gsm8k" / "test.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+    assert task_content(["gsm8k"], data_dir=data_dir) != [gsm8k]
+    (data_dir / "gsm8k" / "test.jsonl").unlink()
+    with pytest.raises(DataError, match="data of task gsm8k are not here"):
+        task_content(["gsm8k"], data_dir=data_dir)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from sqft.marks import Mark, write_mark
 from sqft.pipeline import parse_recipe, plan_recipe, run_recipe, workspace_status
 from sqft.pipeline.locks import StageBusyError, hold
 from sqft.pipeline.runner import Workspace, stage_keys
+from sqft.pipeline.stages import recipe_stages
 
 
 @pytest.fixture
@@ -53,6 +54,46 @@ def test_data_enters_by_content(values: dict[str, Any], tmp_path: Path) -> None:
     assert keys[0] == keys[1] != keys[2]
     with pytest.raises(DataError, match="there is no file"):
         stage_keys(parse_recipe({**values, "data": {"train": str(tmp_path / "none")}}), "model")
+
+
+def test_files_of_a_task_are_part_of_its_evaluation_alone(values: dict[str, Any], tmp_path: Path) -> None:
+    files = {
+        "task.yaml": "task: mine\ninclude: shared/common.inc\ndoc_to_text: !function code.text\n",
+        "shared/common.inc": f"dataset_path: json\ndataset_kwargs: {{data_files: {tmp_path}/items-*.jsonl}}\n"
+        "process_results: !function score.points\n",
+        "shared/score.py": "def points(doc, answers):\n    return {}\n",
+        "code.py": "def text(doc):\n    return ''\n",
+        "items-1.jsonl": "{}\n",
+        "items-2.jsonl": "{}\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    values["evaluate"] = {"general_text": None, "tasks": [str(tmp_path / "task.yaml")]}
+    values["model"] = {"source": values["model"], "trust_remote_code": True}
+    recipe = parse_recipe(values)
+    seen = stage_keys(recipe, "model")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+        keys = stage_keys(recipe, "model")
+        changed = {stage.name for stage in recipe_stages(recipe) if keys[stage.name] != seen[stage.name]}
+        assert changed == {"evaluate-base", "evaluate-sparse", "evaluate-quantized"}, name
+        seen = keys
+    (tmp_path / "items-3.jsonl").write_text("{}")
+    assert stage_keys(recipe, "model")["evaluate-base"] != seen["evaluate-base"]
+    for path in tmp_path.glob("items-*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"evaluate\.tasks: .*task\.yaml: there is no file .*items"):
+        stage_keys(recipe, "model")
+    values["model"]["trust_remote_code"] = False
+    with pytest.raises(DataError, match="names Python code"):
+        stage_keys(parse_recipe(values), "model")
+
+
+def test_an_unknown_task_is_refused_before_anything_runs(values: dict[str, Any]) -> None:
+    values["evaluate"] = {"tasks": ["arc_eazy"]}
+    with pytest.raises(DataError, match=r"evaluate\.tasks: lm-eval knows no task arc_eazy; .* arc_easy"):
+        plan_recipe(parse_recipe(values))
 
 
 def test_a_changed_stage_directory_is_noticed(values: dict[str, Any]) -> None:

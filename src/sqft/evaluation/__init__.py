@@ -7,7 +7,7 @@ from sqft.deferred import deferred_names
 if TYPE_CHECKING:
     from sqft.evaluation.accuracy import AccuracyResult, evaluate_accuracy
     from sqft.evaluation.general import general_path
-    from sqft.evaluation.harness import evaluate_tasks, find_task_data
+    from sqft.evaluation.harness import evaluate_tasks
     from sqft.evaluation.items import evaluate_items
     from sqft.evaluation.loss import (
         LossResult,
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         evaluate_perplexity,
     )
     from sqft.evaluation.paired import Difference, compare_correct, paired_difference
+    from sqft.evaluation.task_identity import task_content
 
 __all__ = [
     "AccuracyResult",
@@ -30,9 +31,9 @@ __all__ = [
     "evaluate_loss",
     "evaluate_perplexity",
     "evaluate_tasks",
-    "find_task_data",
     "general_path",
     "paired_difference",
+    "task_content",
 ]
 
 __getattr__ = deferred_names(__name__, __file__)

@@ -61,7 +61,7 @@ def _by_likelihood(name: str) -> list[Path]:
 @cache
 def _definitions() -> tuple[Path, ...]:
     """Every YAML file of the harness, and our own."""
-    harness = Path(str(require("lm_eval.tasks", "eval").__file__)).parent
+    harness = Path(str(require("lm_eval", "eval").__file__)).parent / "tasks"
     found = [Path(folder) / file for folder, _, files in os.walk(harness) for file in files]
     return (*sorted(OWN.glob("*.yaml")), *(path for path in found if path.suffix == ".yaml"))
 

@@ -13,13 +13,12 @@ from sqft.errors import DataError, SqftError, first_line, is_out_of_memory, requ
 from sqft.evaluation.definitions import find_definition, is_our_own
 from sqft.evaluation.harness_models import wrap_model
 from sqft.evaluation.scoring import Scorable
-from sqft.evaluation.task_data import local_files, with_local_data
-from sqft.evaluation.task_files import read_task, sandboxed_templates
+from sqft.evaluation.task_data import with_local_data
+from sqft.evaluation.task_files import is_task_file, read_task, sandboxed_templates
 from sqft.progress import SILENT, Progress, errors_only
 
-__all__ = ["evaluate_tasks", "find_task_data", "main_figure"]
+__all__ = ["evaluate_tasks", "main_figure"]
 
-YAML = (".yaml", ".yml")
 BOOTSTRAP = 1000  # bootstrap rounds for the standard errors of metrics that are not means
 
 
@@ -55,7 +54,7 @@ def evaluate_tasks(
     manager_module = require("lm_eval.tasks", "eval")
     specs: list[Any] = []
     sources: dict[str, Any] = {}  # of each task asked for, its data set on the hub
-    files = [task for task in tasks if task.endswith(YAML)]
+    files = [task for task in tasks if is_task_file(task)]
     for task in tasks:
         path = Path(task) if task in files else find_definition(task)
         if path is None:  # a group or tag, which the harness resolves
@@ -98,19 +97,6 @@ def evaluate_tasks(
         for task, data_set in sources.items()
         if task in results["results"]
     }
-
-
-def find_task_data(tasks: Sequence[str], data_dir: Path) -> dict[str, Path]:
-    """The files below `data_dir` that tasks read, by "TASK/SPLIT".
-
-    Raises: MissingExtraError without lm-eval; DataError for an unknown task, or one without its files.
-    """
-    found: dict[str, Path] = {}
-    for task in tasks:
-        path = find_definition(task)
-        files = local_files(_with_functions(path), data_dir) if path is not None else {}
-        found |= {f"{task}/{split}": file for split, file in files.items()}
-    return found
 
 
 def main_figure(figures: dict[str, Any]) -> tuple[str, float]:

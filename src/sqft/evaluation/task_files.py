@@ -4,8 +4,11 @@ The harness runs Python that a task file names (`!function`), renders its templa
 Python offers, and fetches data sets and metrics. A file that comes with somebody's recipe may do none of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import yaml
 from sqft.errors import DataError, require
 from sqft.untrusted import BoundedSandbox, parse_yaml, read_bounded
 
-__all__ = ["read_task", "sandboxed_templates"]
+__all__ = ["TaskDefinition", "is_task_file", "read_definition", "read_task", "sandboxed_templates"]
 
 LIMIT_BYTES = 256 * 1024
 INCLUDES = 20
@@ -29,12 +32,37 @@ ALLOWED = {
 }  # fmt: skip
 
 
+def is_task_file(task: str) -> bool:
+    """Whether a task is named by the path of its file, not by its name."""
+    return task.endswith((".yaml", ".yml"))
+
+
+@dataclass(frozen=True)
+class TaskDefinition:
+    """A task file with those that it includes. files: these, and the modules of the code that they name."""
+
+    settings: dict[str, Any]
+    files: list[Path]
+
+
+def read_definition(path: Path, *, trust_remote_code: bool, is_installed: bool = False) -> TaskDefinition:
+    """The settings of a task file, code in them by name alone, and the files that they came from.
+
+    is_installed: it comes with the harness, which has files that give a key twice.
+
+    Raises: DataError if it is no YAML, or names code and trust_remote_code is False.
+    """
+    files: list[Path] = []
+    parse = partial(parse_yaml, loader=_AnyTag if trust_remote_code else _NoCode)
+    return TaskDefinition(_read(path, _parse_installed if is_installed else parse, [], files), files)
+
+
 def read_task(path: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """The settings of a task file with those of the files that it includes.
 
     Raises: DataError if it is not a task, or asks for code or network and trust_remote_code is False.
     """
-    settings = _read(path, trust_remote_code, [])
+    settings = read_definition(path, trust_remote_code=trust_remote_code).settings
     if not isinstance(settings.get("task"), str):
         raise DataError(f"{path} has no 'task' name, so it is not a task of lm-evaluation-harness")
     if not trust_remote_code:
@@ -60,10 +88,11 @@ def sandboxed_templates() -> Iterator[None]:
         module.env = before
 
 
-def _read(path: Path, trust_remote_code: bool, including: list[Path]) -> dict[str, Any]:
+def _read(
+    path: Path, parse: Callable[[str], Any], including: list[Path], files: list[Path]
+) -> dict[str, Any]:
     try:
-        text = read_bounded(path, LIMIT_BYTES).decode("utf-8")
-        settings = parse_yaml(text, _AnyTag if trust_remote_code else _NoCode)
+        settings = parse(read_bounded(path, LIMIT_BYTES).decode("utf-8"))
     except FileNotFoundError as error:
         by = f"included by {including[-1]}" if including else "check evaluate.tasks"
         raise DataError(f"{path} does not exist; {by}") from error
@@ -78,10 +107,12 @@ def _read(path: Path, trust_remote_code: bool, including: list[Path]) -> dict[st
     including = [*including, path.resolve()]
     if len(including) > INCLUDES or len(set(including)) < len(including):
         raise DataError(f"{path} includes itself, or too many others")
+    files.append(path)
+    files += [module for name in _code_names(settings) if (module := _module_file(name, path.parent))]
     included = settings.pop("include", [])
     merged: dict[str, Any] = {}
     for name in included if isinstance(included, list) else [included]:
-        part = _read(path.parent / str(name), trust_remote_code, including)
+        part = _read(path.parent / str(name), parse, including, files)
         part.pop("task_list", None)
         merged |= part
     return merged | settings
@@ -118,12 +149,33 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
+def _code_names(settings: dict[str, Any]) -> list[str]:
+    return [text for text in _texts(settings) if isinstance(text, _CodeName)]
+
+
+def _module_file(name: str, folder: Path) -> Path | None:
+    """The file of the module in MODULE.FUNCTION, which the harness looks for beside the task file first."""
+    module = name.rpartition(".")[0]
+    beside = folder / f"{module.replace('.', '/')}.py"
+    if beside.is_file():
+        return beside
+    try:
+        spec = find_spec(module) if module else None
+    except (ImportError, ValueError):  # the harness says so when it runs the task
+        return None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
 class _Code(Exception):
     """A file that names code."""
 
 
+class _CodeName(str):
+    """What stands after `!function`."""
+
+
 class _AnyTag(yaml.SafeLoader):
-    """A loader that passes over lm-eval's `!function` tags."""
+    """A loader that leaves code at its name, and passes over other tags."""
 
 
 class _NoCode(yaml.SafeLoader):
@@ -134,5 +186,14 @@ def _refuse(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> None:
     raise _Code
 
 
-_AnyTag.add_multi_constructor("!", lambda loader, suffix, node: None)
+def _name(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> _CodeName | None:
+    is_code = suffix == "function" and isinstance(node, yaml.ScalarNode)
+    return _CodeName(node.value) if is_code else None
+
+
+def _parse_installed(text: str) -> Any:
+    return yaml.load(text, _AnyTag)
+
+
+_AnyTag.add_multi_constructor("!", _name)
 _NoCode.add_multi_constructor("!", _refuse)

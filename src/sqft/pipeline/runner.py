@@ -43,7 +43,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-YAML = (".yaml", ".yml")
 READ_AT_ONCE = 2**30  # bytes, which take a second or two
 VERSIONED = ("torch", "transformers", "peft", "compressed-tensors", "optuna", "numpy")
 
@@ -315,21 +314,21 @@ def _texts_key(recipe: Recipe) -> str:
     section = recipe.evaluate
     if section is None:
         return ""
-    tasks = [
-        _content(task, "evaluate.tasks") if Path(task).suffix in YAML else task for task in section.tasks
-    ]
     general = general_path(section.general_text) if section.general_text else None
     texts: dict[str, Any] = {
         "general": _content(str(general) if general else None, "evaluate.general_text"),
         "perplexity": _content(section.perplexity, "evaluate.perplexity"),
-        "tasks": tasks,
+        "tasks": [],
     }
-    if section.tasks_data is not None:
-        from sqft.evaluation import find_task_data
+    if section.tasks:
+        from sqft.evaluation import task_content
 
-        named = [task for task in section.tasks if Path(task).suffix not in YAML]
-        files = find_task_data(named, Path(section.tasks_data))
-        texts["data"] = {name: digest_file(path) for name, path in files.items()}
+        data_dir = Path(section.tasks_data) if section.tasks_data is not None else None
+        trusted = recipe.model.trust_remote_code
+        try:
+            texts["tasks"] = task_content(section.tasks, data_dir=data_dir, trust_remote_code=trusted)
+        except DataError as error:
+            raise DataError(f"evaluate.tasks: {error}") from None
     return digest_json(texts)
 
 
