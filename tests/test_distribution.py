@@ -89,7 +89,7 @@ def test_the_wheel_works_where_it_is_installed(
 def test_the_papers_recipes_are_in_it(
     installed: Callable[..., str], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Every experiment can be named far from a checkout; one is planned, and one that is not there refused."""
+    """An experiment is shown and planned far from a checkout, and one that is not there refused."""
     help_text = installed("reproduce", "--help", program="sqft", cwd=tmp_path)
     assert "gsm8k" in help_text
     table = installed("reproduce", "gsm8k", "--table", program="sqft", cwd=tmp_path)

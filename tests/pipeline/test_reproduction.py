@@ -1,15 +1,11 @@
 """The paper's recipes: they expand, plan, train on the true shapes, and show what was published."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sqft.cli import run_command_line
 from sqft.errors import RecipeError
-from sqft.pipeline import run_recipe
 from sqft.pipeline.reproduction import (
     Scale,
     experiment_names,
@@ -17,19 +13,8 @@ from sqft.pipeline.reproduction import (
     recipes_folder,
     reproduction_rows,
 )
-from sqft.pipeline.sweep import choose_cells
 
 FULL = ["ablation", "commonsense", "cost", "gsm8k", "hill-climbing", "math", "rank-distribution"]
-# The true shapes (config.json of the hub), cut to two blocks and a vocabulary of 1,000.
-CUT = {"vocab_size": 1000, "num_hidden_layers": 2, "max_position_embeddings": 128}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-              "num_key_value_heads": 8},
-    "mistral": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-                "num_key_value_heads": 8},
-    "phi3": {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 32,
-             "num_key_value_heads": 32},
-}  # fmt: skip
 
 
 def test_every_experiment_expands() -> None:
@@ -78,42 +63,7 @@ def test_unknown_names_and_the_table_of_nothing(
     monkeypatch.chdir(tmp_path)
     assert run_command_line(["reproduce", "gsm8k", "--table"]) == 0
     shown = capsys.readouterr().out
-    assert "| mistral-7b-sparse-peft | merged | 50.1 | survey 2501.16372" in shown
-    assert "not found" in shown
+    assert shown.startswith("| cell | model | ours | published (accuracy, %) | source |\n")
+    assert "| mistral-7b-sparse-peft | merged | not run | 50.1 | survey 2501.16372" in shown
+    assert "| llama-3-8b-sqft | adapted | not run | not found | - |" in shown
     assert run_command_line(["reproduce", "gsm8k", "--scale", "huge"]) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("experiment", "cell", "arch"),
-    [
-        *[("gsm8k", f"llama-3-8b-{p}", "llama") for p in ("shears", "sqft", "sparse-peft", "qa-sparse-peft")],
-        ("math", "mistral-7b-qa-sparse-peft", "mistral"),
-        *[("commonsense", p, "phi3") for p in ("sparse-peft", "qa-sparse-peft")],
-    ],
-)
-def test_three_steps_on_the_true_shapes(
-    experiment: str, cell: str, arch: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
-) -> None:
-    rows = [
-        {"question": f"what is {n}?", "instruction": f"what is {n}?", "answer": f"{n}"} for n in range(120)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    for name in ("gsm8k", "math", "commonsense"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train.jsonl").write_text(lines)
-        (tmp_path / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
-    overrides = [
-        f"model={tiny_model_dir(arch, **CUT, **SHAPES[arch])}",
-        "data.test_items=20", "data.search_items=8", "data.loss_on=answer",
-        "calibration={source: train, num_samples: 2, sequence_length: 64}",
-        "train.max_steps=3", "train.batch_size=1", "train.gradient_accumulation=1", "train.arguments={}",
-        "evaluate=null", f"runtime={{workspace: {tmp_path / 'runs'}, device: cpu}}",
-    ]  # fmt: skip
-    sweep = load_experiment(experiment, "full", tmp_path)
-    values = choose_cells(sweep, [cell]).cells[0].recipe.model_dump(mode="json", exclude_none=True)
-    from sqft.pipeline import parse_recipe
-
-    result = run_recipe(parse_recipe(values, overrides))
-    assert result.data.training[-1][0] == 3
-    assert result.data.passed in (None, True)

@@ -1,5 +1,6 @@
 """`sqft reproduce`."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -7,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from sqft.pipeline.reproduction import Row
+    from sqft.pipeline.sweep import Sweep
 
 __all__ = ["reproduce"]
 
@@ -25,7 +27,9 @@ def reproduce(
         list[str] | None, typer.Option(help="Runs by name, * for anything; several times.")
     ] = None,
     only_plan: Annotated[bool, typer.Option("--plan", help="Say what it would do, and stop.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Run nothing; the table of what is there.")] = False,
+    only_table: Annotated[
+        bool, typer.Option("--table", help="Run nothing; the table of what is there.")
+    ] = False,
 ) -> None:
     """Run one of the paper's experiments, and show what was published beside it.
 
@@ -45,7 +49,7 @@ def reproduce(
     chosen = choose_cells(found, only)
     directory = Path(found.cells[0].recipe.runtime.workspace) / found.name
     failed = False
-    if only_plan or not table:
+    if only_plan or not only_table:
         print_plan(plan_sweep(chosen))
         if only_plan:
             for cell in chosen.cells:
@@ -53,22 +57,28 @@ def reproduce(
             return
         result = sweep_with_progress(chosen)
         failed = bool(result.failed)
-    text = markdown_table(_table(reproduction_rows(name, found, directory), scale))
+    table = _table(reproduction_rows(name, found, directory), found, scale)
+    text = markdown_table(table)
     print(text)
     if directory.is_dir():
-        (path,) = write_files(directory, {"table.md": (text + "\n").encode()})
-        print(f"written: {path}")
+        rows = {"experiment": name, "scale": scale, "table": table}
+        files = {"table.md": text + "\n", "table.json": json.dumps(rows, indent=1, ensure_ascii=False) + "\n"}
+        written = write_files(directory, {file: content.encode() for file, content in files.items()})
+        print(f"written: {', '.join(map(str, written))}")
     if failed:
         raise typer.Exit(1)
 
 
-def _table(rows: "list[Row]", scale: str) -> list[list[str]]:
+def _table(rows: "list[Row]", sweep: "Sweep", scale: str) -> list[list[str]]:
     """Header and one row a model: what was measured, and what was published."""
-    from sqft.report.summary import models_table
+    from sqft.report.summary import loss_unit, models_table
 
     measured = [row for row in rows if row.ours is not None]
-    figures = models_table([row.ours.row for row in measured if row.ours], "nats per answer token")
-    header, *lines = figures
+    among_choices = any(cell.recipe.data and cell.recipe.data.choices for cell in sweep.cells)
+    figures = models_table(
+        [row.ours.row for row in measured if row.ours], loss_unit(among_choices=among_choices)
+    )
+    header, *lines = figures if measured else [["model", "ours"]]
     found = dict(zip([(row.cell, row.model) for row in measured], lines, strict=True))
     told = ["published (accuracy, %)", "source"] if scale == "full" else []
     table = [["cell", *header, *told]]
