@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sqft.data.batches import pad_right
 from sqft.errors import ModelError
+from sqft.models.forward import logits_at
 from sqft.progress import SILENT, Progress
 
 __all__ = ["Row", "Runtime", "Scorable", "evaluating", "row_log_probs", "score_rows", "shared_passes"]
@@ -113,18 +114,11 @@ def _score(model: Scorable, rows: Sequence[Row]) -> list[list[float]]:
 
 def row_log_probs(model: nn.Module, rows: Sequence[Row]) -> Float[Tensor, " pairs"]:
     """Log-probabilities of the wanted pairs, row after row, by one forward pass; differentiable."""
-    device = next(model.parameters()).device
-    input_ids, attention_mask = (part.to(device) for part in pad_right([row.ids for row in rows]))
-    positions = sorted({position for row in rows for position, _ in row.wanted})
-    logits: Tensor = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        logits_to_keep=torch.tensor(positions, device=device),
-        use_cache=False,
-    ).logits.float()
-    column = {position: index for index, position in enumerate(positions)}
+    positions = [position for row in rows for position, _ in row.wanted]
+    logits, column = logits_at(model, *pad_right([row.ids for row in rows]), positions)
+    logits = logits.float()
     triples = [(r, column[p], t) for r, row in enumerate(rows) for p, t in row.wanted]
-    r, c, t = torch.tensor(triples, device=device).unbind(1)
+    r, c, t = torch.tensor(triples, device=logits.device).unbind(1)
     return logits[r, c, t] - logits.logsumexp(dim=-1)[r, c]
 
 

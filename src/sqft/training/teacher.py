@@ -16,6 +16,7 @@ from sqft.data import Example
 from sqft.data.batches import pad_right
 from sqft.data.items import LossOn
 from sqft.errors import ModelError, TrainingError
+from sqft.models.forward import logits_at
 from sqft.ops.distillation import top_log_probs
 from sqft.progress import SILENT, Progress
 
@@ -173,24 +174,16 @@ def _predict(
     """The predictions of (token ids, places of counted tokens) of every row; the longest rows go first."""
     if top_k >= vocab_size:
         raise TrainingError(f"distillation.top_k: {top_k} of a vocabulary of {vocab_size}; make it smaller")
-    device = next(model.parameters()).device
     starts = torch.tensor([0, *(len(places) for _, places in rows)]).cumsum(0)
     ids = torch.empty((int(starts[-1]), top_k), dtype=torch.int32)
     log_probs = torch.empty((int(starts[-1]), top_k + 1), dtype=torch.float16)
     model.eval()
     with torch.no_grad(), progress.task(description, len(rows)) as advance:
         for batch in _batches([len(row) for row, _ in rows]):
-            tokens, mask = (part.to(device) for part in pad_right([rows[i][0] for i in batch]))
-            kept = sorted({place - 1 for i in batch for place in rows[i][1]})
-            column = {place: index for index, place in enumerate(kept)}
-            logits = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                logits_to_keep=torch.tensor(kept, device=device),
-                use_cache=False,
-            ).logits
+            positions = [place - 1 for i in batch for place in rows[i][1]]
+            logits, column = logits_at(model, *pad_right([rows[i][0] for i in batch]), positions)
             for number, i in enumerate(batch):
-                there = torch.tensor([column[place - 1] for place in rows[i][1]], device=device)
+                there = torch.tensor([column[place - 1] for place in rows[i][1]], device=logits.device)
                 part = slice(int(starts[i]), int(starts[i + 1]))
                 found = top_log_probs(logits[number, there, :vocab_size], top_k)
                 ids[part] = found[0].to(ids)
