@@ -30,7 +30,8 @@ Unknown keys are refused, and every error is told at once, with its path. `sqft 
 schema, with which editors complete and check recipes. On the command line, `section.key=value` changes a
 setting: `sqft run recipe.yaml sparsify.sparsity=0.6`.
 
-Steps always run in this order: tune, sparsify, quantize, train, search, merge, evaluate, export, report.
+Steps always run in this order: tune, sparsify, quantize, reconstruct, train, search, merge, evaluate, export,
+report.
 """
 
 FAMILIES = """\

@@ -56,6 +56,7 @@ def test_every_kind_of_stage_is_made_by_some_recipe(tmp_path: Any) -> None:
             "tune": {},
             "sparsify": {},
             "quantize": {},
+            "reconstruct": {},
             "adapters": {},
             "distillation": {"text": "text.txt"},
             "evaluate": {"models": ["merged", "dense_tuned"]},

@@ -89,6 +89,20 @@ def test_every_error_is_reported_with_its_path() -> None:
         ({"export": {"formats": ["gguf"]}}, "export: needs a section"),
         ({"sparsify": {}, "export": {"formats": ["banana"]}}, "export.formats.0"),
         ({"data": DATA, "sparsify": {}, "quantize": {"method": "joint"}}, "remove the sparsify section"),
+        ({"data": DATA, "reconstruct": {}}, "reconstruct: needs a sparsify or quantize section"),
+        ({"sparsify": {"method": "magnitude"}, "reconstruct": {}}, "calibration.source"),
+        (
+            {"data": DATA, "sparsify": {}, "reconstruct": {"train_scales": True}},
+            "reconstruct.train_scales: needs a quantize section",
+        ),
+        (
+            {"data": DATA, "sparsify": {}, "reconstruct": {"train_weights": False, "train_norms": False}},
+            "reconstruct.train_scales: needs a quantize section; fit weights or norms",
+        ),
+        (
+            {"data": DATA, "sparsify": {}, "reconstruct": {}, "calibration": {"num_samples": 7}},
+            "set calibration.num_samples to 8 or more",
+        ),
         ({"name": "stages"}, "folder of the workspace's own"),
         (
             {

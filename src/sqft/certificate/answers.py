@@ -105,7 +105,7 @@ def _other_facts(directory: Path, base_dir: Path) -> list[str]:
     stated, made = read_json(directory / FACTS).get("recipe") or {}, read_json(base_dir / LAYERS)["recipe"]
     return [
         f"{FACTS}: {section} is not what the base was made with"
-        for section in ("tune", "sparsify", "quantize")
+        for section in ("tune", "sparsify", "quantize", "reconstruct")
         if stated.get(section) != made.get(section)
     ]
 

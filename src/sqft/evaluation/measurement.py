@@ -143,10 +143,13 @@ def compare_models(items: dict[str, dict[str, Any]]) -> list[str]:
 
     items: the per-item figures that `measure_model` gave for each model.
     """
+    before = "reconstructed" if "reconstructed" in items else "quantized"
     pairs = [
         ("quantized", "base", "compressed, before tuning, against the dense model"),
         ("sparse", "base", "pruned, before tuning, against the dense model"),
-        ("merged", "quantized", "tuned and merged against before tuning"),
+        ("reconstructed", "quantized", "reconstructed against compressed"),
+        ("reconstructed", "base", "reconstructed, before tuning, against the dense model"),
+        ("merged", before, "tuned and merged against before tuning"),
         ("tuned", "base", "tuned against the dense model"),
         ("quantized", "tuned", "compressed against the tuned model"),
         ("merged", "tuned", "merged against the tuned model"),

@@ -15,12 +15,13 @@ __all__ = ["ADAPTER", "TRAINING", "StageContext", "write_adapter_facts"]
 ADAPTER = "adapter"  # where train and search keep theirs
 TRAINING = "training"  # where tune keeps what it merged, and how that was trained
 CHAIN = (
-    "model", "tuned", "tune", "sparsify", "quantize", "teacher_model", "teacher", "train", "search",
+    "model", "tuned", "tune", "sparsify", "quantize", "reconstruct", "teacher_model", "teacher", "train",
+    "search",
 )  # fmt: skip
 
 
 class CompressionOptions(TypedDict):
-    """How the two functions that compress a model do their work, whatever they make of it."""
+    """How the functions that compress a model do their work, whatever they make of it."""
 
     device: str
     progress: Progress
@@ -66,7 +67,7 @@ class StageContext:
 
     @property
     def compressing(self) -> "CompressionOptions":
-        """Options of the two functions that compress a model."""
+        """Options of the functions that compress a model."""
         return {"device": self.device, "progress": self.progress, "spill": self.recipe.runtime.spill}
 
     @property

@@ -43,6 +43,7 @@ COPIES = {
     "magnitude": 4, "wanda": 4, "ria": 5, "sparsegpt": 5, "rtn": 10, "gptq": 10, "gptaq": 10, "joint": 10,
 }  # fmt: skip
 FACTORING = 6  # matrices of the width that a factorisation holds at most, its result among them
+FITTING = 12  # float32 copies of a block that is fitted: its weights, what Adam keeps, the best epoch
 TARGETING = 5  # and as many more where the weight aims at what the dense model puts out
 SHARED_INPUTS = ("k_proj", "v_proj", "up_proj")  # read what q_proj and gate_proj read
 LOGIT_ROWS = 2048  # that scoring holds at a time (`evaluation/scoring.py`)
@@ -102,6 +103,9 @@ class Estimate:
         kind = stage.kind
         if kind == "items":
             return 0, self._items()
+        if kind == "reconstruct":
+            quantized = self.recipe.quantize is not None
+            return self._reconstruction(), self._stored(quantized=quantized, latent=quantized)
         if kind in ("sparsify", "quantize"):
             return self._compression(kind), self._stored(
                 quantized=kind == "quantize", latent=kind == "quantize"
@@ -171,6 +175,18 @@ class Estimate:
         matrices = FACTORING + (TARGETING if streams > 1 else 0)
         working = factors + max(matrices * last, last + linears) if gram else linears
         return max(embedding + states, states + block + sums + max(passing, working))
+
+    def _reconstruction(self) -> float:
+        """Two streams of hidden states, and what is trained of a block, as often as Adam keeps it."""
+        recipe = self.recipe
+        section, calibration = recipe.reconstruct, recipe.calibration or CalibrationSection()
+        assert section is not None
+        hidden, length = self.outline.hidden_size, calibration.sequence_length
+        embedding = FLOAT32 * self.outline.vocab_size * hidden
+        states = 2 * FLOAT32 * calibration.num_samples * length * hidden
+        block = FITTING * FLOAT32 * self.block_weights / max(self.outline.num_blocks, 1)
+        passing = FLOAT32 * section.batch_size * length * (16 * hidden + 6 * self.widest)
+        return max(embedding + states, states + block + passing)
 
     def _stored(self, *, quantized: bool, latent: bool) -> float:
         masks = self.block_weights / 8 if self.recipe.sparsify else 0

@@ -14,6 +14,7 @@ from sqft.sections import (
     ExportSection,
     ModelSection,
     QuantizeSection,
+    ReconstructSection,
     ReportedModel,
     RuntimeSection,
     SearchSection,
@@ -30,7 +31,10 @@ LOW_RANK = ("ranks", "alpha", "dropout", "dropout_kind")
 
 
 class Recipe(Section):
-    """tune → sparsify → quantize → train → search → merge → evaluate → export; only `model` is required."""
+    """tune → sparsify → quantize → reconstruct → train → search → merge → evaluate → export.
+
+    Only `model` is required.
+    """
 
     name: str = Field(
         "recipe",
@@ -47,6 +51,7 @@ class Recipe(Section):
     tune: TuneSection | None = None
     sparsify: SparsifySection | None = None
     quantize: QuantizeSection | None = None
+    reconstruct: ReconstructSection | None = None
     adapters: AdapterSection | None = None
     distillation: DistillationSection | None = None
     train: TrainSection | None = None
@@ -133,6 +138,20 @@ class Recipe(Section):
                 "quantize.method: joint prunes by itself; remove the sparsify section",
             ),
             (
+                bool(self.reconstruct and not (self.sparsify or self.quantize)),
+                "reconstruct: needs a sparsify or quantize section, whose model it fits to the dense one",
+            ),
+            (
+                bool(self.reconstruct and self.sparsify and not self.quantize)
+                and bool(self.reconstruct and (self.reconstruct.train_scales or not self._fits_without_grid)),
+                "reconstruct.train_scales: needs a quantize section; fit weights or norms",
+            ),
+            (
+                bool(self.reconstruct) and calibration.num_samples < ReconstructSection.least_sequences,
+                "reconstruct: holds calibration sequences out to measure on; set calibration.num_samples to "
+                f"{ReconstructSection.least_sequences} or more",
+            ),
+            (
                 self.needs_calibration and not self.data and calibration.source == "train",
                 "calibration.source: 'train' needs a data section; name a text file instead",
             ),
@@ -203,7 +222,13 @@ class Recipe(Section):
     @property
     def needs_calibration(self) -> bool:
         """Whether any method of the recipe looks at activations."""
-        return any(section is not None and section.calibrates for section in (self.sparsify, self.quantize))
+        sections = (self.sparsify, self.quantize, self.reconstruct)
+        return any(section is not None and section.calibrates for section in sections)
+
+    @property
+    def _fits_without_grid(self) -> bool:
+        """Whether reconstruct fits anything but scales."""
+        return self.reconstruct is not None and bool(set(self.reconstruct.rates) - {"scales"})
 
     @property
     def pattern(self) -> str | None:
@@ -220,6 +245,11 @@ class Recipe(Section):
     @property
     def base_stage(self) -> str:
         """The stage whose model the adapters are trained on."""
+        return "reconstruct" if self.reconstruct else self.compressed_stage
+
+    @property
+    def compressed_stage(self) -> str:
+        """The stage whose model is compressed as far as the recipe goes, by layers."""
         return "quantize" if self.quantize else "sparsify" if self.sparsify else self.dense_stage
 
     @property
@@ -244,6 +274,7 @@ class Recipe(Section):
             ("tuned", self.tune is not None),
             ("sparse", self.sparsify is not None),
             ("quantized", self.quantize is not None),
+            ("reconstructed", self.reconstruct is not None),
             ("adapted", self.adapters is not None),
             ("merged", self.merges),
         ]

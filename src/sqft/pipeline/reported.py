@@ -16,7 +16,7 @@ def stage_name(kind: str, argument: str = "") -> str:
 def model_stage(recipe: Recipe, model: ReportedModel) -> str:
     """The stage that holds the weights of a reported model."""
     stages = {"base": "model", "dense_tuned": "model", "tuned": "tune"}
-    stages |= {"sparse": "sparsify", "quantized": "quantize"}
+    stages |= {"sparse": "sparsify", "quantized": "quantize", "reconstructed": "reconstruct"}
     return stages.get(model) or {"adapted": recipe.base_stage, "merged": "merge"}[model]
 
 

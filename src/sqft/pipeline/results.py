@@ -18,6 +18,7 @@ from sqft.pipeline.reported import stage_name
 from sqft.pipeline.runner import FinishedStage, damaged_stage
 from sqft.report import ReportData, write_report
 from sqft.report.content import LayerRow, LineageRow, ModelRow
+from sqft.report.summary import format_seconds
 
 __all__ = ["RunResult", "write_results"]
 
@@ -106,10 +107,25 @@ def report_data(
         eval_losses=[(step, loss) for step, loss in training.get("eval_curve", [])],
         lineage=[_lineage(stage) for stage in stages],
         data=metrics.get("items", {}).get("data", {}),
-        notes=compare_models(_items(stages)),
+        notes=compare_models(_items(stages)) + _reconstruction(metrics.get("reconstruct", {})),
         chance_accuracy=metrics.get("items", {}).get("chance_accuracy"),
         merged_dir=str(model_dir) if model_dir else None,
     )
+
+
+def _reconstruction(metrics: dict[str, Any]) -> list[str]:
+    """What fitting the blocks brought on the calibration sequences that were held out, in one line."""
+    blocks = metrics.get("blocks", [])
+    if not blocks:
+        return []
+    before, after = (sum(block[f"loss_{when}"] for block in blocks) for when in ("before", "after"))
+    better = sum(block["epoch"] > 0 for block in blocks)
+    tokens, seconds = (sum(block[name] for block in blocks) for name in ("num_tokens", "seconds"))
+    return [
+        f"reconstruction: {better} of {len(blocks)} blocks came closer to the dense ones, by "
+        f"{1 - after / before if before else 0:.0%} of the squared error on held-out calibration; "
+        f"{tokens / len(blocks):,.0f} tokens through each, {format_seconds(seconds)}"
+    ]
 
 
 def _lineage(stage: FinishedStage) -> LineageRow:

@@ -18,6 +18,7 @@ from sqft.pipeline.step_export import export
 from sqft.pipeline.step_items import prepare_items
 from sqft.pipeline.step_merge import merge
 from sqft.pipeline.step_quantize import quantize
+from sqft.pipeline.step_reconstruct import reconstruct
 from sqft.pipeline.step_search import search
 from sqft.pipeline.step_sparsify import sparsify
 from sqft.pipeline.step_teacher import teach
@@ -38,8 +39,8 @@ from sqft.sections import (
 __all__ = ["Stage", "StageKind", "recipe_stages"]
 
 StageKind = Literal[
-    "items", "tune", "sparsify", "quantize", "teacher", "train", "search", "merge", "train_dense",
-    "evaluate", "export",
+    "items", "tune", "sparsify", "quantize", "reconstruct", "teacher", "train", "search", "merge",
+    "train_dense", "evaluate", "export",
 ]  # fmt: skip
 # Settings of evaluate that other stages make, or that enter by content.
 CONTENT = {"models", "general_text", "perplexity", "tasks", "tasks_data"}
@@ -92,6 +93,11 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
         settings["quantize"] = _settings(recipe.quantize)
         inputs = (*inputs, *(["sparsify"] if recipe.sparsify else []))
         stages.append(Stage("quantize", inputs, settings, quantize, resumes=True))
+    if recipe.reconstruct:
+        settings, inputs = _compression_inputs(recipe, recipe.reconstruct.calibrates)
+        settings["reconstruct"] = _settings(recipe.reconstruct)
+        inputs = (*inputs, recipe.compressed_stage)
+        stages.append(Stage("reconstruct", inputs, settings, reconstruct, resumes=True))
     if recipe.adapters:
         settings = _training_settings(recipe, recipe.adapters)
         searching = {

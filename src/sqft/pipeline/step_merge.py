@@ -10,8 +10,8 @@ __all__ = ["merge"]
 
 # Sections of a recipe that a merged model depends on; data enters by content.
 DETERMINING = {
-    "model", "seed", "calibration", "tune", "sparsify", "quantize", "adapters", "distillation", "train",
-    "search",
+    "model", "seed", "calibration", "tune", "sparsify", "quantize", "reconstruct", "adapters",
+    "distillation", "train", "search",
 }  # fmt: skip
 
 

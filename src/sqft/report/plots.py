@@ -174,8 +174,8 @@ def _draw_stages(figure: Any, data: ReportData, quantity: str) -> None:
 
 
 def _stage_colour(name: str) -> str:
-    order = ("base", "tuned", "dense_tuned", "sparse", "quantized", "merged", "adapted")
-    colours = (PALETTE[0], PALETTE[4], PALETTE[4], PALETTE[1], PALETTE[3], PALETTE[2], PALETTE[2])
+    order = ("base", "tuned", "dense_tuned", "sparse", "quantized", "reconstructed", "merged", "adapted")
+    colours = (*(PALETTE[number] for number in (0, 4, 4, 1, 3, 3, 2, 2)),)
     return dict(zip(order, colours, strict=True)).get(name, PALETTE[5])
 
 

@@ -69,6 +69,7 @@ def label_model(row: ModelRow, recipe: dict[str, Any]) -> str:
         "dense_tuned": "dense + LoRA (reference)",
         "sparse": "sparse",
         "quantized": compressed or "quantized",
+        "reconstructed": f"{compressed}, reconstructed".strip(", "),
         "adapted": f"{compressed} + adapter".strip(),
         "merged": f"merged, {compressed}".strip(", "),
     }

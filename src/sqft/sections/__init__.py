@@ -14,7 +14,7 @@ from sqft.sections.adapters import (
     TuneSection,
 )
 from sqft.sections.base import Section
-from sqft.sections.compression import QuantizeSection, SparsifySection
+from sqft.sections.compression import QuantizeSection, ReconstructSection, SparsifySection
 from sqft.sections.distillation import DistillationSection
 from sqft.sections.foreign import MergeRung, MergeSection
 from sqft.sections.inputs import (
@@ -44,6 +44,7 @@ __all__ = [
     "MergeSection",
     "ModelSection",
     "QuantizeSection",
+    "ReconstructSection",
     "ReportedModel",
     "RuntimeSection",
     "SearchSection",

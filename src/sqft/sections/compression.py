@@ -1,13 +1,13 @@
 """What compression does to the weights: which become zero, and the grid that the others are rounded to."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from sqft import patterns
-from sqft.sections.base import Fraction, ModuleNames, Section
+from sqft.sections.base import Fraction, ModuleNames, Positive, Section
 
-__all__ = ["QuantizeSection", "SparsifySection"]
+__all__ = ["QuantizeSection", "ReconstructSection", "SparsifySection"]
 
 
 def _check_pattern(value: str) -> str:
@@ -184,3 +184,56 @@ class QuantizeSection(Section):
         if value != -1 and value < 1:
             raise ValueError("write a positive number, or -1 for one group a row")
         return value
+
+
+class ReconstructSection(Section):
+    """Each block of the compressed model fitted to the dense one on the calibration; zeros and grid stay."""
+
+    least_sequences: ClassVar[int] = 8  # of calibration, since some of them are held out
+
+    train_weights: bool = Field(
+        True,
+        description="The weights that are kept, of a quantized model before they are rounded to its grid.",
+    )
+    train_scales: bool | None = Field(
+        None, description="The group scales of a quantized model; default where there are any."
+    )
+    train_norms: bool = Field(True, description="The weights of the norms in the blocks.")
+    epochs: Positive = Field(8, description="Passes over the calibration; of each block the best is kept.")
+    batch_size: Positive = Field(2, description="Calibration sequences of an optimizer step.")
+    learning_rate: float = Field(
+        3e-3,
+        gt=0,
+        le=1,
+        description="Of weights: the share of a row's root mean square that a step of Adam moves.",
+    )
+    scale_learning_rate: float = Field(
+        1e-3, gt=0, le=1, description="Of scales: the share of a scale that a step of Adam moves."
+    )
+    norm_learning_rate: float = Field(1e-3, gt=0, le=1, description="Of norms.")
+
+    @property
+    def calibrates(self) -> bool:
+        """It always looks at activations."""
+        return True
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each kind of number that is fitted, scales where there are any."""
+        rates = {
+            "weights": (self.train_weights, self.learning_rate),
+            "scales": (self.train_scales is not False, self.scale_learning_rate),
+            "norms": (self.train_norms, self.norm_learning_rate),
+        }
+        return {kind: rate for kind, (fitted, rate) in rates.items() if fitted}
+
+    def without_effect(self) -> dict[str, str]:
+        """The rate of what is not fitted."""
+        names = {"weights": "learning_rate", "scales": "scale_learning_rate", "norms": "norm_learning_rate"}
+        return {name: f"{kind} are not fitted" for kind, name in names.items() if kind not in self.rates}
+
+    @model_validator(mode="after")
+    def _something(self) -> "ReconstructSection":
+        if not self.rates:
+            raise ValueError("nothing would be fitted; set train_weights, train_scales or train_norms")
+        return self

@@ -9,7 +9,9 @@ from sqft.sections.base import PathText, Positive, Section
 __all__ = ["EvaluateSection", "ExportFormat", "ExportSection", "ReportedModel"]
 
 ExportFormat = Literal["compressed-tensors", "gguf", "gptq", "openvino", "safetensors", "safetensors-float32"]
-ReportedModel = Literal["base", "tuned", "dense_tuned", "sparse", "quantized", "adapted", "merged"]
+ReportedModel = Literal[
+    "base", "tuned", "dense_tuned", "sparse", "quantized", "reconstructed", "adapted", "merged"
+]
 
 
 class EvaluateSection(Section):
