@@ -24,10 +24,12 @@ def extract_sub_adapter(peft_model: nn.Module, sub_adapter: SubAdapter, director
     quantization-aware one keeps the type SQFT, since a loader that ignores the mask would run it dense.
     Trained scales and norms, and modules that were trained whole (`modules_to_save`), go along.
 
+    Of an extracted sub-adapter, which leaves no choice, every rank is written.
+
     Raises: AdapterError if the sub-adapter does not fit the search space.
     """
     config = adapter_config(peft_model)
-    ranks = SearchSpace.of(peft_model).modules(sub_adapter)
+    ranks = SearchSpace.of(peft_model).modules(sub_adapter) or config.rank_pattern
     plain = config.method == "lora"
     tensors = _beside_factors(peft_model)
     for name, layer in adapter_layers(peft_model).items():

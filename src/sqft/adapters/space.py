@@ -39,16 +39,16 @@ class SearchSpace:
 
     @classmethod
     def of(cls, peft_model: nn.Module) -> "SearchSpace":
-        """The space of a model with an sqft adapter: of one for a fixed rank, empty for method scales.
+        """The space of a model with an sqft adapter: of one for a fixed rank.
 
-        Raises: AdapterError if there is no sqft adapter, or it is an extracted sub-adapter.
+        Empty where there is nothing to choose: for method scales, and for an extracted sub-adapter, which has
+        one rank for each module.
+
+        Raises: AdapterError if there is no sqft adapter.
         """
         config = adapter_config(peft_model)
-        if config.rank_pattern:
-            raise AdapterError(
-                "an extracted sub-adapter has one rank for each module, and no choice; use the super-adapter"
-            )
-        names = (config.target_modules or []) if config.low_rank else []
+        chooses = config.low_rank and not config.rank_pattern
+        names = (config.target_modules or []) if chooses else []
         return cls(rank_groups(names, config.rank_groups), tuple(config.ranks))
 
     def maximal(self) -> SubAdapter:

@@ -15,8 +15,8 @@ __all__ = ["ADAPTER", "TRAINING", "StageContext", "write_adapter_facts"]
 ADAPTER = "adapter"  # where train and search keep theirs
 TRAINING = "training"  # where tune keeps what it merged, and how that was trained
 CHAIN = (
-    "model", "tuned", "tune", "sparsify", "quantize", "reconstruct", "teacher_model", "teacher", "train",
-    "search",
+    "model", "tuned", "tune", "sparsify", "quantize", "reconstruct", "teacher_model", "teacher", "trained",
+    "train", "search",
 )  # fmt: skip
 
 

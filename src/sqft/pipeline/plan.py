@@ -20,6 +20,7 @@ from sqft.pipeline.recall import recall
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.runner import Workspace, findable_keys
 from sqft.pipeline.stages import Stage, recipe_stages
+from sqft.pipeline.starting import check_start, check_start_base
 from sqft.pipeline.step_items import check_splits
 from sqft.sections import CalibrationSection, ModelSection
 
@@ -67,6 +68,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     outline = _outline(recipe.model, keys)
     chosen = check_modules(recipe, outline)
     _check_libraries(recipe, outline, chosen, keys, workspace)
+    _check_start(recipe, outline, chosen, keys, workspace)
     modules = _modules(recipe, outline, chosen)
     data, longest = _data(recipe, outline, workspace, keys)
     estimate = Estimate(recipe, outline, modules, longest)
@@ -114,6 +116,34 @@ def _check_libraries(
         )
     else:
         check_libraries(recipe, shapes, grid, workspace.models)
+
+
+def _check_start(
+    recipe: Recipe,
+    outline: "ModelOutline",
+    chosen: ChosenModules,
+    keys: dict[str, str],
+    workspace: Workspace,
+) -> None:
+    """Refuse an adapter that cannot be gone on from: another base is told where the base is there already."""
+    if recipe.starting_adapter is None:
+        return
+    stage = recipe.base_stage
+    base = Path(recipe.model.source).expanduser()
+    if stage != "model":
+        base = workspace.stage_directory(stage, keys[stage]) if keys else Path()
+
+    def look() -> None:
+        check_start(recipe, outline, chosen)
+        if keys and (base / "config.json").is_file():
+            check_start_base(recipe, base)
+
+    if not keys:
+        look()
+        return
+    settings = recipe.model_dump(mode="json", include={"model", "adapters", "search"})
+    question = [keys["trained"], keys[stage], base.is_dir(), settings, sorted(chosen.adapted | chosen.scaled)]
+    recall("start", question, look, module=check_start.__module__)
 
 
 def _data(

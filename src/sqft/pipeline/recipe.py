@@ -89,10 +89,7 @@ class Recipe(Section):
             ),
             (bool(self.adapters and not self.data), "adapters: needs a data section"),
             (bool(self.tune and self.tune.trains and not self.data), "tune: needs a data section"),
-            (
-                bool(self.train and not self.adapters),
-                "train: needs an adapters section, or goes",
-            ),
+            (bool(self.train and not self.adapters), "train: needs an adapters section, or goes"),
             (
                 bool(self.distillation and not self.adapters),
                 "distillation: needs an adapters section, or goes",
@@ -111,10 +108,7 @@ class Recipe(Section):
                 ),
                 "distillation.item_weight: a teacher predicts items in their order; remove train.packing",
             ),
-            (
-                bool(self.search and not self.adapters),
-                "search: needs an adapters section, or goes",
-            ),
+            (bool(self.search and not self.adapters), "search: needs an adapters section, or goes"),
             (
                 bool(self.evaluate and not (self.data or evaluate.perplexity or evaluate.tasks)),
                 "evaluate: needs a data section, evaluate.perplexity or evaluate.tasks",
@@ -164,6 +158,11 @@ class Recipe(Section):
                 "evaluate.models: dense_tuned needs an adapters section",
             ),
             (
+                "dense_tuned" in (evaluate.models or []) and self.starting_adapter is not None,
+                "evaluate.models: dense_tuned would be trained from the start, and the adapters go on from "
+                "train.adapter; remove one of the two",
+            ),
+            (
                 bool(self.search and self.search.evaluates and self.adapters)
                 and len(self.adapters.ranks if self.adapters else []) < 2,
                 f"search.method: {self.search and self.search.method} has one rank to choose from; give "
@@ -198,6 +197,11 @@ class Recipe(Section):
     def tuning_seed(self) -> int:
         """The seed of the dense model's training alone."""
         return self.seed if self.tune is None or self.tune.seed is None else self.tune.seed
+
+    @property
+    def starting_adapter(self) -> Path | None:
+        """The adapter that the training goes on from."""
+        return Path(self.train.adapter) if self.train and self.train.adapter else None
 
     @property
     def tuned_model(self) -> ModelSection | None:

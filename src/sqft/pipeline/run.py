@@ -14,6 +14,7 @@ from sqft.pipeline.locks import hold
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.results import RunResult, write_results
 from sqft.pipeline.runner import Workspace, open_workspace, run_stages
+from sqft.pipeline.starting import check_start
 from sqft.progress import SILENT, Progress
 
 __all__ = ["StageStatus", "run_recipe", "workspace_status"]
@@ -56,7 +57,8 @@ def run_recipe(
         torch.set_num_threads(recipe.runtime.threads)
     device = resolve_device(recipe.runtime.device)
     models_dir = Workspace(Path(recipe.runtime.workspace)).models
-    check_recipe(recipe, model_outline(recipe.model), models_dir)
+    outline = model_outline(recipe.model)
+    check_start(recipe, outline, check_recipe(recipe, outline, models_dir))
     workspace = open_workspace(Path(recipe.runtime.workspace))
     with hold(workspace.lock("models"), "the model"):  # converting a model happens once
         model_directory = resolve_model(recipe.model, workspace.models, progress)
@@ -77,13 +79,16 @@ def run_recipe(
 
 
 def _given(recipe: Recipe, models_dir: Path, progress: Progress) -> dict[str, Path]:
-    """What exists already beside the recipe's model: the adapter or model that `tune` takes, a teacher."""
+    """What exists already beside the recipe's model: the adapter or model that `tune` takes, the adapter
+    that `train` goes on from, a teacher.
+    """
     from sqft.models import resolve_model
 
     models = {"tuned": recipe.tuned_model, "teacher_model": recipe.teacher_model}
     given = {name: resolve_model(model, models_dir, progress) for name, model in models.items() if model}
     adapter = recipe.tune.adapter if recipe.tune else None
-    return given | ({"tuned": Path(adapter)} if adapter else {})
+    given |= {"tuned": Path(adapter)} if adapter else {}
+    return given | ({"trained": recipe.starting_adapter} if recipe.starting_adapter else {})
 
 
 def _refuse_launchers() -> None:

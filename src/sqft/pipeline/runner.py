@@ -21,7 +21,7 @@ from sqft.artifacts import (
     write_json,
 )
 from sqft.directories import new_directory
-from sqft.errors import DataError, WorkspaceError
+from sqft.errors import AdapterError, DataError, WorkspaceError
 from sqft.marks import damaged_since, read_mark
 from sqft.pipeline.context import StageContext
 from sqft.pipeline.locks import hold
@@ -127,8 +127,8 @@ def run_stages(
 ) -> list[FinishedStage]:
     """Run what is not there yet, in order, and return every stage of the recipe.
 
-    given: what exists already beside the model: "tuned", the adapter or model that `tune` takes, and
-    "teacher_model".
+    given: what exists already beside the model: "tuned", the adapter or model that `tune` takes, "trained",
+    the adapter that `train` goes on from, and "teacher_model".
     wait: for stages that another process makes now; else StageBusyError. failures: directories of stages that
     failed before, and why; they are not tried again, and a new failure is entered.
     """
@@ -164,6 +164,7 @@ def stage_keys(recipe: Recipe, model_key: str) -> dict[str, str]:
     keys["calibration"] = _calibration_key(recipe)
     keys["distillation"] = _distillation_key(recipe)
     keys["tuned"] = _tuned_key(recipe)
+    keys["trained"] = _adapter_key(recipe.starting_adapter, "train.adapter")
     keys["teacher_model"] = _model_key(recipe, recipe.teacher_model)
     for stage in recipe_stages(recipe):
         keys[stage.name] = digest_json(
@@ -335,11 +336,21 @@ def _texts_key(recipe: Recipe) -> str:
 def _tuned_key(recipe: Recipe) -> str:
     """The identity of an adapter or a tuned model that exists already."""
     adapter = recipe.tune.adapter if recipe.tune else None
-    if adapter is None:
-        return _model_key(recipe, recipe.tuned_model)
+    if adapter is not None:
+        return _adapter_key(Path(adapter), "tune.adapter")
+    return _model_key(recipe, recipe.tuned_model)
+
+
+def _adapter_key(directory: Path | None, setting: str) -> str:
+    """The identity of an adapter that exists already."""
+    if directory is None:
+        return ""
     from sqft.adapters.lora_files import adapter_digests
 
-    return digest_json(adapter_digests(Path(adapter)))
+    try:
+        return digest_json(adapter_digests(directory))
+    except AdapterError as error:
+        raise AdapterError(f"{setting}: {error}") from None
 
 
 def _model_key(recipe: Recipe, model: ModelSection | None) -> str:

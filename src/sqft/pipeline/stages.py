@@ -55,8 +55,8 @@ class Stage:
     """One row: what it is, what it reads, the settings that enter its identity, the function that does it.
 
     argument: which one, of a kind that a recipe has several of: the reported model, or the format.
-    inputs: names of other stages, or "model", "tuned", "teacher_model", "data", "calibration", "texts" and
-    "distillation", which are texts too. resumes: an unfinished directory is continued.
+    inputs: names of other stages, or "model", "tuned", "trained", "teacher_model", "data", "calibration",
+    "texts" and "distillation", which are texts too. resumes: an unfinished directory is continued.
     """
 
     kind: StageKind
@@ -111,6 +111,8 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
             weights = {"text_weight", "item_weight", "batch_size"}
             settings["distillation"] = recipe.distillation.model_dump(mode="json", include=weights)
             inputs = (*inputs, "teacher")
+        if recipe.starting_adapter:
+            inputs = (*inputs, "trained")
         stages.append(Stage("train", inputs, settings, train, resumes=True))
         if recipe.adapters.low_rank:
             stages.append(Stage("search", (base, "train", "items"), searching, search, resumes=True))

@@ -16,10 +16,11 @@ __all__ = ["search"]
 def search(context: StageContext) -> dict[str, Any]:
     """The super-adapter → the ranks that do best on the search items, cut out as an adapter of its own."""
     from sqft.adapters import SearchSpace, codes_digest, extract_sub_adapter, set_ranks
+    from sqft.adapters.space import adapter_config
     from sqft.data import read_items
     from sqft.evaluation import evaluate_loss
     from sqft.evaluation.gradients import backward_loss
-    from sqft.search import rank_slopes, search_sub_adapter
+    from sqft.search import SearchResult, rank_slopes, search_sub_adapter
 
     section = context.recipe.search or SearchSection()
     adapted = open_adapted(context.base, context.inputs["train"] / ADAPTER, **context.opening).eval()
@@ -31,14 +32,18 @@ def search(context: StageContext) -> dict[str, Any]:
         return evaluate_loss(adapted, items, loss_on=loss_on).loss
 
     space = SearchSpace.of(adapted)
-    result = search_sub_adapter(
-        space,
-        objective,
-        section,
-        slopes=lambda: rank_slopes(adapted, lambda: backward_loss(adapted, items, loss_on=loss_on)),
-        seed=context.recipe.seed,
-        storage=context.directory / TRIALS,
-        progress=context.progress,
+    result = (
+        SearchResult({})
+        if not space.groups
+        else search_sub_adapter(
+            space,
+            objective,
+            section,
+            slopes=lambda: rank_slopes(adapted, lambda: backward_loss(adapted, items, loss_on=loss_on)),
+            seed=context.recipe.seed,
+            storage=context.directory / TRIALS,
+            progress=context.progress,
+        )
     )
     shutil.rmtree(context.directory / ADAPTER, ignore_errors=True)  # of a run that was killed below
     extract_sub_adapter(adapted, result.best, context.directory / ADAPTER)
@@ -51,7 +56,11 @@ def search(context: StageContext) -> dict[str, Any]:
             digest = codes_digest(adapted)
             _check_digest(digest, trained.get(digest_json(sub_adapter)))
     write_json(context.directory / SUB_ADAPTER, asdict(result))
-    return {"ranks": result.best, "codes_digest": digest, "num_trials": len(result.trials)}
+    return {
+        "ranks": result.best or adapter_config(adapted).rank_pattern,
+        "codes_digest": digest,
+        "num_trials": len(result.trials),
+    }
 
 
 def _check_digest(digest: str, trained: str | None) -> None:

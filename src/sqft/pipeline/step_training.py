@@ -22,7 +22,8 @@ CHECKPOINTS = "checkpoints"
 
 def train(context: StageContext) -> dict[str, Any]:
     """The base → a super-adapter (or an adapter of one rank)."""
-    return _train(context, context.base, context.adapters, context.inputs.get("teacher"))
+    given = {name: context.inputs.get(name) for name in ("teacher", "trained")}
+    return _train(context, context.base, context.adapters, **given)
 
 
 def train_dense(context: StageContext) -> dict[str, Any]:
@@ -31,11 +32,11 @@ def train_dense(context: StageContext) -> dict[str, Any]:
 
 
 def _train(
-    context: StageContext, base: Path, section: AdapterSection, teacher: Path | None = None
+    context: StageContext, base: Path, section: AdapterSection, **given: Path | None
 ) -> dict[str, Any]:
     training = context.recipe.train or TrainSection()
     seed = context.recipe.training_seed
-    adapted, metrics = train_on(context, base, section, training, seed, teacher=teacher)
+    adapted, metrics = train_on(context, base, section, training, seed, **given)
     adapted.save_pretrained(context.directory / ADAPTER)
     if not section.low_rank:  # of others, search writes the adapter that is handed on
         write_adapter_facts(context)
@@ -51,10 +52,11 @@ def train_on(
     seed: int,
     *,
     teacher: Path | None = None,
+    trained: Path | None = None,
 ) -> tuple["PeftModel", dict[str, Any]]:
     """Train an adapter on a model directory, or go on with it. Returns the adapted model, and its figures.
 
-    teacher: where the predictions lie that are learnt beside the answers.
+    teacher: where the predictions lie that are learnt beside the answers. trained: an adapter to go on from.
 
     Once what was trained is saved, `drop_checkpoints`.
     """
@@ -65,6 +67,8 @@ def train_on(
         count_differing_codes,
         set_ranks,
     )
+    from sqft.adapters.lora_files import adapter_digests
+    from sqft.adapters.start import open_start
     from sqft.data import read_items
     from sqft.evaluation import evaluate_loss
     from sqft.models import ExistingMasks, load_trainable, open_checkpoint, training_dtype
@@ -83,6 +87,7 @@ def train_on(
         section,
         storage_dtype=None if stored.grid else stored.storage_dtype,
         seed=seed,
+        start=open_start(trained) if trained else None,
     )
     if context.recipe.base_stage == "model" and section.method != "lora" and stored.grid is None:
         tell_kept_zeros(len(ExistingMasks(stored)))
@@ -115,6 +120,7 @@ def train_on(
         "codes_digests": digests,
         "differing_codes": differing,  # of the training kernel from a merge's, and of how many
         "curve": curve,
+        **({"went_on_from": adapter_digests(trained)} if trained else {}),
         **chosen,
         **record.summary(),
     }

@@ -204,6 +204,11 @@ class TrainSection(TrainingSection):
         6e-3, gt=0, description="Of trained scales: the share of a scale that a step of Adam moves it by."
     )
     norm_learning_rate: float = Field(2e-3, gt=0, description="Of trained norms.")
+    adapter: PathText | None = Field(
+        None,
+        description="A folder with an adapter that exists already, of the same base and the same `adapters`: "
+        "the training goes on from it. One of sqft's, or for method lora a LoRA in PEFT's files.",
+    )
 
 
 class TuneSection(TrainingSection):
