@@ -43,7 +43,13 @@ def _likeliest(model: Any, tokenizer: Any, question: str, choices: list[str]) ->
     return max(range(len(choices)), key=sums.__getitem__)
 
 
-def test_a_local_task(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_local_task(
+    model: Any,
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("lm_eval")
     data = tmp_path / "items.jsonl"
     rows: list[dict[str, Any]] = [
@@ -52,7 +58,9 @@ def test_a_local_task(model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = tmp_path / "local_choice.yaml"
     task.write_text(TASK.format(data=data, cache=tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # outside a repository
     results = evaluate_tasks(model, tiny_tokenizer, [str(task)], max_items=4)
+    assert capfd.readouterr().err == ""  # no bars of the harness, and no complaint of git
     assert list(results) == ["local_choice"]
     asked = [(row["question"], row["choices"], row["label"]) for row in rows[:4]]
     right = [_likeliest(model, tiny_tokenizer, text, choices) == label for text, choices, label in asked]

@@ -33,6 +33,19 @@ def test_every_experiment_expands() -> None:
                 assert not tasks or cell.recipe.evaluate.tasks_data == "data"  # type: ignore[union-attr]
 
 
+def test_overrides_are_read_as_everywhere() -> None:
+    """A prompt has braces and is a text, a rate with an exponent is a number."""
+    overrides = ["data.prompt={question}: ", "train.learning_rate=1e-4"]
+    for cell in load_experiment("ablation", "full", Path("data"), overrides).cells:
+        recipe = cell.recipe
+        assert recipe.data is not None
+        assert recipe.data.prompt == "{question}: "
+        assert recipe.train is not None
+        assert recipe.train.learning_rate == 1e-4
+    with pytest.raises(RecipeError, match="'data' is not an override"):
+        load_experiment("ablation", "full", Path("data"), ["data"])
+
+
 def test_budgets_are_as_published() -> None:
     """Quantization-aware runs have an epoch more, with a row of equal budget beside them."""
     cells = {cell.name: cell.recipe for cell in load_experiment("gsm8k", "full", Path("data")).cells}

@@ -122,7 +122,7 @@ def test_the_command(values: dict[str, Any], tmp_path: Path, capsys: pytest.Capt
     assert run_command_line(["sweep", str(recipe), "quantize.bits=4", "--plan"]) == 0
     shown = capsys.readouterr().out
     assert "2 runs of 10 stages; 1 are shared" in shown
-    assert "not known of evaluate, quantize, sparsify" in shown
+    assert "time: not known" in shown
     assert run_command_line(["sweep", str(recipe), "quantize.bits=4"]) == 0
     shown = capsys.readouterr().out
     assert "done: 2, failed: 0" in shown
@@ -130,6 +130,8 @@ def test_the_command(values: dict[str, Any], tmp_path: Path, capsys: pytest.Capt
     assert (tmp_path / "runs/grid/comparison.html").exists()
     assert run_command_line(["sweep", str(recipe), f"seed={list(range(100))}"]) == 2
     assert "400 cells" in capsys.readouterr().err
+    assert run_command_line(["sweep", str(recipe), "quantize.bits=8", "--plan"]) == 0
+    assert "by finished stages of the same kinds\n" in capsys.readouterr().out
     assert run_command_line(["status", str(tmp_path / "runs")]) == 0
     assert run_command_line(["run", str(recipe)]) == 2
     assert "sqft sweep" in capsys.readouterr().err

@@ -2,13 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated, Literal, cast
 
 import typer
-
-if TYPE_CHECKING:
-    from sqft.pipeline.reproduction import Row
-    from sqft.pipeline.sweep import Sweep
 
 __all__ = ["reproduce"]
 
@@ -38,14 +34,15 @@ def reproduce(
     from sqft.cli.sweep import print_plan, sweep_with_progress
     from sqft.directories import write_files
     from sqft.errors import RecipeError
-    from sqft.pipeline.reproduction import load_experiment, reproduction_rows
+    from sqft.pipeline.reproduction import experiment_table, load_experiment
     from sqft.pipeline.sweep import choose_cells
     from sqft.pipeline.sweep_run import plan_sweep
     from sqft.report.comparison import markdown_table
 
     if scale not in ("full", "small"):
         raise RecipeError(f"--scale is full or small, not {scale}")
-    found = load_experiment(name, cast(Literal["full", "small"], scale), data, overrides)
+    kind = cast(Literal["full", "small"], scale)
+    found = load_experiment(name, kind, data, overrides)
     chosen = choose_cells(found, only)
     directory = Path(found.cells[0].recipe.runtime.workspace) / found.name
     failed = False
@@ -57,7 +54,7 @@ def reproduce(
             return
         result = sweep_with_progress(chosen)
         failed = bool(result.failed)
-    table = _table(reproduction_rows(name, found, directory), found, scale)
+    table = experiment_table(name, kind, found, directory)
     text = markdown_table(table)
     print(text)
     if directory.is_dir():
@@ -67,23 +64,3 @@ def reproduce(
         print(f"written: {', '.join(map(str, written))}")
     if failed:
         raise typer.Exit(1)
-
-
-def _table(rows: "list[Row]", sweep: "Sweep", scale: str) -> list[list[str]]:
-    """Header and one row a model: what was measured, and what was published."""
-    from sqft.report.summary import loss_unit, models_table
-
-    measured = [row for row in rows if row.ours is not None]
-    among_choices = any(cell.recipe.data and cell.recipe.data.choices for cell in sweep.cells)
-    figures = models_table(
-        [row.ours.row for row in measured if row.ours], loss_unit(among_choices=among_choices)
-    )
-    header, *lines = figures if measured else [["model", "ours"]]
-    found = dict(zip([(row.cell, row.model) for row in measured], lines, strict=True))
-    told = ["published (accuracy, %)", "source"] if scale == "full" else []
-    table = [["cell", *header, *told]]
-    for row in rows:
-        cells = found.get((row.cell, row.model)) or [row.model, *["not run"] * (len(header) - 1)]
-        shown = ["not found" if row.published is None else f"{row.published:g}", row.source or "-"]
-        table.append([row.cell, *cells, *(shown if told else [])])
-    return table

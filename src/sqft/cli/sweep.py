@@ -54,9 +54,11 @@ def print_plan(plan: "SweepPlan") -> None:
         f"{plan.name}: {plan.num_cells} runs of {plan.wanted} stages; {shared} are shared, {plan.done} are "
         f"there, {plan.to_run} to run"
     )
-    if plan.to_run:
+    if plan.to_run and plan.seconds:
         rest = f"; not known of {', '.join(plan.unknown)}, none of which is finished" if plan.unknown else ""
         print(f"time: {format_seconds(plan.seconds)} by finished stages of the same kinds{rest}")
+    elif plan.to_run:
+        print("time: not known, since this workspace has no finished stage of these kinds")
 
 
 def sweep_with_progress(found: "Sweep") -> "SweepResult":

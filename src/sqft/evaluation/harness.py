@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def evaluate_tasks(
     templates = sandboxed_templates() if files and not trust_remote_code else nullcontext()
     whole_index = any(isinstance(spec, str) for spec in specs)
     logger = logging.getLogger("lm_eval")
-    with errors_only(logger.getEffectiveLevel, logger.setLevel), _no_counting(), templates:
+    with errors_only(logger.getEffectiveLevel, logger.setLevel), _no_counting(), _no_noise(), templates:
         manager = manager_module.TaskManager(include_defaults=whole_index)
         try:
             results = lm_eval.simple_evaluate(
@@ -191,3 +192,21 @@ def _no_counting() -> Iterator[None]:
         yield
     finally:
         config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
+@contextmanager
+def _no_noise() -> Iterator[None]:
+    """Keep the harness and datasets from bars of their own, and git from answering on the terminal."""
+    task: Any = require("lm_eval.api.task", "eval")
+    evaluator: Any = require("lm_eval.evaluator", "eval")
+    bars: Any = require("datasets.utils", "eval")
+    before = task.tqdm, evaluator.get_git_commit_hash
+    task.tqdm, evaluator.get_git_commit_hash = partial(task.tqdm, disable=True), lambda: None
+    shown = not bars.are_progress_bars_disabled()
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        task.tqdm, evaluator.get_git_commit_hash = before
+        if shown:
+            bars.enable_progress_bars()

@@ -14,7 +14,14 @@ from sqft.pipeline.mistakes import describe_mistake, of_one_kind
 from sqft.pipeline.recipe import Recipe
 from sqft.untrusted import parse_yaml, read_bounded
 
-__all__ = ["load_recipe", "parse_recipe", "read_recipe_values", "recipe_schema", "set_value"]
+__all__ = [
+    "apply_override",
+    "load_recipe",
+    "parse_recipe",
+    "read_recipe_values",
+    "recipe_schema",
+    "set_value",
+]
 
 RECIPE_BYTES = 256 * 1024
 
@@ -53,7 +60,7 @@ def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> 
         raise RecipeError(f"{path} holds no recipe; write at least 'model: NAME'")
     values.setdefault("name", path.stem)
     for override in overrides or []:
-        _apply_override(values, override)
+        apply_override(values, override)
     return values
 
 
@@ -72,7 +79,7 @@ def parse_recipe(
     """
     values = deepcopy(values)
     for override in overrides or []:
-        _apply_override(values, override)
+        apply_override(values, override)
     if "sweep" in values:
         raise RecipeError(f"{origin} has a section sweep: it stands for several runs; use sqft sweep")
     try:
@@ -119,7 +126,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in the values of a recipe. Raises: RecipeError for what is no override."""
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys):

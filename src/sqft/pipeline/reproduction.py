@@ -9,10 +9,11 @@ import yaml
 from sqft.artifacts import REPORT
 from sqft.errors import RecipeError, WorkspaceError
 from sqft.pipeline.comparison import Measured, find_measured
-from sqft.pipeline.recipe_file import read_recipe_values, set_value
+from sqft.pipeline.recipe_file import apply_override, read_recipe_values, set_value
 from sqft.pipeline.sweep import Sweep, expand_sweep
+from sqft.report.summary import loss_unit, models_table
 
-__all__ = ["Row", "experiment_names", "load_experiment", "reproduction_rows"]
+__all__ = ["Row", "experiment_names", "experiment_table", "load_experiment", "reproduction_rows"]
 
 Scale = Literal["full", "small"]
 # Settings that name files of the data folder.
@@ -72,10 +73,7 @@ def load_experiment(name: str, scale: Scale, data: Path, overrides: list[str] | 
     if (values.get("evaluate") or {}).get("tasks"):
         set_value(values, "evaluate.tasks_data", str(data))
     for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise RecipeError(f"'{override}' is not an override; write section.key=value")
-        set_value(values, key, yaml.safe_load(text))
+        apply_override(values, override)
     return expand_sweep(values, path=path, many=True)
 
 
@@ -97,6 +95,27 @@ def reproduction_rows(name: str, sweep: Sweep, directory: Path) -> list[Row]:
             figure, source = (told["accuracy"], told["source"]) if told else (None, None)
             rows.append(Row(cell.name, model, found.get(model), figure, source))
     return rows
+
+
+def experiment_table(name: str, scale: Scale, sweep: Sweep, directory: Path) -> list[list[str]]:
+    """Header and one row a model, as text: what was measured, and at full scale what was published.
+
+    directory: as `reproduction_rows` takes it.
+    """
+    rows = reproduction_rows(name, sweep, directory)
+    measured = [row for row in rows if row.ours is not None]
+    among_choices = any(cell.recipe.data and cell.recipe.data.choices for cell in sweep.cells)
+    unit = loss_unit(among_choices=among_choices)
+    figures = models_table([row.ours.row for row in measured if row.ours], unit)
+    header, *lines = figures if measured else [["model", "ours"]]
+    found = dict(zip([(row.cell, row.model) for row in measured], lines, strict=True))
+    told = ["published (accuracy, %)", "source"] if scale == "full" else []
+    table = [["cell", *header, *told]]
+    for row in rows:
+        cells = found.get((row.cell, row.model)) or [row.model, *["not run"] * (len(header) - 1)]
+        shown = ["not found" if row.published is None else f"{row.published:g}", row.source or "-"]
+        table.append([row.cell, *cells, *(shown if told else [])])
+    return table
 
 
 def _is_run(place: Path) -> bool:
