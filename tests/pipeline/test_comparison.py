@@ -162,6 +162,15 @@ def test_a_folder_of_runs_is_all_of_them(run: Run, tmp_path: Path) -> None:
     assert [row.label for row in compare_runs([str(tmp_path)]).rows] == ["one", "two"]
 
 
+def test_folders_called_alike_are_named_by_their_path(run: Run, tmp_path: Path) -> None:
+    settings: dict[str, Any]
+    for name, settings in (("one", {}), ("two", {"train": {}})):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        run(name, recipe=settings).rename(tmp_path / "runs" / name / "merged")
+    data = compare_runs([str(tmp_path / "runs" / name / "merged") for name in ("one", "two")])
+    assert [row.label for row in data.rows] == ["one/merged", "two/merged"]
+
+
 def test_other_items_are_refused(run: Run) -> None:
     one = run("one")
     fewer = run("fewer", ids=["item2", "item0", "item1"], recipe={"train": {}})

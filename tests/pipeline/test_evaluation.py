@@ -202,8 +202,13 @@ def test_tasks_become_evaluation_results_of_the_hub(
     rows = [{"question": f"who is {n}?", "choices": ["a fox", "a dog"], "label": n % 2} for n in range(5)]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["evaluate", str(tmp_path / "model"), "--tasks", "arc_easy", "--samples", "--max-items", "4"]
+    shutil.copytree(tmp_path / "model", tmp_path / "other" / "model")
+    arguments.insert(2, str(tmp_path / "other/model"))
     assert run_command_line([*arguments, "--tasks-data", str(tmp_path / "sets")]) == 0
-    assert "standard error" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "standard error" in shown
+    for folder in (tmp_path / "model", tmp_path / "other/model"):  # told apart by their paths
+        assert f"{folder}  arc_easy  acc: " in shown
     results = tmp_path / "model/.eval_results"
     (path,) = results.glob("*.yaml")
     (entry,) = yaml.safe_load(path.read_text())

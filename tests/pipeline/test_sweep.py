@@ -49,6 +49,11 @@ def test_lists_are_crossed(values: dict[str, Any]) -> None:
     assert last.recipe.name == "grid/sparsity0.7-seed1"
 
 
+def test_large_and_small_numbers_are_told_apart(values: dict[str, Any]) -> None:
+    values["adapters"]["alpha"] = [1e-30, 1e30]
+    assert names(values) == ["alpha1e-30", "alpha1e30"]
+
+
 def test_a_list_that_is_a_value_stays_one(values: dict[str, Any]) -> None:
     values["adapters"]["ranks"] = [32, 24, 16]
     assert names(values) == ["run"]

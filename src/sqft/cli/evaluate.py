@@ -106,7 +106,7 @@ def evaluate(
     if as_json:
         print_json([{"model": m, **asdict(one.row)} for m, one in zip(models, found, strict=True)])
     else:
-        _print_results(found)
+        _print_results(found, models)
 
 
 def _evaluate_all(
@@ -158,21 +158,24 @@ def _sections(
         raise RecipeError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
 
 
-def _print_results(found: "list[Evaluation]") -> None:
+def _print_results(found: "list[Evaluation]", models: list[str]) -> None:
+    """The table, then figures of tasks. models: as they were named, where their folders are called alike."""
     from sqft.cli.tables import print_table
     from sqft.report.summary import models_table
 
+    names = [one.name for one in found]
+    names = names if len(set(names)) == len(names) else models
     header, *rows = models_table([one.row for one in found], found[0].loss_unit)
-    print_table(header, rows)
-    for one in found:
+    print_table(header, [[name, *row[1:]] for name, row in zip(names, rows, strict=True)])
+    for name, one in zip(names, found, strict=True):
         for task, figures in one.items.get("tasks", {}).items():
-            for name, value in figures.items():
-                metric, comma, kind = name.partition(",")
+            for key, value in figures.items():
+                metric, comma, kind = key.partition(",")
                 error = figures.get(f"{metric}_stderr,{kind}")
                 if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
                 spread = f" ± {error:.4f}" if isinstance(error, float) else ""
                 shown = metric if kind == "none" else f"{metric} ({kind})"
-                print(f"{one.name}  {task}  {shown}: {value:.4f}{spread} (standard error)")
+                print(f"{name}  {task}  {shown}: {value:.4f}{spread} (standard error)")
         for path in one.written:
             print(f"written: {path}")

@@ -38,7 +38,7 @@ def find_definition(name: str) -> Path | None:
     if name in _tags():
         return None
     near = difflib.get_close_matches(name, sorted(known | _tags()), n=3, cutoff=0.6)
-    hint = f"; the nearest are {', '.join(near)}" if near else ""
+    hint = f"; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}" if near else ""
     raise DataError(f"lm-eval knows no task {name}{hint}; see `lm-eval ls tasks`, or name a YAML file")
 
 

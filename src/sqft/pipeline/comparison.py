@@ -181,14 +181,14 @@ def _by_seed(measured: Sequence[Measured]) -> list[list[Measured]]:
 
 
 def _names(groups: Sequence[Sequence[Measured]]) -> list[str]:
-    """A short name for each row: the folder, or what the model is; both where that is not enough."""
+    """A short name for each row: the folder, what the model is, or where; both where that is not enough."""
     folders = [_folder(group) for group in groups]
     kinds = [label_model(group[0].row, group[0].recipe) for group in groups]
-    if len(set(folders)) == len(groups):
-        return folders
-    if len(set(kinds)) == len(groups):
-        return kinds
-    names: list[str] = []
+    paths = ["/".join(Path(group[0].place).resolve().parts[-2:]) for group in groups]
+    for names in (folders, kinds, paths):
+        if len(set(names)) == len(groups):
+            return names
+    names = []
     for folder, kind in zip(folders, kinds, strict=True):
         name, number = f"{folder}: {kind}", 2
         while name in names:

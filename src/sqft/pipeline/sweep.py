@@ -253,6 +253,7 @@ def _label(key: str, value: Any, place: int) -> str:
     if isinstance(value, dict):
         return f"{key}{place}"
     text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = text.replace("e+", "e") if isinstance(value, float) else text  # 1e+30 is not 1e-30
     slug = re.sub(r"[^A-Za-z0-9._]+", "-", text.rstrip("/").split("/")[-1]).strip("-._")[:40]
     return slug if isinstance(value, str) and slug else f"{key}{slug or place}"
 
