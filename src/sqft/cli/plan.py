@@ -17,7 +17,8 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
     from sqft.cli.tables import print_table
     from sqft.pipeline import load_recipe, plan_recipe
 
-    planned = plan_recipe(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    planned = plan_recipe(loaded)
     if as_json:
         print_json(planned)
         return
@@ -44,7 +45,9 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
         print()
         print_data(planned.data)
     if not planned.has_weights:
-        print(f"\n{planned.model} has a config and no weights: a run needs them, and the data is not opened")
+        print(f"\n{planned.model} has a config and no weights: a run needs them")
+        if loaded.data and planned.data is None:
+            print("its tokenizer is not at hand, so the data is not opened")
     print("\nMemory and disk are estimates from shapes; Python and its libraries take about 0.5 GB more.")
 
 
