@@ -1,9 +1,10 @@
 """Rewrite the parts of the documentation that are made from the code and from measured reports.
 
 python docs/generate.py           docs/recipe.md; the diagram of packages in docs/architecture.md; the
-                                  table of docs/families.md; the demo's table in README.md if
-                                  runs/demo-full or runs/demo holds a report
-python docs/generate.py --check   exit with 1 if the first three are not what the code says
+                                  tables of docs/families.md and docs/results/paper-small.md, the latter
+                                  with what `sqft reproduce --scale small` measured in runs/; the demo's
+                                  table in README.md if runs/demo-full or runs/demo holds a report
+python docs/generate.py --check   exit with 1 if all but the last are not what the code says
 """
 
 import ast
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from sqft.pipeline.recipe_file import recipe_schema
+from sqft.pipeline.reproduction import experiment_names, experiment_table, load_experiment
 from sqft.report import ReportData, markdown_table, read_report
+from sqft.report import comparison as comparisons
 from sqft.report.summary import format_seconds
 
 ROOT = Path(__file__).parents[1]
@@ -194,14 +197,39 @@ def render_families(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Measured with {versions}."]) + "\n"
 
 
+def collect_experiments(measured: dict[str, Any]) -> dict[str, Any]:
+    """The tables of the small experiments: as they were kept, and anew where runs/ has the experiment."""
+    tables = {}
+    for name in experiment_names("small"):
+        made = ROOT / "runs" / f"{name}-small" / "table.json"
+        empty = experiment_table(name, "small", load_experiment(name, "small", Path("data")), ROOT / "none")
+        kept = json.loads(made.read_text(encoding="utf-8"))["table"] if made.is_file() else measured.get(name)
+        tables[name] = kept or empty
+    return tables
+
+
+def render_experiments(page: str, tables: dict[str, Any]) -> str:
+    """docs/results/paper-small.md with the tables of the experiments."""
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        block = f"{begin}\n{comparisons.markdown_table(table)}\n{end}"
+        page = replace_block(page, block, begin, end)
+    return page
+
+
 def main(arguments: list[str]) -> int:
     """Write, or with --check compare."""
     architecture = ROOT / "docs" / "architecture.md"
     families = ROOT / "docs" / "results" / "families.json"
+    paper = ROOT / "docs" / "results" / "paper-small.md"
+    kept = json.loads(paper.with_suffix(".json").read_text(encoding="utf-8"))
+    tables = kept if "--check" in arguments else collect_experiments(kept)
     documents = {
         ROOT / "docs" / "families.md": render_families(json.loads(families.read_text(encoding="utf-8"))),
         ROOT / "docs" / "recipe.md": render_recipe(),
         architecture: render_architecture(architecture.read_text(encoding="utf-8")),
+        paper: render_experiments(paper.read_text(encoding="utf-8"), tables),
+        paper.with_suffix(".json"): json.dumps(tables, indent=1, ensure_ascii=False) + "\n",
     }
     if "--check" in arguments:
         return int(any(path.read_text(encoding="utf-8") != text for path, text in documents.items()))
