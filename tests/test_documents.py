@@ -39,6 +39,16 @@ def test_the_table_of_families_is_current() -> None:
     assert current == generate.render_families(measured), "run: make docs"
 
 
+def test_the_tables_of_the_small_experiments_are_current() -> None:
+    """Every model of every cell has its row, measured or not."""
+    generate = load_script(ROOT / "docs" / "generate.py")
+    page = (ROOT / "docs" / "results" / "paper-small.md").read_text(encoding="utf-8")
+    kept = json.loads((ROOT / "docs" / "results" / "paper-small.json").read_text(encoding="utf-8"))
+    assert page == generate.render_experiments(page, kept), "run: make docs"
+    for name, table in generate.collect_experiments({}).items():
+        assert [line[:2] for line in kept[name][1:]] == [line[:2] for line in table[1:]]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,6 +133,7 @@ def test_examples_run(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> No
     assert taught[-1] < 0.95 * taught[0]
     assert len(preferred) == 4
     assert (tmp_path / "with_trl" / "sqft_certificate.json").is_file()
+    del examples["fsdp"]  # tests/end_to_end/test_launchers.py runs it as its launchers do
     assert not examples, "an example without a test"
 
 

@@ -13,6 +13,7 @@ from sqft.pipeline import parse_recipe, plan_recipe, run_recipe, workspace_statu
 from sqft.pipeline.locks import StageBusyError, hold
 from sqft.pipeline.runner import Workspace, stage_keys
 from sqft.pipeline.stages import recipe_stages
+from sqft.pipeline.team import open_team
 
 
 @pytest.fixture
@@ -135,8 +136,13 @@ def test_launchers_of_several_processes_are_refused(
     values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="started 2 processes, but a recipe runs in one"):
+    with pytest.raises(RecipeError, match="started 2 processes, and only sqft run trains"):
         run_recipe(parse_recipe(values))
+    with pytest.raises(RecipeError, match="cuda:1 is one GPU for 2 processes; write auto or cuda"):
+        open_team("cuda:1")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="sqft run shards no model"):
+        open_team("cpu")
 
 
 def test_workspace_that_cannot_be_written(values: dict[str, Any], tmp_path: Path) -> None:

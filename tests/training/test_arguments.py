@@ -10,7 +10,7 @@ from sqft.errors import TrainingError
 from sqft.ops.kernel_use import computes_in_bfloat16
 from sqft.sections import TrainSection
 from sqft.training import check_arguments
-from sqft.training.arguments import training_arguments
+from sqft.training.arguments import share_batch, training_arguments
 
 
 def build(tmp_path: Path, **fields: Any) -> Any:
@@ -54,3 +54,28 @@ def test_mistakes(fields: dict[str, Any], message: str) -> None:
 def test_a_refused_value(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"train\.arguments: .*nonsense"):
         build(tmp_path, arguments={"optim": "nonsense"})
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "parts", "processes", "shared"),
+    [
+        (16, 4, 1, (4, 4)),
+        (16, 4, 2, (4, 2)),  # micro-batches are shared first
+        (16, 4, 4, (4, 1)),
+        (16, 4, 8, (2, 1)),  # then their items
+        (12, 3, 2, (2, 3)),
+        (16, 1, 8, (2, 1)),
+        (16, 4, 3, None),
+        (16, 16, 32, None),
+    ],
+)
+def test_processes_share_a_batch(
+    batch_size: int, parts: int, processes: int, shared: tuple[int, int] | None
+) -> None:
+    section = TrainSection(batch_size=batch_size, gradient_accumulation=parts)
+    if shared is None:
+        with pytest.raises(TrainingError, match=f"cannot be shared by {processes} processes"):
+            share_batch(section, processes)
+    else:
+        assert share_batch(section, processes) == shared
+        assert shared[0] * shared[1] * processes == batch_size

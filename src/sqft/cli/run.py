@@ -7,23 +7,37 @@ from sqft.cli.options import AsJson, Overrides, RecipePath, print_json
 
 if TYPE_CHECKING:
     from sqft.pipeline import Recipe, RunResult
+    from sqft.pipeline.team import Team
 
 __all__ = ["print_result", "print_usage", "run", "run_with_progress"]
 
 
 def run(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Run a recipe: every stage that is not there yet, then the report."""
-    from sqft.pipeline import load_recipe
+    """Run a recipe: every stage that is not there yet, then the report.
 
-    result = run_with_progress(load_recipe(recipe, overrides))
+    On several GPUs: torchrun --nproc-per-node 4 -m sqft run recipe.yaml. They train together; the first
+    process does the rest.
+    """
+    from sqft.pipeline import load_recipe
+    from sqft.pipeline.run import resolve_device
+    from sqft.pipeline.team import launched_processes, open_team
+
+    loaded = load_recipe(recipe, overrides)
+    team = open_team(resolve_device(loaded.runtime.device)) if launched_processes() > 1 else None
+    if team is not None and not team.is_first:
+        team.assist()
+        return
+    result = run_with_progress(loaded, team)
+    if team is not None:
+        team.end()
     if as_json:
         print_json(result)
     else:
         print_result(result)
 
 
-def run_with_progress(recipe: "Recipe") -> "RunResult":
-    """Run a recipe with bars on the terminal."""
+def run_with_progress(recipe: "Recipe", team: "Team | None" = None) -> "RunResult":
+    """Run a recipe with bars on the terminal. team: as `run_recipe` takes it."""
     from sqft.cli.messages import RichProgress, verbosity
     from sqft.pipeline import run_recipe
 
@@ -31,7 +45,7 @@ def run_with_progress(recipe: "Recipe") -> "RunResult":
         runtime = recipe.runtime.model_copy(update={"log_level": "info"})
         recipe = recipe.model_copy(update={"runtime": runtime})
     with RichProgress() as progress:
-        return run_recipe(recipe, progress=progress)
+        return run_recipe(recipe, team=team, progress=progress)
 
 
 def print_result(result: "RunResult") -> None:

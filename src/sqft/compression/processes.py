@@ -5,11 +5,27 @@ directory of its own, and keep the first. Such a walk starts over when it is int
 initialised process group there is one process, and nothing here does anything.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_alone", "share_of_rows", "sum_over_processes"]
+__all__ = ["is_alone", "share_of_rows", "sum_over_processes", "working_alone"]
+
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def working_alone() -> Iterator[None]:
+    """Walk in this process alone, though there is a process group: the others wait for something else."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def is_alone() -> bool:
@@ -34,4 +50,4 @@ def sum_over_processes(*tensors: Tensor, count: int) -> int:
 
 
 def _active() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return not _ALONE.get() and dist.is_available() and dist.is_initialized()

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from sqft.artifacts import FACTS, write_json
 from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.team import Team
 from sqft.progress import Progress
 from sqft.sections import AdapterSection, DataSection
 
@@ -33,7 +34,7 @@ class StageContext:
     """What a stage may use: the recipe, the directories of its inputs, and its own directory to fill.
 
     argument: of the stages that a recipe has several of, which one. final: the name that the directory gets.
-    keys: the identity of every stage and input.
+    keys: the identity of every stage and input. team: the processes that train together, where several do.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class StageContext:
     progress: Progress
     directory: Path = Path()
     keys: Mapping[str, str] = field(default_factory=dict)
+    team: Team | None = None
 
     def working_in(self, directory: Path) -> "StageContext":
         """The same context, with the unfinished directory to fill."""

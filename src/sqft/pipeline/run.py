@@ -1,8 +1,8 @@
 """A recipe from beginning to end, and what a workspace holds."""
 
 import logging
-import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.results import RunResult, write_results
 from sqft.pipeline.runner import Workspace, open_workspace, run_stages
 from sqft.pipeline.starting import check_start
+from sqft.pipeline.team import Team, launched_processes
 from sqft.progress import SILENT, Progress
 
 __all__ = ["StageStatus", "run_recipe", "workspace_status"]
@@ -36,21 +37,25 @@ def run_recipe(
     *,
     wait: bool = True,
     failures: dict[str, str] | None = None,
+    team: Team | None = None,
     progress: Progress = SILENT,
 ) -> RunResult:
     """Run every stage that is not there yet, and write the report.
 
     Killed at any point, the next call goes on from the last finished stage, or block, or training checkpoint.
     Several processes may use a workspace: a stage that another one is making is waited for, unless `wait` is
-    False. failures: as `run_stages` takes it.
+    False. failures: as `run_stages` takes it. team: the processes that a launcher started, of which this is
+    the first; the others `assist`.
 
     Raises: SqftError.
     """
     import torch
 
+    from sqft.compression.processes import working_alone
     from sqft.models import model_outline, resolve_model
 
-    _refuse_launchers()
+    if team is None:
+        _refuse_launchers()
     started = time.perf_counter()
     logging.getLogger("sqft").setLevel(recipe.runtime.log_level.upper())
     if recipe.runtime.threads:
@@ -63,16 +68,18 @@ def run_recipe(
     with hold(workspace.lock("models"), "the model"):  # converting a model happens once
         model_directory = resolve_model(recipe.model, workspace.models, progress)
         given = _given(recipe, workspace.models, progress)
-    stages = run_stages(
-        recipe,
-        workspace,
-        model_directory,
-        device=device,
-        given=given,
-        wait=wait,
-        failures=failures,
-        progress=progress,
-    )
+    with nullcontext() if team is None else working_alone():
+        stages = run_stages(
+            recipe,
+            workspace,
+            model_directory,
+            device=device,
+            given=given,
+            wait=wait,
+            failures=failures,
+            team=team,
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     with hold(workspace.lock(recipe.name.replace("/", "--")), f"the results of {recipe.name}"):
         return write_results(recipe, stages, workspace.root, seconds, model_directory=model_directory)
@@ -93,11 +100,11 @@ def _given(recipe: Recipe, models_dir: Path, progress: Progress) -> dict[str, Pa
 
 def _refuse_launchers() -> None:
     """Refuse torchrun: its processes would wait for one another's stages for ever."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
+    count = launched_processes()
+    if count > 1:
         raise RecipeError(
-            f"a launcher started {count} processes, but a recipe runs in one; start it without torchrun or "
-            "accelerate, or start sqft sweep several times to share its runs"
+            f"a launcher started {count} processes, and only sqft run trains in several; start this without "
+            "torchrun or accelerate, and sqft sweep several times to share its runs"
         )
 
 

@@ -28,6 +28,7 @@ from sqft.pipeline.locks import hold
 from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.sources import source_digest
 from sqft.pipeline.stages import Stage, recipe_stages
+from sqft.pipeline.team import Team
 from sqft.progress import SILENT, Progress
 from sqft.sections import CalibrationSection, DataSource, ModelSection
 
@@ -123,6 +124,7 @@ def run_stages(
     given: dict[str, Path] | None = None,
     wait: bool = True,
     failures: dict[str, str] | None = None,
+    team: Team | None = None,
     progress: Progress = SILENT,
 ) -> list[FinishedStage]:
     """Run what is not there yet, in order, and return every stage of the recipe.
@@ -130,7 +132,8 @@ def run_stages(
     given: what exists already beside the model: "tuned", the adapter or model that `tune` takes, "trained",
     the adapter that `train` goes on from, and "teacher_model".
     wait: for stages that another process makes now; else StageBusyError. failures: directories of stages that
-    failed before, and why; they are not tried again, and a new failure is entered.
+    failed before, and why; they are not tried again, and a new failure is entered. team: as `StageContext`
+    has it.
     """
     from sqft.models import model_identity
 
@@ -140,7 +143,9 @@ def run_stages(
     for stage in recipe_stages(recipe):
         key = keys[stage.name]
         final = workspace.stage_directory(stage.name, key)
-        context = StageContext(recipe, stage.argument, final, directories, device, progress, keys=keys)
+        context = StageContext(
+            recipe, stage.argument, final, directories, device, progress, keys=keys, team=team
+        )
         finished = _reuse(stage, final, key, workspace)
         if finished is None and final.name in failures:
             raise WorkspaceError(f"its stage {final.name} failed before: {failures[final.name]}")

@@ -1,6 +1,8 @@
 """The stages `train` and `train_dense`, and the training that `tune` shares with them."""
 
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +10,13 @@ from sqft.artifacts import TEACHER, TRAINING_RECORD, digest_json, write_json
 from sqft.pipeline.context import ADAPTER, StageContext, write_adapter_facts
 from sqft.pipeline.opening import tell_kept_zeros
 from sqft.pipeline.reported import dense_adapters
+from sqft.progress import SILENT
 from sqft.sections import AdapterSection, TrainingSection, TrainSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from sqft.training import TrainingRecord
     from sqft.training.distillation import Distillation
 
 __all__ = ["drop_checkpoints", "train", "train_dense", "train_on"]
@@ -60,52 +64,18 @@ def train_on(
 
     Once what was trained is saved, `drop_checkpoints`.
     """
-    from sqft.adapters import (
-        SearchSpace,
-        attach_adapters,
-        codes_digest,
-        count_differing_codes,
-        set_ranks,
-    )
+    from sqft.adapters import SearchSpace, codes_digest, count_differing_codes, set_ranks
     from sqft.adapters.lora_files import adapter_digests
-    from sqft.adapters.start import open_start
-    from sqft.data import read_items
-    from sqft.evaluation import evaluate_loss
-    from sqft.models import ExistingMasks, load_trainable, open_checkpoint, training_dtype
-    from sqft.training import train_adapters
+    from sqft.models import ExistingMasks, open_checkpoint
 
+    work = partial(_attach_and_train, base, section, training, seed, teacher, trained)
+    if context.team is not None:
+        context.team.begin(partial(work, replace(context, team=None, progress=SILENT)))
     stored = open_checkpoint(base, trust_remote_code=context.trusts_code)
-    model = load_trainable(
-        base,
-        base_precision=section.loaded_as,
-        dtype=training_dtype(stored, context.device),
-        device=context.device,
-        trust_remote_code=context.trusts_code,
-    )
-    adapted = attach_adapters(
-        model,
-        section,
-        storage_dtype=None if stored.grid else stored.storage_dtype,
-        seed=seed,
-        start=open_start(trained) if trained else None,
-    )
     if context.recipe.base_stage == "model" and section.method != "lora" and stored.grid is None:
         tell_kept_zeros(len(ExistingMasks(stored)))
+    adapted, record = work(context)
     space = SearchSpace.of(adapted)
-    loss_on, held_out = context.data.loss_on, read_items(context.inputs["items"], "search")
-    record = train_adapters(
-        adapted,
-        read_items(context.inputs["items"], "train"),
-        training,
-        loss_on=loss_on,
-        seed=seed,
-        output_dir=context.directory / CHECKPOINTS,
-        space=space,
-        watch_dir=context.directory,
-        distillation=_distillation(context, teacher, seed),
-        measure=(lambda: evaluate_loss(adapted, held_out, loss_on=loss_on).loss) if held_out else None,
-        progress=context.progress,
-    )
     digests: dict[str, str] = {}
     differing = (0, 0)
     if section.method != "lora":
@@ -124,6 +94,55 @@ def train_on(
         **chosen,
         **record.summary(),
     }
+
+
+def _attach_and_train(
+    base: Path,
+    section: AdapterSection,
+    training: TrainingSection,
+    seed: int,
+    teacher: Path | None,
+    trained: Path | None,
+    context: StageContext,
+) -> "tuple[PeftModel, TrainingRecord]":
+    """What every process of a launch does; the first of them writes."""
+    from sqft.adapters import SearchSpace, attach_adapters
+    from sqft.adapters.start import open_start
+    from sqft.data import read_items
+    from sqft.evaluation import evaluate_loss
+    from sqft.models import load_trainable, open_checkpoint, training_dtype
+    from sqft.training import train_adapters
+
+    stored = open_checkpoint(base, trust_remote_code=context.trusts_code)
+    model = load_trainable(
+        base,
+        base_precision=section.loaded_as,
+        dtype=training_dtype(stored, context.device),
+        device=context.device,
+        trust_remote_code=context.trusts_code,
+    )
+    adapted = attach_adapters(
+        model,
+        section,
+        storage_dtype=None if stored.grid else stored.storage_dtype,
+        seed=seed,
+        start=open_start(trained) if trained else None,
+    )
+    loss_on, held_out = context.data.loss_on, read_items(context.inputs["items"], "search")
+    record = train_adapters(
+        adapted,
+        read_items(context.inputs["items"], "train"),
+        training,
+        loss_on=loss_on,
+        seed=seed,
+        output_dir=context.directory / CHECKPOINTS,
+        space=SearchSpace.of(adapted),
+        watch_dir=context.directory,
+        distillation=_distillation(context, teacher, seed),
+        measure=(lambda: evaluate_loss(adapted, held_out, loss_on=loss_on).loss) if held_out else None,
+        progress=context.progress,
+    )
+    return adapted, record
 
 
 def _distillation(context: StageContext, teacher: Path | None, seed: int) -> "Distillation | None":

@@ -1,5 +1,7 @@
 """Translates the settings of a training into transformers.TrainingArguments."""
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -14,7 +16,7 @@ from sqft.errors import MissingExtraError, SqftError, TrainingError, is_out_of_m
 from sqft.ops.kernel_use import computes_in_bfloat16
 from sqft.sections import TrainingSection
 
-__all__ = ["check_arguments", "refusals", "training_arguments"]
+__all__ = ["check_arguments", "refusals", "share_batch", "training_arguments"]
 
 KNOWN = {field.name for field in fields(TrainingArguments) if field.init}
 CHECKPOINTING = (
@@ -84,18 +86,27 @@ def check_arguments(section: TrainingSection) -> None:
 
 
 def training_arguments(
-    section: TrainingSection, *, seed: int, output_dir: Path, device: torch.device
+    section: TrainingSection,
+    *,
+    seed: int,
+    output_dir: Path,
+    device: torch.device,
+    has_experts: bool = False,
 ) -> TrainingArguments:
     """The section as TrainingArguments, `section.arguments` laid over it.
+
+    has_experts: whether something that is trained takes no part in some steps, which processes that train
+    together have to find out.
 
     Raises: TrainingError as `check_arguments`, and for a value that TrainingArguments refuses.
     """
     check_arguments(section)
+    size, parts = share_batch(section, int(os.environ.get("WORLD_SIZE", "1")))
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "learning_rate": section.learning_rate,
-        "per_device_train_batch_size": section.batch_size // section.gradient_accumulation,
-        "gradient_accumulation_steps": section.gradient_accumulation,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": parts,
         "num_train_epochs": section.epochs,
         "max_steps": section.max_steps or -1,
         "warmup_steps": section.warmup_steps,
@@ -112,6 +123,8 @@ def training_arguments(
         "dataloader_pin_memory": device.type == "cuda",
         "disable_tqdm": True,
         "use_cpu": device.type == "cpu",
+        "ddp_find_unused_parameters": has_experts,
+        "ddp_broadcast_buffers": False,  # codes and masks, which never change
         "seed": seed,
         "data_seed": seed,
         "bf16": computes_in_bfloat16(device) and not section.arguments.get("fp16"),
@@ -120,6 +133,24 @@ def training_arguments(
         settings |= {"logging_strategy": "steps", "logging_steps": 1}
     with refusals(section):
         return TrainingArguments(**(settings | section.arguments))
+
+
+def share_batch(section: TrainingSection, processes: int) -> tuple[int, int]:
+    """(items of a micro-batch, micro-batches of a step) of one of the processes that share a step.
+
+    They share its micro-batches first, which then hold the same items as in one process.
+
+    Raises: TrainingError if the items of a step cannot be shared equally.
+    """
+    size, parts = section.batch_size // section.gradient_accumulation, section.gradient_accumulation
+    shared = math.gcd(parts, processes)
+    rest = processes // shared
+    if size % rest:
+        raise TrainingError(
+            f"{section.place}.batch_size {section.batch_size} in {parts} micro-batches cannot be shared by "
+            f"{processes} processes; make it a multiple of {parts * rest}"
+        )
+    return size // rest, parts // shared
 
 
 @contextmanager

@@ -80,7 +80,14 @@ def train_adapters(
     device = next(model.parameters()).device
     if section.packing:
         check_packing(model, examples, section.place)
-    arguments = training_arguments(section, seed=seed, output_dir=output_dir, device=device)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    arguments = training_arguments(
+        section,
+        seed=seed,
+        output_dir=output_dir,
+        device=device,
+        has_experts=any(".experts." in name for name in trained),
+    )
     output_dir.mkdir(parents=True, exist_ok=True)
     here = environment(model, device)
     identity = _identity(model, examples, section, loss_on, seed, distillation)

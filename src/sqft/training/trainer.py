@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -146,7 +147,8 @@ class ElasticTrainer(Trainer):  # type: ignore[misc]
                 f"{self.section.place}.arguments.train_sampling_strategy is {strategy!r}; write random or "
                 "group_by_length"
             )
-        grouped = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        mine = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        grouped = mine * self.accelerator.num_processes
         return EpochSampler(self.lengths, self.args.seed, grouped if strategy == "group_by_length" else 0)
 
     def compute_loss(
@@ -289,6 +291,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         except AdapterError as error:
             message = f"after step {state.global_step} {error}; lower {self._rates()}"
             raise TrainingError(message) from None
+        self._add_up()
         seconds = time.perf_counter() - self.started
         last = state.global_step >= state.max_steps
         eval_loss = self._measure() if self._is_due(state.global_step, last) else None
@@ -307,6 +310,18 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             self.journal.append(step, rate=float(kwargs["optimizer"].param_groups[0]["lr"]))
         self.advance(1, describe_steps(self.steps))
+
+    def _add_up(self) -> None:
+        """Of a step that processes share: the mean of their losses, each of its own items over all tokens."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        device = next(self.model.parameters()).device
+        sums = torch.tensor([self.loss, self.learnt or 0.0, float(self.tokens)], device=device)
+        dist.all_reduce(sums)
+        loss, learnt, tokens = sums.tolist()
+        count = dist.get_world_size()
+        self.loss, self.tokens = loss / count, int(tokens)
+        self.learnt = None if self.learnt is None else learnt / count
 
     def _rates(self) -> str:
         return rate_names(self.model, self.section.place)
@@ -333,7 +348,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_unrounded(self.model, checkpoint)
             self.best.save(checkpoint)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
         if state.is_world_process_zero:
             self.journal.mark(state.global_step, self.facts)
