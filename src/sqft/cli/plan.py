@@ -49,12 +49,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
         if loaded.data and planned.data is None:
             print("its tokenizer is not at hand, so the data is not opened")
     print("\nMemory and disk are estimates from shapes; Python and its libraries take about 0.5 GB more.")
+    print(_time_needed(planned))
 
 
 def print_stages(planned: "Plan") -> None:
     """The table of stages: what is there already, and what each would take."""
     from sqft.cli.tables import print_table
-    from sqft.report.summary import format_bytes
+    from sqft.report.summary import format_bytes, format_seconds
 
     stages = [
         [
@@ -62,8 +63,27 @@ def print_stages(planned: "Plan") -> None:
             "reused" if stage.reused else "resumed" if stage.resumed else "runs",
             format_bytes(stage.memory_bytes),
             format_bytes(stage.disk_bytes),
+            "-" if stage.seconds is None else format_seconds(stage.seconds),
             Path(stage.directory).name if stage.directory else "-",
         ]
         for stage in planned.stages
     ]
-    print_table(["stage", "state", "peak memory", "disk", "directory"], stages, left=2)
+    print_table(["stage", "state", "peak memory", "disk", "time", "directory"], stages, left=2)
+
+
+def _time_needed(planned: "Plan") -> str:
+    """How long the run takes, as far as that is known."""
+    from sqft.report.summary import format_seconds
+
+    waiting = [stage for stage in planned.stages if not stage.reused]
+    known = [stage.seconds for stage in waiting if stage.seconds is not None]
+    unknown = [stage.name for stage in waiting if stage.seconds is None]
+    if not waiting:
+        return "Everything is there: a run has only its report to write."
+    if not known:
+        return "Time is not known: it is estimated on processors alone, and where the data can be opened."
+    beside = f", {', '.join(unknown)} not counted" if unknown else ""
+    return (
+        f"Time: about {format_seconds(sum(known))} in all{beside}, on this machine when nothing else "
+        "runs; half or twice as much is possible."
+    )

@@ -32,7 +32,7 @@ from sqft.sections import (
 if TYPE_CHECKING:
     from sqft.models import ModelOutline
 
-__all__ = ["Estimate", "ModulePlan"]
+__all__ = ["Estimate", "ModulePlan", "finds_gpu"]
 
 FLOAT32 = 4
 BYTES_PER_TOKEN = 4  # of a text
@@ -222,7 +222,7 @@ class Estimate:
         if self.outline.changes_logits:
             return tokens * vocabulary
         device = self.recipe.runtime.device
-        on_gpu = device.startswith("cuda") or (device == "auto" and _finds_gpu())
+        on_gpu = device.startswith("cuda") or (device == "auto" and finds_gpu())
         return min(tokens * vocabulary, max(vocabulary, CHUNK_ELEMENTS["cuda" if on_gpu else "cpu"]))
 
     def _trainable(self, *, dense: bool = False) -> float:
@@ -254,7 +254,7 @@ class Estimate:
         return (self._trainable() if adapted else self._whole()) + working + logits
 
 
-def _finds_gpu() -> bool:
+def finds_gpu() -> bool:
     """Whether torch would train on an NVIDIA card; it is not imported where there is none."""
     if shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
         return False

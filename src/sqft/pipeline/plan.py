@@ -1,6 +1,7 @@
 """What a recipe would do, before any weight is loaded: stages, modules, memory, disk.
 
-Memory and disk are estimates from shapes (`estimate.py`), without the half gigabyte of Python and libraries.
+Memory and disk are estimates from shapes (`estimate.py`), without the half gigabyte of Python and libraries;
+times are estimates from shapes and the speed of this machine (`duration.py`, `machine.py`).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,9 @@ from sqft.pipeline.checks import (
     planned_grid,
     unusual_trainings,
 )
-from sqft.pipeline.estimate import Estimate, ModulePlan
+from sqft.pipeline.duration import Durations
+from sqft.pipeline.estimate import Estimate, ModulePlan, finds_gpu
+from sqft.pipeline.machine import machine_speed
 from sqft.pipeline.preview import DataPreview, ItemView, load_items, view_item
 from sqft.pipeline.recall import recall
 from sqft.pipeline.recipe import Recipe
@@ -35,6 +38,7 @@ class StagePlan:
     """One stage: whether it is there already, and what it would need.
 
     directory: None of a large model in a new workspace: the name holds a digest, and all weights enter it.
+    seconds: on this machine when nothing else runs; None where it is not known.
     """
 
     name: str
@@ -43,6 +47,7 @@ class StagePlan:
     resumed: bool
     memory_bytes: int
     disk_bytes: int
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,14 @@ def plan_recipe(recipe: Recipe) -> Plan:
     modules = _modules(recipe, outline, chosen)
     data, longest = _data(recipe, outline, workspace, keys)
     estimate = Estimate(recipe, outline, modules, longest)
+    durations = _durations(recipe, estimate, data)
     stages = [
-        _stage(stage, workspace.stage_directory(stage.name, keys[stage.name]) if keys else None, estimate)
+        _stage(
+            stage,
+            workspace.stage_directory(stage.name, keys[stage.name]) if keys else None,
+            estimate,
+            durations,
+        )
         for stage in recipe_stages(recipe)
     ]
     return Plan(
@@ -181,7 +192,19 @@ def _read_data(recipe: Recipe, workspace: Workspace, keys: dict[str, str]) -> Da
     return DataPreview(splits.report, first)
 
 
-def _stage(stage: Stage, directory: Path | None, estimate: Estimate) -> StagePlan:
+def _durations(recipe: Recipe, estimate: Estimate, data: DataPreview | None) -> Durations | None:
+    """What tells how long stages take; None on a GPU, and where data or the machine's speed is unknown."""
+    device = recipe.runtime.device
+    if device.startswith("cuda") or (device == "auto" and finds_gpu()) or (recipe.data and data is None):
+        return None
+    speed = machine_speed(recipe.runtime.threads)
+    choices = data is not None and any(item.choices for item in data.items)
+    return Durations(estimate, speed, data.report if data else {}, choices=choices) if speed else None
+
+
+def _stage(
+    stage: Stage, directory: Path | None, estimate: Estimate, durations: Durations | None
+) -> StagePlan:
     memory, disk = estimate.of(stage)
     partial = directory.with_name(directory.name + ".partial") if directory else None
     reused = directory is not None and directory.exists()
@@ -192,6 +215,7 @@ def _stage(stage: Stage, directory: Path | None, estimate: Estimate) -> StagePla
         resumed=stage.resumes and partial is not None and partial.exists() and not reused,
         memory_bytes=int(memory),
         disk_bytes=int(disk),
+        seconds=None if durations is None or reused else durations.of(stage),
     )
 
 
