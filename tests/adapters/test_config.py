@@ -21,7 +21,7 @@ from sqft.ops.adapted_linear import adapted_linear
         ({"dropout": 1.5}, "dropout 1.5 must be from 0 to below 1"),
         ({"hybrid_steps": 0}, "hybrid_steps 0 must be at least 1"),
         ({"alpha": 0}, "alpha 0 must be above 0"),
-        ({"ranks": [4.5]}, "positive whole numbers"),
+        ({"ranks": [4.5]}, "must be whole numbers"),
         ({"method": "lora", "kernels": "triton"}, "no meaning for lora"),
         ({"dropout": 0.1, "dropout_kind": "token", "gradient": "lowrank"}, "dropout_kind: column"),
         ({"dropout": 0.1, "dropout_kind": "token", "kernels": "triton"}, "dropout_kind: column"),

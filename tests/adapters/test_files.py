@@ -21,7 +21,10 @@ from sqft.adapters import (
     extract_sub_adapter,
     set_ranks,
 )
+from sqft.adapters.identity import base_codes, base_qparams, base_weight
+from sqft.adapters.space import adapter_layers
 from sqft.errors import AdapterError
+from sqft.ops import dequantize
 from sqft.sections import AdapterSection
 
 METHODS = ["lora", "sparse_peft", "qa_sparse_peft"]
@@ -176,6 +179,38 @@ def test_masked_sub_adapter_keeps_the_type(
     extract_sub_adapter(again, {}, tmp_path / "again")
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("sub", "again"))
     assert all(torch.equal(first[key], second[key]) for key in first.keys() | second.keys())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_may_be_left_out(
+    method: str, make_base: Any, randomize: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Rank 0 leaves the base's weights as they are, has no gradient, and stays so when it is extracted."""
+    model = attach_adapters(make_base(method), AdapterSection(method=method, ranks=[4, 0], alpha=12))
+    randomize(model)
+    space = SearchSpace.of(model)
+    assert space.median() == space.maximal()
+    group, left_out = next(iter(space.groups.items()))
+    sub_adapter = space.maximal() | {group: 0}
+    set_ranks(model, sub_adapter)
+    layers = adapter_layers(model)
+    expected = model.eval()(input_ids=tokens).logits
+    expected.logsumexp(-1).sum().backward()
+    for name, layer in layers.items():
+        grid = base_qparams(layer)
+        base = base_weight(layer).float() if grid is None else dequantize(base_codes(layer), grid)
+        same = torch.equal(layer.trained_weight(), base)
+        assert same == (name in left_out)
+        assert bool(layer.sqft_A["default"].grad.any()) == (name not in left_out)
+    extract_sub_adapter(model, sub_adapter, tmp_path / "sub")
+    config = json.loads((tmp_path / "sub" / "adapter_config.json").read_text())
+    if method == "lora":
+        assert set(config["target_modules"]) == set(layers) - set(left_out)
+    again = PeftModel.from_pretrained(make_base(method), tmp_path / "sub")
+    torch.testing.assert_close(logits(again, tokens), expected.detach(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(AdapterError, match="rank 0 everywhere"):
+        extract_sub_adapter(model, space.minimal(), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_configuration_is_not_changed_by_its_use(sparse_model: Any) -> None:

@@ -85,6 +85,25 @@ def test_hill_climbing_starts_at_the_median_and_climbs(tmp_path: Path) -> None:
     assert result.best_loss <= distance(SPACE.median()) - 3
 
 
+@pytest.mark.parametrize("method", ["hill_climb", "surrogate"])
+def test_rank_0_everywhere_is_never_looked_at(method: str, tmp_path: Path) -> None:
+    space = SearchSpace({"a": ("a",), "b": ("b",)}, (8, 0))
+    section = SearchSection(
+        method=method, num_trials=9, **({"neighbours": 1} if method == "hill_climb" else {})
+    )
+    slopes = {group: {8: 1.0, 0: 0.0} for group in space.groups}
+
+    def objective(ranks: SubAdapter) -> float:
+        assert any(ranks.values())
+        return float(sum(ranks.values()))
+
+    result = search_sub_adapter(space, objective, section, slopes=lambda: slopes, storage=tmp_path / "log")
+    assert sorted(result.best.values()) == [0, 8]
+    assert len(result.trials) == (3 if method == "hill_climb" else 2)
+    with pytest.raises(TrainingError, match="rank everywhere is 0"):
+        search_sub_adapter(space, objective, SearchSection(method="minimal"), storage=tmp_path / "other")
+
+
 def test_a_killed_search_ends_the_same(tmp_path: Path) -> None:
     whole = search("hill_climb", tmp_path / "whole", num_trials=12)
     for killed_after in (0, 1, 7):

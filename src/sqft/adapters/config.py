@@ -41,7 +41,8 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
     method: lora, sparse_peft, qa_sparse_peft, or scales, which trains no low-rank update.
     train_scales, train_norms: train the scales of every quantized linear, and the weights of the norms; None:
         where the method is scales.
-    ranks: the ranks a rank group may have; the first is the maximal one. One entry: a fixed rank.
+    ranks: the ranks a rank group may have; the first is the maximal one. One entry: a fixed rank. With 0 a
+        group may be left as it is.
     rank_pattern: the rank of every module of an extracted sub-adapter; empty for a super-adapter.
     alpha: the update is scaled by alpha / max(ranks), whatever rank is active.
     dropout, dropout_kind: column = whole columns of lora_A, drawn once a step from (seed, step);
@@ -104,8 +105,9 @@ class SqftConfig(PeftConfig):  # type: ignore[misc]  # peft is untyped
         if self.method not in METHODS:
             raise AdapterError(f"adapter method '{self.method}' is unknown; choose from {', '.join(METHODS)}")
         self._resolve_trained()
-        if (self.low_rank and not self.ranks) or any(not isinstance(r, int) or r < 1 for r in self.ranks):
-            raise AdapterError(f"ranks {self.ranks} must be one or more positive whole numbers")
+        wrong = any(not isinstance(rank, int) or rank < 0 for rank in self.ranks)
+        if wrong or (self.low_rank and not any(self.ranks)):
+            raise AdapterError(f"ranks {self.ranks} must be whole numbers, one of them above 0, none below")
         check_choice("gradient", self.gradient, (*GRADIENTS, "hybrid"))
         check_choice("kernels", self.kernels, KERNELS)
         check_choice("dropout_kind", self.dropout_kind, ("column", "token"))

@@ -13,6 +13,7 @@ from sqft.adapters.config import SqftConfig
 from sqft.adapters.space import SearchSpace, SubAdapter, adapter_config, adapter_layers
 from sqft.artifacts import write_json
 from sqft.directories import new_directory
+from sqft.errors import AdapterError
 
 __all__ = ["extract_sub_adapter"]
 
@@ -22,21 +23,26 @@ def extract_sub_adapter(peft_model: nn.Module, sub_adapter: SubAdapter, director
 
     A lora adapter becomes a stock PEFT one, in names and configuration, that loads without sqft; a masked or
     quantization-aware one keeps the type SQFT, since a loader that ignores the mask would run it dense.
-    Trained scales and norms, and modules that were trained whole (`modules_to_save`), go along.
+    Trained scales and norms, and modules that were trained whole (`modules_to_save`), go along. PEFT knows no
+    rank 0, so a stock adapter leaves such modules out.
 
     Of an extracted sub-adapter, which leaves no choice, every rank is written.
 
-    Raises: AdapterError if the sub-adapter does not fit the search space.
+    Raises: AdapterError if the sub-adapter does not fit the search space, or has rank 0 everywhere.
     """
     config = adapter_config(peft_model)
     ranks = SearchSpace.of(peft_model).modules(sub_adapter) or config.rank_pattern
     plain = config.method == "lora"
+    if ranks and not any(ranks.values()):
+        raise AdapterError("a sub-adapter with rank 0 everywhere adapts nothing; choose another")
+    if plain:
+        ranks = {name: rank for name, rank in ranks.items() if rank}
     tensors = _beside_factors(peft_model)
     for name, layer in adapter_layers(peft_model).items():
         adapter = layer.active_name()
         assert adapter is not None
         key = f"base_model.model.{name}"
-        if adapter not in layer.sqft_A:
+        if adapter not in layer.sqft_A or name not in ranks:
             continue
         for kind, tensor in (
             ("A", layer.sqft_A[adapter][: ranks[name]]),

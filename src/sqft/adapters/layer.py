@@ -117,12 +117,12 @@ class AdapterLinear(TunerLayer):
         self.settings[adapter_name] = config
 
     def set_rank(self, rank: int) -> None:
-        """Use the first `rank` ranks of the active adapter.
+        """Use the first `rank` ranks of the active adapter; with 0 the base is left as it is.
 
         Raises: AdapterError if the adapter has fewer.
         """
         name = self.active_name()
-        if name is None or not 1 <= rank <= self.sqft_A[name].shape[0]:
+        if name is None or not 0 <= rank <= self.sqft_A[name].shape[0]:
             there = "no active adapter" if name is None else f"{self.sqft_A[name].shape[0]} ranks"
             raise AdapterError(f"{self.module_name} cannot use rank {rank}: it has {there}")
         self.active_rank[name] = rank

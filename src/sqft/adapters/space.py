@@ -56,8 +56,9 @@ class SearchSpace:
         return self._everywhere(0)
 
     def median(self) -> SubAdapter:
-        """The middle rank everywhere, the paper's heuristic; of two in the middle, the smaller."""
-        return self._everywhere(len(self.ranks) // 2)
+        """The middle rank everywhere, the paper's heuristic; of two, the smaller that is not 0."""
+        middle = len(self.ranks) // 2
+        return self._everywhere(middle if self.ranks[middle] else middle - 1)
 
     def minimal(self) -> SubAdapter:
         """The smallest rank everywhere."""

@@ -169,6 +169,11 @@ class Recipe(Section):
                 "adapters.ranks more",
             ),
             (
+                bool(self.search and self.search.method == "minimal" and self.adapters)
+                and 0 in (self.adapters.ranks if self.adapters else []),
+                "search.method: minimal would choose rank 0 everywhere, which adapts nothing; take another",
+            ),
+            (
                 bool(self.export) and self.final_stage == "model",
                 "export: needs a section that makes a model: tune, sparsify, quantize or mergeable adapters",
             ),

@@ -15,7 +15,8 @@ class HillClimb(Proposer):
     """Starts at the median; a proposal moves `neighbours` groups of the best so far to the next rank.
 
     A proposal is a pure function of the seed and the finished trials, so that a search that was killed goes
-    on to the same result. No sub-adapter is proposed twice: where all neighbours are known, more groups move.
+    on to the same result. No sub-adapter is proposed twice, and rank 0 everywhere never: where all neighbours
+    are known, more groups move.
 
     Source: arXiv 2410.03750, section 3.2 (hill climbing from the heuristic sub-adapter, after Shears,
     arXiv 2404.10934).
@@ -36,7 +37,7 @@ class HillClimb(Proposer):
             candidate = dict(best)
             for group in draws.sample(list(best), moved):
                 candidate[group] = draws.choice(self._near(best[group]))
-            if tuple(candidate.values()) not in known:
+            if any(candidate.values()) and tuple(candidate.values()) not in known:
                 return candidate
         return best
 

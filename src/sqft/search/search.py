@@ -48,8 +48,8 @@ def search_sub_adapter(
     trials are kept in `storage`, an Optuna journal: a call that finds some there goes on from them and ends
     with the same result as a search that was never interrupted.
 
-    Raises: TrainingError if the space is empty or the objective is not a finite number; WorkspaceError if the
-    journal is damaged or of another search.
+    Raises: TrainingError if the space is empty, the smallest rank is asked for and is 0, or the objective is
+    not a finite number; WorkspaceError if the journal is damaged or of another search.
 
     Source: arXiv 2410.03750, section 3.2.
     """
@@ -67,6 +67,8 @@ def _maximal(space: SearchSpace, *_: Any) -> SearchResult:
 
 
 def _minimal(space: SearchSpace, *_: Any) -> SearchResult:
+    if not min(space.ranks):
+        raise TrainingError("the smallest rank everywhere is 0, which adapts nothing; choose another method")
     return SearchResult(space.minimal())
 
 
@@ -80,7 +82,8 @@ def _hill_climb(
     slopes: object,
 ) -> SearchResult:
     sampler = HillClimb(space, seed, section.neighbours)
-    wanted = min(section.num_trials, len(space.ranks) ** len(space.groups))
+    there = len(space.ranks) ** len(space.groups) - (0 in space.ranks)  # all but rank 0 everywhere
+    wanted = min(section.num_trials, there)
     return _evaluate(space, objective, sampler, wanted, [seed, section.neighbours], storage, progress)
 
 
@@ -99,6 +102,8 @@ def _surrogate(
     listed = list(surrogate_candidates(space, surrogate, section.budget))
     if section.budget is None or mean_rank(space.median()) <= section.budget:
         listed.insert(0, space.median())
+    if not listed:
+        raise TrainingError(f"search.budget: {section.budget} leaves rank 0 everywhere, which adapts nothing")
     listed = listed[: section.num_trials]
     kind = ["surrogate", seed, section.budget]
     return _evaluate(space, objective, Listed(space, listed), len(listed), kind, storage, progress)

@@ -49,7 +49,8 @@ def surrogate_candidates(
     """Sub-adapters worth an exact look, the likeliest first, none twice.
 
     The best by the surrogate, then the median with only the half, the quarter, ... of the moves that promise
-    most: where slopes mislead, fewer moves mislead less. budget: the mean rank over groups at most.
+    most: where slopes mislead, fewer moves mislead less. Rank 0 everywhere is none of them. budget: the mean
+    rank over groups at most.
 
     Raises: TrainingError if the smallest rank everywhere is above the budget.
     """
@@ -62,11 +63,12 @@ def surrogate_candidates(
     count = len(moves)
     while count:
         candidate = start | {group: best[group] for group in moves[:count]}
-        if candidate not in seen and mean_rank(candidate) <= (budget or max(space.ranks)):
+        fits = 0 < mean_rank(candidate) <= (budget or max(space.ranks))
+        if fits and candidate not in seen:
             seen.append(candidate)
             yield candidate
         count //= 2
-    if not seen and best not in seen:
+    if not seen and mean_rank(best) > 0:
         yield best
 
 

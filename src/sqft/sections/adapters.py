@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sqft.sections.base import ModuleNames, PathText, Positive, Section
+from sqft.sections.base import ModuleNames, NonNegative, PathText, Positive, Section
 
 __all__ = [
     "AdapterMethod",
@@ -35,7 +35,11 @@ class AdapterSection(Section):
         description="Train the weights of the norms too; goes with every method that merges. Default: where "
         "method is scales.",
     )
-    ranks: list[Positive] = Field([16], min_length=1, description="More than one entry: elastic ranks (NLS).")
+    ranks: list[NonNegative] = Field(
+        [16],
+        min_length=1,
+        description="More than one entry: elastic ranks (NLS); with 0, a rank group may be left out.",
+    )
     alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / max(ranks) at every rank.")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the update only, never of the base.")
     dropout_kind: Literal["column", "token"] = Field(
@@ -71,6 +75,8 @@ class AdapterSection(Section):
     @field_validator("ranks")
     @classmethod
     def _ranks(cls, value: list[int]) -> list[int]:
+        if not any(value):
+            raise ValueError("rank 0 alone trains nothing; add one above 0")
         return sorted(set(value), reverse=True)
 
     @property

@@ -14,10 +14,11 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["Fraction", "ModuleNames", "PathText", "Positive", "Section"]
+__all__ = ["Fraction", "ModuleNames", "NonNegative", "PathText", "Positive", "Section"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
 PathText = Annotated[str, AfterValidator(expanduser)]  # of a file or folder; ~ is the user's home
 
 
