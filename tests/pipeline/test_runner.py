@@ -13,7 +13,7 @@ from sqft.pipeline import parse_recipe, plan_recipe, run_recipe, workspace_statu
 from sqft.pipeline.locks import StageBusyError, hold
 from sqft.pipeline.runner import Workspace, stage_keys
 from sqft.pipeline.stages import recipe_stages
-from sqft.pipeline.team import open_team
+from sqft.pipeline.team import Team, open_team
 
 
 @pytest.fixture
@@ -143,6 +143,18 @@ def test_launchers_of_several_processes_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match="sqft run shards no model"):
         open_team("cpu")
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_before_anything_runs(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    values |= {"data": {"train": str(tmp_path / "train.jsonl")}, "train": {"batch_size": 16}}
+    values["adapters"] = {"method": "qa_sparse_peft", "ranks": [4]}
+    with pytest.raises(TrainingError, match=r"train\.batch_size 16 .* cannot be shared by 3 processes"):
+        run_recipe(parse_recipe(values), team=Team.__new__(Team))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_workspace_that_cannot_be_written(values: dict[str, Any], tmp_path: Path) -> None:

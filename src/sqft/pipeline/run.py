@@ -17,6 +17,7 @@ from sqft.pipeline.runner import Workspace, open_workspace, run_stages
 from sqft.pipeline.starting import check_start
 from sqft.pipeline.team import Team, launched_processes
 from sqft.progress import SILENT, Progress
+from sqft.sections import TrainSection
 
 __all__ = ["StageStatus", "run_recipe", "workspace_status"]
 
@@ -64,6 +65,8 @@ def run_recipe(
     models_dir = Workspace(Path(recipe.runtime.workspace)).models
     outline = model_outline(recipe.model)
     check_start(recipe, outline, check_recipe(recipe, outline, models_dir))
+    if team is not None:
+        _check_batches(recipe)
     workspace = open_workspace(Path(recipe.runtime.workspace))
     with hold(workspace.lock("models"), "the model"):  # converting a model happens once
         model_directory = resolve_model(recipe.model, workspace.models, progress)
@@ -106,6 +109,15 @@ def _refuse_launchers() -> None:
             f"a launcher started {count} processes, and only sqft run trains in several; start this without "
             "torchrun or accelerate, and sqft sweep several times to share its runs"
         )
+
+
+def _check_batches(recipe: Recipe) -> None:
+    """Refuse, before anything else is made, a batch that the processes of a launch cannot share."""
+    from sqft.training import check_arguments
+
+    for section in (recipe.tune, recipe.adapters and (recipe.train or TrainSection())):
+        if section:
+            check_arguments(section)
 
 
 def resolve_device(name: str) -> str:

@@ -57,7 +57,8 @@ def check_arguments(section: TrainingSection) -> None:
     """Check `section.arguments`, and that batches divide into micro-batches, without building anything.
 
     Raises: TrainingError for a field that TrainingArguments does not have (naming the nearest), for one that
-    the recipe sets elsewhere or that uploads, and for a batch that does not divide into its micro-batches.
+    the recipe sets elsewhere or that uploads, and for a batch that does not divide into its micro-batches, or
+    these among the processes of a launch.
     """
     arguments = f"{section.place}.arguments"
     elsewhere = {name: f"{section.place}.{key}" for name, key in ELSEWHERE.items()} | OUTSIDE
@@ -83,6 +84,7 @@ def check_arguments(section: TrainingSection) -> None:
             f"{section.place}.batch_size {size} cannot be cut into {section.place}.gradient_accumulation "
             f"{parts} equal micro-batches; make it a multiple"
         )
+    share_batch(section, _processes())
 
 
 def training_arguments(
@@ -101,7 +103,7 @@ def training_arguments(
     Raises: TrainingError as `check_arguments`, and for a value that TrainingArguments refuses.
     """
     check_arguments(section)
-    size, parts = share_batch(section, int(os.environ.get("WORLD_SIZE", "1")))
+    size, parts = share_batch(section, _processes())
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "learning_rate": section.learning_rate,
@@ -133,6 +135,10 @@ def training_arguments(
         settings |= {"logging_strategy": "steps", "logging_steps": 1}
     with refusals(section):
         return TrainingArguments(**(settings | section.arguments))
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def share_batch(section: TrainingSection, processes: int) -> tuple[int, int]:

@@ -209,13 +209,14 @@ class Journal:
 
 
 def environment(model: torch.nn.Module, device: torch.device) -> dict[str, str]:
-    """What must be equal for a resume to be bit-identical: device kind, threads, dtype and versions."""
+    """What must be equal for a resume to be bit-identical: device kind, threads, processes, versions."""
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
     return {
         "device": f"{device.type} {name}",
         "threads": str(torch.get_num_threads()),
+        "number of processes": os.environ.get("WORLD_SIZE", "1"),
         "dtype": "+".join(dtypes),
     } | versions
 
