@@ -163,7 +163,7 @@ def test_a_loss_that_is_no_number_ends_the_fit() -> None:
     parts = {"norm.weight": part}
     result = fit_block(run, parts, pairs[:2], pairs[2:], rates={"norms": 1e30}, **fitting)
     assert result.diverged
-    assert (result.epoch, result.after) == (0, result.before)
+    assert (result.epoch, result.num_epochs, result.after) == (0, 1, result.before)
     assert torch.equal(part.value(), torch.ones(4))
     better = fit_block(run, parts, pairs[:2], pairs[:2], rates={"norms": 0.1}, **fitting)
     assert better.after < better.before

@@ -33,12 +33,13 @@ Run = Callable[[Tensor, dict[str, Tensor]], Tensor]
 class FitResult:
     """Losses on the held-out batches before and after; the epoch that was kept, 0 where none was better.
 
-    diverged: the loss was no number any more, and training ended.
+    num_epochs: how many ran. diverged: the loss was no number any more, and training ended.
     """
 
     before: float
     after: float
     epoch: int
+    num_epochs: int = 0
     diverged: bool = False
 
 
@@ -70,7 +71,7 @@ def fit_block(
     if not math.isfinite(before):
         return FitResult(before, before, 0)
     kept, epoch = {name: part.keep() for name, part in parts.items()}, 0
-    diverged = False
+    number, diverged = 0, False
     for number in range(1, epochs + 1):
         for index in torch.randperm(len(train), generator=order).tolist():
             hidden, target = train[index]
@@ -88,7 +89,7 @@ def fit_block(
             kept = {name: part.keep() for name, part in parts.items()}
     for name, part in parts.items():
         part.restore(kept[name])
-    return FitResult(before, best, epoch, diverged)
+    return FitResult(before, best, epoch, number, diverged)
 
 
 def block_loss(

@@ -106,7 +106,7 @@ def reconstruct_model(
             for inner, part in found.items():
                 parts.write(f"{name}.{inner}", part, writer)
                 walk.replace(f"{name}.{inner}", part.value().detach())
-            tokens = section.epochs * (rows - held_out) * calibration.shape[1] if found else 0
+            tokens = result.num_epochs * (rows - held_out) * calibration.shape[1]
             seconds = time.perf_counter() - started
             return [BlockReport(name, result.before, result.after, result.epoch, tokens, seconds)]
 
