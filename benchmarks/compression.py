@@ -84,6 +84,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, workspace: Path) -> None:
         self.workspace, self.model, self.json = workspace, options.model, options.json
+        self.reconstruction = ReconstructSection(**dict(pair.split("=", 1) for pair in options.reconstruct))
         directory = resolve_model(ModelSection(source=options.model), options.cache)
         self.source = open_checkpoint(directory)
         tokenizer = load_tokenizer(directory)
@@ -131,8 +132,8 @@ class Bench:
         return self._run(level, name, f"INT{section.bits}", checkpoint, out, work, settings)
 
     def reconstruct(self, level: str, name: str, compressed: Path, precision: str) -> None:
-        """The row of a compressed model whose blocks are fitted to the dense ones, by the defaults."""
-        checkpoint, section = open_checkpoint(compressed), ReconstructSection()
+        """The row of a compressed model whose blocks are fitted to the dense ones."""
+        checkpoint, section = open_checkpoint(compressed), self.reconstruction
 
         def work(writer: CheckpointWriter) -> list[BlockReport]:
             return reconstruct_model(self.source, checkpoint, section, self.calibration, writer)
@@ -310,6 +311,9 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+")
     parser.add_argument(
         "--methods", nargs="*", help="rows: " + " ".join(ROWS) + "; masked: of gptq the second"
+    )
+    parser.add_argument(
+        "--reconstruct", nargs="*", default=[], metavar="KEY=VALUE", help="settings of reconstruct"
     )
     parser.add_argument("--model", default=SMALL_MODEL)
     parser.add_argument("--sequences", type=int, help="calibration sequences")

@@ -58,6 +58,8 @@ def reconstruct(
     writer = CheckpointWriter(out, open_checkpoint(source))
     ids = tokens(ROWS) if calibration is None else calibration
     spill = settings.pop("spill", False)
+    if settings.get("train_weights", True):
+        settings = {"learning_rate": 3e-3} | settings
     section = ReconstructSection(**(SETTINGS | settings))
     reports = reconstruct_model(open_checkpoint(directory), writer.source, section, ids, writer, spill=spill)
     writer.close()

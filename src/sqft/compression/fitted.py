@@ -2,11 +2,11 @@
 
     weight = base + where(mask, change * unit, 0)         unit: root mean square of the row's kept weights
     scale  = round(base_scale * (1 + change))             of a grid
-    norm   = round(base + change)
+    norm   = round(base + change * unit)                          unit: root mean square of the norm
 
-rounded in every pass to what is stored, by `ops.adapted.updated_weight` and `ops.trained`. Changes of weights
-and scales are shares of what is there, so that one learning rate suits every layer. Changes of 0 leave the
-compressed model, bit for bit.
+rounded in every pass to what is stored, by `ops.adapted.updated_weight` and `ops.trained`. Changes are shares
+of what is there, so that one learning rate suits every layer: norms of a first block may be a tenth of those
+of the last. Changes of 0 leave the compressed model, bit for bit.
 """
 
 from abc import ABC, abstractmethod
@@ -137,8 +137,10 @@ class FittedNorm(FittedPart):
     def __init__(self, stored: Float[Tensor, " features"]) -> None:
         super().__init__()
         self.base, self.dtype = stored.float(), stored.dtype
+        size = self.base.square().mean().sqrt()
+        self.unit = torch.where(size > 0, size, 1.0)  # a norm that multiplies with 1 + weight may hold zeros
         self.train("norms", self.base)
 
     def value(self) -> Float[Tensor, " features"]:
         """The weight as it is stored, in float32."""
-        return trained_norm(self.base, self.changes["norms"], self.dtype)
+        return trained_norm(self.base, self.changes["norms"] * self.unit, self.dtype)

@@ -199,18 +199,23 @@ class ReconstructSection(Section):
         None, description="The group scales of a quantized model; default where there are any."
     )
     train_norms: bool = Field(True, description="The weights of the norms in the blocks.")
-    epochs: Positive = Field(8, description="Passes over the calibration; of each block the best is kept.")
+    epochs: Positive = Field(4, description="Passes over the calibration; of each block the best is kept.")
     batch_size: Positive = Field(2, description="Calibration sequences of an optimizer step.")
     learning_rate: float = Field(
-        3e-3,
+        1e-2,
         gt=0,
         le=1,
         description="Of weights: the share of a row's root mean square that a step of Adam moves.",
     )
     scale_learning_rate: float = Field(
-        1e-3, gt=0, le=1, description="Of scales: the share of a scale that a step of Adam moves."
+        5e-3, gt=0, le=1, description="Of scales: the share of a scale that a step of Adam moves."
     )
-    norm_learning_rate: float = Field(1e-3, gt=0, le=1, description="Of norms.")
+    norm_learning_rate: float = Field(
+        1e-2,
+        gt=0,
+        le=1,
+        description="Of norms: the share of a norm's root mean square that a step of Adam moves.",
+    )
 
     @property
     def calibrates(self) -> bool:
