@@ -28,6 +28,7 @@ def values(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> dict[str, Any
     return made | {
         "evaluate": {"models": ["base", "merged"], "general_text": None},
         "train": made["train"] | {"eval_steps": 0},
+        "reconstruct": {"epochs": 2},
     }
 
 
@@ -50,6 +51,7 @@ def test_times_follow_what_is_computed(values: dict[str, Any], monkeypatch: pyte
     assert 1.8 < changed("train", train={"max_steps": 12}) < 2.1
     assert changed("train", train={"batch_size": 8}) > 1.2
     assert changed("sparsify", calibration={"num_samples": 16}) > 1.2
+    assert 1.7 < changed("reconstruct", reconstruct={"epochs": 4}) < 2
     assert changed("search", search={"num_trials": 8}) > 1.5
     assert changed("quantize", quantize={"method": "rtn"}) < 1
     monkeypatch.setattr(plan_module, "machine_speed", lambda threads: MachineSpeed(5e5, 5e5, 2e-2))

@@ -58,7 +58,7 @@ class SearchSpace:
     def median(self) -> SubAdapter:
         """The middle rank everywhere, the paper's heuristic; of two, the smaller that is not 0."""
         middle = len(self.ranks) // 2
-        return self._everywhere(middle if self.ranks[middle] else middle - 1)
+        return self._everywhere(middle - 1 if self.ranks and not self.ranks[middle] else middle)
 
     def minimal(self) -> SubAdapter:
         """The smallest rank everywhere."""

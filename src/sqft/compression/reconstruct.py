@@ -27,8 +27,6 @@ __all__ = ["BlockReport", "reconstruct_model"]
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SHARE = 8  # one sequence of so many is held out
-
 
 @dataclass(frozen=True)
 class BlockReport:
@@ -82,7 +80,7 @@ def reconstruct_model(
     if not is_alone():
         raise CompressionError("reconstruct runs in one process; start it without torchrun")
     parts = _Parts(dense, compressed, section, torch.device(device))
-    held_out = rows // HELD_OUT_SHARE
+    held_out = section.held_out(rows)
     with BlockWalk(
         dense,
         calibration,

@@ -5,7 +5,7 @@
 Products follow from the shapes, and from the tokens of the items and texts. How often a stage passes over the
 weights, and what share of the measured speed it reaches, was fitted to runs of SmolLM2-135M
 (docs/results/scale.md says how far off they are). Without a time is what nothing is known of: a stage on a
-GPU, tasks of lm-evaluation-harness, an export, a teacher, a reconstruction.
+GPU, tasks of lm-evaluation-harness, an export, a teacher.
 """
 
 import math
@@ -29,6 +29,7 @@ from sqft.sections import (
     CalibrationSection,
     EvaluateSection,
     QuantizeSection,
+    ReconstructSection,
     SearchSection,
     SparsifySection,
     TrainingSection,
@@ -44,6 +45,7 @@ WALKING = 2  # forward passes of a compression
 INFERENCE, TRAINING = 0.8, 0.6  # of the measured products a second that a model reaches
 # Passes over the weights in a training step, which builds them forwards and again backwards.
 BUILDING = {"lora": 6, "scales": 24, "sparse_peft": 24, "qa_sparse_peft": 150}
+FITTING = 75  # and in a step of a reconstruction, Adam's among them
 SERVING = 25  # passes over the weights of an adapter that is not merged, for each batch
 MERGING = {"scales": 1400, "sparse_peft": 2000, "qa_sparse_peft": 3400}  # written, opened, computed again
 COLUMN_CALLS = 12  # small operations for each column that is rounded after the others
@@ -81,6 +83,8 @@ class Durations:
         elif kind == "quantize" and recipe.quantize:
             chosen = [module for module in self.estimate.modules if module.quantized]
             work = self._compression(recipe.quantize, chosen, recipe.quantize.descent)
+        elif kind == "reconstruct" and recipe.reconstruct:
+            work = self._reconstruction(recipe.reconstruct)
         elif kind == "tune":
             tune = recipe.tune or TuneSection()
             work = self._passes(LOADING, self.weights)
@@ -133,6 +137,16 @@ class Durations:
         if section.method in GRAM:
             seconds += sum(m.count * m.shape[1] for m in modules) * COLUMN_CALLS * self.speed.call
         return seconds
+
+    def _reconstruction(self, section: ReconstructSection) -> float:
+        """Steps on the sequences that are not held out, measurements on the others, both streams."""
+        calibration = self.recipe.calibration or CalibrationSection()
+        held_out, length = section.held_out(calibration.num_samples), calibration.sequence_length
+        steps = section.epochs * math.ceil((calibration.num_samples - held_out) / section.batch_size)
+        step = 3 * self._forward(section.batch_size * length, 0) * INFERENCE / TRAINING
+        step += self._passes(FITTING, self.weights)
+        seen = 2 * calibration.num_samples + (section.epochs + 1) * held_out
+        return steps * step + self._forward(seen * length, 0) + self._passes(LOADING, self.weights)
 
     def _training(self, section: TrainingSection, method: str, rank: int) -> float:
         per_epoch = math.ceil(self._items("train") / section.batch_size)

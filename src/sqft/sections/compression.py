@@ -189,7 +189,7 @@ class QuantizeSection(Section):
 class ReconstructSection(Section):
     """Each block of the compressed model fitted to the dense one on the calibration; zeros and grid stay."""
 
-    least_sequences: ClassVar[int] = 8  # of calibration, since some of them are held out
+    least_sequences: ClassVar[int] = 8  # of calibration, since one of so many is held out
 
     train_weights: bool = Field(
         True,
@@ -221,6 +221,10 @@ class ReconstructSection(Section):
     def calibrates(self) -> bool:
         """It always looks at activations."""
         return True
+
+    def held_out(self, num_samples: int) -> int:
+        """How many of so many calibration sequences are held out: an eighth."""
+        return num_samples // self.least_sequences
 
     @property
     def rates(self) -> dict[str, float]:
