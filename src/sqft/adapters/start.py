@@ -188,6 +188,6 @@ def _is_plain(config: SqftConfig) -> bool:
     return (
         isinstance(pattern, dict)
         and isinstance(identity, dict)
-        and all(isinstance(rank, int) and rank > 0 for rank in pattern.values())
+        and all(isinstance(rank, int) and rank >= 0 for rank in pattern.values())
         and all(isinstance(digest, str) for digest in identity.values())
     )
