@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import resource
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from jinja2.exceptions import SecurityError
 
-from sqft.untrusted import BoundedSandbox, parse_yaml, read_bounded, time_limit
+from sqft.untrusted import BoundedSandbox, memory_limit, parse_yaml, read_bounded, time_limit
 
 
 def test_only_regular_files_of_a_bounded_size(tmp_path: Path) -> None:
@@ -83,6 +84,15 @@ def test_a_time_limit_elsewhere_than_in_the_main_thread_is_none() -> None:
     thread.start()
     thread.join()
     assert done
+
+
+def test_a_memory_limit_ends_what_takes_more() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(MemoryError, match="more than 64 MiB"), memory_limit(64 * 2**20):
+        assert "a" * 2**27
+    with memory_limit(64 * 2**20):
+        assert "a" * 2**20
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_templates_are_bounded() -> None:

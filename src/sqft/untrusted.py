@@ -1,9 +1,10 @@
-"""Reading what others made, bounded in size, depth and time.
+"""Reading what others made, bounded in size, depth, time and memory.
 
 Every function raises ValueError, with the reason in one line, for a file that is not what it should be; the
 caller knows what the file was meant to be, and says so.
 """
 
+import resource
 import signal
 import stat
 import threading
@@ -18,9 +19,10 @@ import yaml
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import SandboxedEnvironment
 
-__all__ = ["BoundedSandbox", "check_regular", "parse_yaml", "read_bounded", "time_limit"]
+__all__ = ["BoundedSandbox", "check_regular", "memory_limit", "parse_yaml", "read_bounded", "time_limit"]
 
 RENDER_SECONDS = 5.0
+RENDER_BYTES = 256 * 2**20
 TEMPLATE_SIZE = 10_000_000
 YAML_NODES = 100_000  # with aliases counted as often as they are used
 
@@ -64,10 +66,10 @@ def parse_yaml(text: str, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> An
 
 
 class _BoundedTemplate(jinja2.Template):
-    """A template that may render for a few seconds."""
+    """A template that may render for a few seconds, in some memory."""
 
     def render(self, *args: Any, **kwargs: Any) -> str:
-        with time_limit(RENDER_SECONDS):
+        with time_limit(RENDER_SECONDS), memory_limit(RENDER_BYTES):
             return super().render(*args, **kwargs)
 
 
@@ -108,6 +110,31 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, rest)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def memory_limit(more_bytes: int) -> Iterator[None]:
+    """Raise MemoryError in a block that takes so much more memory than the process has when it begins.
+
+    Where /proc does not tell how much that is, and outside of the main thread, there is no limit. Other
+    threads must not allocate much meanwhile: the limit is the whole process's.
+    """
+    try:
+        held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    except (OSError, ValueError):
+        held = None
+    if held is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [held + more_bytes, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    try:
+        yield
+    except MemoryError:
+        raise MemoryError(f"it takes more than {more_bytes >> 20} MiB of memory") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _count_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:

@@ -194,6 +194,9 @@ def test_a_template_that_refuses_is_told_with_the_place(tiny_tokenizer: Any, tmp
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"a.jsonl:1: the chat template refuses .*: roles must alternate"):
         load(tokenizer, tmp_path / "a.jsonl", {"messages": MESSAGES})
+    tokenizer.chat_template = "{% set x = 'a' * 10**9 %}{{ x }}"
+    with pytest.raises(DataError, match="refuses this conversation: it takes more than 512 MiB"):
+        load(tokenizer, tmp_path / "a.jsonl", {"messages": MESSAGES})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}NEVER{% endif %}"
     with pytest.raises(DataError, match="does not write an answer right behind its header"):

@@ -194,6 +194,9 @@ def test_what_cannot_be_merged_is_told(merged_dir: MergedDir, tmp_path: Path) ->
         path.write_text(json.dumps(config | change))
         with pytest.raises(AdapterError, match=message):
             merge(merged_dir(), adapter_dir, tmp_path / "out")
+    path.write_text(json.dumps(config | {"lora_alpha": 1e40}))
+    with pytest.raises(AdapterError, match="would not be finite; its update is too large"):
+        merge(merged_dir(), adapter_dir, tmp_path / "out")
     path.write_text(json.dumps(config))
     with pytest.raises(AdapterError, match="which the base does not have"):
         merge(merged_dir("phi3"), adapter_dir, tmp_path / "out")

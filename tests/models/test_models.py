@@ -444,6 +444,12 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny_model_dir: Maker, tmp
     tokenizer.save_pretrained(directory)
     with pytest.raises(ModelError, match="ids up to 288, but the model has 288 tokens"):
         load_tokenizer(directory)
+    shutil.copy(tiny_model_dir("llama") / "tokenizer.json", directory)
+    stored = json.loads((directory / "tokenizer.json").read_text())
+    stored["model"]["vocab"]["z"] = 2**31  # as many tokens as before, one of them far beyond
+    (directory / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(ModelError, match="ids up to 2147483648"):
+        load_tokenizer(directory)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

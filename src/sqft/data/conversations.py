@@ -9,12 +9,13 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sqft.data.forms import Conversation
 from sqft.errors import DataError
-from sqft.untrusted import time_limit
+from sqft.untrusted import memory_limit, time_limit
 
 __all__ = ["RenderedConversation", "render_conversation"]
 
 Span = tuple[int, int]
 TEMPLATE_SECONDS = 5.0
+TEMPLATE_BYTES = 512 * 2**20
 MARKERS = ("{% generation", "{%- generation")
 
 
@@ -46,7 +47,7 @@ def render_conversation(
     messages = list(conversation.messages)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     try:
-        with time_limit(TEMPLATE_SECONDS):
+        with time_limit(TEMPLATE_SECONDS), memory_limit(TEMPLATE_BYTES):
             whole, marked = _render(tokenizer, messages, conversation.tools, mark=True)
             spans = _marked_spans(marked, turns) or _spans(tokenizer, conversation, whole, turns)
     except Exception as error:  # a template is a program, and fails in any way it likes

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sqft.adapters.lora_files import ForeignAdapter
+from sqft.errors import AdapterError
 from sqft.models import Checkpoint
 from sqft.ops import QuantizedWeight, dequantize, quantize
 
@@ -42,12 +43,20 @@ def adapted_layers(
     """One layer at a time: name, base, the unmerged model's float32 weight, and mask (True = kept).
 
     names: of the adapted layers, default all.
+
+    Raises: AdapterError if a weight would not be finite in the base's dtype.
     """
     quantized = set(checkpoint.quantized_names)
     for name in adapter.names if names is None else names:
         base: Weight = checkpoint.quantized(name) if name in quantized else checkpoint.weight(name)
         plain = base.dequantize() if isinstance(base, QuantizedWeight) else base.float()
-        yield name, base, adapter.adapted(name, plain), masks.get(name)
+        adapted = adapter.adapted(name, plain)
+        stored = adapted if isinstance(base, QuantizedWeight) else adapted.to(base.dtype)
+        if not bool(stored.isfinite().all()):
+            raise AdapterError(
+                f"{adapter.directory} cannot be merged: {name} would not be finite; its update is too large"
+            )
+        yield name, base, adapted, masks.get(name)
 
 
 def round_update(base: Weight, adapted: Tensor, mask: Tensor | None) -> Weight:
@@ -72,7 +81,7 @@ def layer_erasure(name: str, base: Weight, adapted: Tensor, mask: Tensor | None)
         assert isinstance(base, Tensor)
         assert isinstance(rounded, Tensor)
         before, after = base.float(), rounded.float()
-    update, kept = adapted - before, after - before
+    update, kept = (adapted - before).double(), (after - before).double()  # squares of float32 overflow
     energy = float(update.square().sum())
     if energy == 0:
         return LayerErasure(name, 0.0, 0.0, 0.0, steps)

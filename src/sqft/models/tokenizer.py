@@ -81,9 +81,9 @@ def _check_vocabulary(path: Path, tokenizer: Any) -> None:
     except (OSError, ValueError, AttributeError):
         return  # opening the model says what is wrong with it
     # Special tokens past the end do no harm unused: conversions and tokenizer classes add such.
-    added = [i for i, token in tokenizer.added_tokens_decoder.items() if not token.special]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     used = [tokenizer.eos_token_id or 0, tokenizer.pad_token_id or 0, *tokenizer("a")["input_ids"]]
-    last = max([tokenizer.vocab_size - 1, *added, *used])
+    last = max([*used, *(set(tokenizer.get_vocab().values()) - special)])
     if isinstance(size, int) and last >= size:
         raise ModelError(
             f"the tokenizer of {path.parent} has ids up to {last}, but the model has {size} tokens; "

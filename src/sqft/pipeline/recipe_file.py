@@ -64,6 +64,22 @@ def read_recipe_values(path: Path | str, overrides: list[str] | None = None) -> 
     return values
 
 
+def _check_characters(value: Any, place: str) -> None:
+    """Raises: RecipeError for a text that UTF-8 cannot hold, as YAML's escapes or odd file names write."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RecipeError(f"{place} holds {value[error.start]!a}, which is not a character") from None
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _check_characters(key, f"a key of {place}")
+            _check_characters(part, f"{place}: {key}")
+    elif isinstance(value, list):
+        for part in value:
+            _check_characters(part, place)
+
+
 def parse_recipe(
     values: dict[str, Any],
     overrides: list[str] | None = None,
@@ -82,6 +98,7 @@ def parse_recipe(
         apply_override(values, override)
     if "sweep" in values:
         raise RecipeError(f"{origin} has a section sweep: it stands for several runs; use sqft sweep")
+    _check_characters(values, origin)
     try:
         recipe = Recipe.model_validate(values)
         recipe._path = path

@@ -37,8 +37,8 @@ class EvaluateSection(Section):
         "tokens that come with sqft; a text file; or null.",
     )
     perplexity: PathText | None = Field(None, description="A text file.")
-    perplexity_tokens: Positive = Field(8192, description="Tokens of it, in windows of sequence_length.")
-    sequence_length: Positive = 512
+    perplexity_tokens: int = Field(8192, ge=2, description="Tokens of it, in windows of sequence_length.")
+    sequence_length: int = Field(512, ge=2, description="Tokens of a window; its first one is not predicted.")
     tasks: list[PathText] = Field(
         [], description="Tasks of lm-evaluation-harness, by name or YAML file (extra: eval)."
     )
