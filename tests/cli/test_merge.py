@@ -84,12 +84,16 @@ def test_the_report_comes_as_the_ladder_is_climbed(
     assert run_command_line([*arguments, "--rungs", "round, feedback"]) == 0  # the adapter gained nothing
     shown = capsys.readouterr().out
     assert "loss of the base 1.0000, with the unmerged adapter 2.0000" in shown
+    assert "gains nothing on these items, so that there is no retention" in shown
     assert "rung feedback is skipped: the base has no grid" in shown
     assert "rung round: loss 1.5000, retention undefined" in shown
     assert "chosen on the items that its retention was measured on" in shown
     record = json.loads((tmp_path / "out" / "sqft_merge.json").read_text())
     assert record["rungs"] == [{"name": "round", "loss": 1.5, "retention": None}]
     assert "chosen on the items" in record["note"]
+    missing = ["merge", "--base", str(tmp_path / "none"), *arguments[3:], "--data", "items.jsonl"]
+    assert run_command_line(missing) == 2
+    assert "none is not a model directory: it has no config.json" in capsys.readouterr().err
     values[:] = [2.0, 1.0, 1.0]
     assert run_command_line([*arguments, "--rungs", "round,polish"]) == 0
     assert "rung polish is skipped: round retains enough" in capsys.readouterr().out

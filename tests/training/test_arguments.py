@@ -43,12 +43,27 @@ def test_a_gpu_computes_in_bfloat16_where_it_can(tmp_path: Path, monkeypatch: py
         ({"arguments": {"save_strategy": "no"}}, "'save_strategy' cannot be changed"),
         ({"arguments": {"push_to_hub": True}}, "uploads nothing; remove 'push_to_hub'"),
         ({"arguments": {"hub_model_id": "a/b"}}, "uploads nothing"),
+        (
+            {"arguments": {"report_to": ["tensorboad"]}},
+            "report_to: 'tensorboad' is unknown; choose from .*tensorb",
+        ),
         ({"batch_size": 8, "gradient_accumulation": 3}, "8 cannot be cut into .* 3 equal"),
     ],
 )
 def test_mistakes(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         check_arguments(TrainSection(**fields))
+
+
+def test_a_tracker_that_is_not_there_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = "transformers.integrations.integration_utils.get_available_reporting_integrations"
+    monkeypatch.setattr(place, lambda: ["trackio"])
+    for there in ("trackio", "none", "all", ["trackio"], []):
+        check_arguments(TrainSection(arguments={"report_to": there}))
+    with pytest.raises(
+        TrainingError, match=r"^train\.arguments\.report_to: wandb is not installed; pip install wandb"
+    ):
+        check_arguments(TrainSection(arguments={"report_to": ["trackio", "wandb"]}))
 
 
 def test_a_refused_value(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def merge(
     from sqft.cli.messages import RichProgress
     from sqft.directories import check_destination
     from sqft.export.table import find_format, require_runtime
+    from sqft.models.beside import read_config
 
     section = _merge_section(
         rungs=[rung.strip() for rung in rungs.split(",")],
@@ -96,6 +97,7 @@ def merge(
         dequantize=dequantize,
         polish_steps=steps,
     )
+    read_config(base)
     exported_dir = output.with_name(f"{output.resolve().name}-{into}")
     if into is not None:
         find_format(into)
@@ -248,6 +250,12 @@ def _printer(all_layers: bool) -> "MergeObserver":
 
         def on_losses(self, base: float, unmerged: float, trained_on: float | None) -> None:
             print(f"\nloss of the base {base:.4f}, with the unmerged adapter {unmerged:.4f}", flush=True)
+            if unmerged >= base:
+                print(
+                    "the adapter gains nothing on these items, so that there is no retention: give items of "
+                    "its task, with the prompt that it was trained with",
+                    flush=True,
+                )
             if trained_on is not None:
                 print(f"loss of the adapter on the base that it was trained on {trained_on:.4f}", flush=True)
 

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from sqft.errors import MissingExtraError, SqftError, TrainingError, is_out_of_memory
 from sqft.ops.kernel_use import computes_in_bfloat16
 from sqft.sections import TrainingSection
+from sqft.training.trackers import check_reporting
 
 __all__ = ["check_arguments", "refusals", "share_batch", "training_arguments"]
 
@@ -57,8 +58,8 @@ def check_arguments(section: TrainingSection) -> None:
     """Check `section.arguments`, and that batches divide into micro-batches, without building anything.
 
     Raises: TrainingError for a field that TrainingArguments does not have (naming the nearest), for one that
-    the recipe sets elsewhere or that uploads, and for a batch that does not divide into its micro-batches, or
-    these among the processes of a launch.
+    the recipe sets elsewhere or that uploads, for a tracker that is not installed, and for a batch that does
+    not divide into its micro-batches, or these among the processes of a launch.
     """
     arguments = f"{section.place}.arguments"
     elsewhere = {name: f"{section.place}.{key}" for name, key in ELSEWHERE.items()} | OUTSIDE
@@ -84,6 +85,7 @@ def check_arguments(section: TrainingSection) -> None:
             f"{section.place}.batch_size {size} cannot be cut into {section.place}.gradient_accumulation "
             f"{parts} equal micro-batches; make it a multiple"
         )
+    check_reporting(section)
     share_batch(section, _processes())
 
 
