@@ -95,6 +95,7 @@ def test_status_shows_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ["verify", ".", "--base", "."],
         ["verify", "."],
         ["inspect", "missing"],
+        ["export", ".", "--to", "gguf", "--output", "model.gguf"],
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(
@@ -104,6 +105,13 @@ def test_wrong_use_is_one_line_and_exit_code_2(
     shown = capsys.readouterr()
     assert one_line(shown.err)
     assert shown.out == ""
+
+
+def test_an_unknown_option_points_at_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command_line(["bench", ".", "--tokens", "8"]) == 2
+    assert capsys.readouterr().err.endswith("; try 'sqft bench --help'\n")
+    assert run_command_line(["fly"]) == 2
+    assert capsys.readouterr().err == "sqft: No such command 'fly'; try 'sqft --help'\n"
 
 
 @pytest.mark.parametrize(

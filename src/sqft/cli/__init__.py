@@ -47,7 +47,8 @@ def run_command_line(arguments: Sequence[str]) -> int:
     except SqftError as error:
         return _complain(str(error), EXIT_ERROR)
     except TyperException as error:
-        return _complain(f"{error.format_message()} Try 'sqft --help'.", EXIT_ERROR)
+        place = getattr(getattr(error, "ctx", None), "command_path", "sqft")
+        return _complain(f"{error.format_message().rstrip('.')}; try '{place} --help'", EXIT_ERROR)
     except (KeyboardInterrupt, Abort):
         return _complain("interrupted; the same command goes on where it stopped", EXIT_INTERRUPTED)
     except BrokenPipeError:

@@ -9,6 +9,8 @@ from sqft.cli.options import AsJson, print_json
 
 __all__ = ["export"]
 
+FILE_ENDS = (".gguf", ".safetensors", ".xml")
+
 
 def export(
     directory: Annotated[
@@ -35,10 +37,15 @@ def export(
     """Write a model in the format of a runtime, open it there, and compare codes and logits."""
     from sqft.cli.messages import RichProgress
     from sqft.cli.tables import print_table
+    from sqft.errors import ExportError
     from sqft.export import export_adapter, export_model
     from sqft.export.adapter_export import adapter_serving
     from sqft.report.summary import format_bytes
 
+    if output is not None and output.suffix in FILE_ENDS:
+        raise ExportError(
+            f"--output {output} is a folder that gets several files; name it without {output.suffix}"
+        )
     output = output or directory.with_name(f"{directory.resolve().name}-{format}")
     if (directory / "adapter_config.json").is_file():
         print(f"written: {export_adapter(directory, base, format, output)}")
