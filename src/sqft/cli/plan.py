@@ -24,6 +24,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
         return
     print(f"{planned.name}: {planned.model}, {planned.num_parameters / 1e6:.1f} M parameters\n")
     print_stages(planned)
+    ranks = ", ".join(map(str, loaded.adapters.ranks)) if loaded.adapters else ""
     tunes = any(module.tuned_rank for module in planned.modules)
     modules = [
         [
@@ -32,7 +33,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = Fals
             str(module.count),
             "yes" if module.sparsified else "-",
             "yes" if module.quantized else "-",
-            str(module.rank) if module.rank else "-",
+            ranks if module.rank else "-",
             str(module.num_scales) if module.num_scales else "-",
             *([str(module.tuned_rank) if module.tuned_rank else "-"] if tunes else []),
         ]
