@@ -233,7 +233,7 @@ def test_what_does_not_fit_the_recipe_is_refused_by_the_plan(
         (
             {"train": {"adapter": others["scales"]}},
             AdapterError,
-            'set adapters.method: "scales", adapters.tr',
+            'set adapters.method: "scales"$',
         ),
         ({"train": {"adapter": others["lora"]}}, AdapterError, 'set adapters.method: "lora", adapters.ranks'),
         ({"model": wide}, AdapterError, "is of another model: its adapter of"),

@@ -59,6 +59,11 @@ class StartingAdapter:
             "train_norms": section.trains_norms,
         }
         differing = [name for name, value in wanted.items() if not _is_same(given[name], value)]
+        if "method" in differing:  # which says it of scales and norms too, unless they were chosen
+            usual = config.method == "scales"
+            differing = [
+                name for name in differing if not (name.startswith("train_") and wanted[name] is usual)
+            ]
         if differing:
             settings = ", ".join(f"adapters.{name}: {json.dumps(wanted[name])}" for name in differing)
             raise AdapterError(f"{self.directory} goes on only as it was trained: set {settings}")

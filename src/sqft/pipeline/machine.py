@@ -33,8 +33,8 @@ class MachineSpeed:
 def machine_speed(threads: int | None) -> MachineSpeed | None:
     """This processor's speed with so many threads (None: torch's own number); None if nothing tells it."""
     chosen = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY")]
-    question = [_processor(), len(os.sched_getaffinity(0)), threads, chosen]
     try:
+        question = [_processor(), len(os.sched_getaffinity(0)), threads, chosen]
         found = recall("speed", question, lambda: asdict(_measure(threads)), module=__name__)
         speed = MachineSpeed(**{name: float(value) for name, value in found.items()})
     except Exception:  # whatever it is, a plan is worth having without times

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from sqft.errors import AdapterError
 from sqft.pipeline.checks import ChosenModules
 from sqft.pipeline.recipe import Recipe
+from sqft.pipeline.runner import READ_AT_ONCE
 
 if TYPE_CHECKING:
     from sqft.models import ModelOutline
@@ -37,13 +38,17 @@ def check_start(recipe: Recipe, outline: "ModelOutline", chosen: ChosenModules) 
 
 
 def check_start_base(recipe: Recipe, base: Path) -> None:
-    """Compare the digests of the base that the adapter was trained on with this one's.
+    """Compare the digests of the base that the adapter was trained on with this one's, if it is no large one.
+
+    A large one is compared by the run, before its first step.
 
     Raises: AdapterError if it is another one.
     """
     directory, section = recipe.starting_adapter, recipe.adapters
     assert directory is not None
     assert section is not None
+    if sum(path.stat().st_size for path in base.glob("*.safetensors")) > READ_AT_ONCE:
+        return
     from sqft.adapters import attach_adapters
     from sqft.adapters.start import open_start
     from sqft.models import load_trainable, open_checkpoint
