@@ -100,10 +100,10 @@ def test_identity_follows_the_content_and_the_order(tmp_path: Path) -> None:
         ("a.json", b"7", "holds a int"),
         ("a.json", b"[" * 100_000, "not JSON"),
         ("a.jsonl", b"[" * 100_000, r"a.jsonl:1: not JSON"),
-        ("a.parquet", b"PAR1 no", "no whole Parquet file"),
+        ("a.parquet", b"PAR1 no", "not a whole Parquet file"),
         ("a.txt", b"\n \n", "is empty"),
         ("a.txt", b"one\n\xff", r"a.txt:2: not UTF-8"),
-        ("a.jsonl.gz", b"\x1f\x8bno", "no whole gzip file"),
+        ("a.jsonl.gz", b"\x1f\x8bno", "not a whole gzip file"),
     ],
 )
 def test_malformed_files(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ ENDLESS = "{% for a in range(9**5) %}{% for b in range(9**5) %}{% endfor %}{% en
 MODELS: dict[str, tuple[Edit, str]] = {
     "a billion blocks": (config(num_hidden_layers=10**9), "num_hidden_layers is 1,000,000,000"),
     "a billion labels": (config(num_labels=10**9), "num_labels is 1,000,000,000"),
-    "above its folder": (index("../outside.safetensors"), "no file of this directory"),
-    "elsewhere": (index("PARENT/outside.safetensors"), "no file of this directory"),
+    "above its folder": (index("../outside.safetensors"), "not a file of this directory"),
+    "elsewhere": (index("PARENT/outside.safetensors"), "not a file of this directory"),
     "weights are a pipe": (
         lambda m: ((m / "model.safetensors").unlink(), os.mkfifo(m / "model.safetensors")),
         "model.safetensors",
