@@ -73,7 +73,9 @@ def output_error(directory: Path, dense: Path) -> float:
     return float((expected - found).square().mean())
 
 
-@pytest.mark.parametrize("kind", ["sparse", "int4", "int3", "dense-int4"])
+@pytest.mark.parametrize(
+    "kind", ["sparse", "int4", pytest.param("int3", marks=pytest.mark.slow), "dense-int4"]
+)
 def test_blocks_come_closer_and_zeros_and_grid_stay(
     tiny_model_dir: Maker, compressed: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
@@ -172,7 +174,9 @@ def test_a_loss_that_is_no_number_ends_the_fit() -> None:
     assert not better.diverged
 
 
-@pytest.mark.parametrize("damage", ["none", "hidden states", "weights"])
+@pytest.mark.parametrize(
+    "damage", ["none", *(pytest.param(part, marks=pytest.mark.slow) for part in ("hidden states", "weights"))]
+)
 def test_a_run_that_was_killed_goes_on_with_the_same_bits(
     tiny_model_dir: Maker, compressed: Callable[[str], Path], tmp_path: Path, damage: str
 ) -> None:

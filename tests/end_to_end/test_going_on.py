@@ -134,6 +134,7 @@ def test_elastic_ranks_go_on_elastic(first: First, folder: Path) -> None:
     assert len({tuple(step["ranks"]) for step in json.loads(ranks.read_text())["steps"]}) > 1
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bits(
     first: First, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_masked_adapter_is_never_written_dense(merged_dir: Callable[..., Path]
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_speed_is_measured_in_every_launch(merged_dir: Callable[..., Path], tmp_path: Path) -> None:
     # Merged and unmerged side by side: tests/runtimes/test_speed.py. A launch imports torch and transformers.
     write_adapter(merged_dir(), tmp_path / "adapter")

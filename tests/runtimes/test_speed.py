@@ -47,6 +47,7 @@ def test_merged_and_unmerged_run_side_by_side(
     assert [line.split(":")[0] for line in zeros] == ["zeros in llama.cpp", "zeros in transformers"]
 
 
+@pytest.mark.slow
 def test_merged_and_unmerged_run_in_transformers(
     merged_dir: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
