@@ -79,13 +79,15 @@ class Campaign:
         self.save()
 
     def note(self, name: str, key: str, good: bool, end: str, what: str = "") -> None:
-        """How a try ended: in a word and, if it is bad, in more."""
+        """How a try ended: in a word and, if it is bad, in more, the last line of which is kept."""
         tally = self.tallies[name]
         tally.tries += 1
         if good:
             tally.ends[end] = tally.ends.get(end, 0) + 1
         else:
-            tally.bad.append({"seed": key, "end": end, "what": what})
+            tally.bad.append(
+                {"seed": key, "end": end, "what": next(iter(what.strip().splitlines()[-1:]), "")}
+            )
             print(f"BAD {key}: {end}: {what[-900:]}", flush=True)
 
     @property

@@ -15,6 +15,7 @@ TIERS = [
         "artifacts",
         "checks",
         "deferred",
+        "launch",
         "marks",
         "directories",
         "patterns",
@@ -34,8 +35,8 @@ TIER = {name: place for place, names in enumerate(TIERS) for name in names}
 FILES = sorted(SOURCE.rglob("*.py"))
 # Plain values and errors that everything of the lowest tier may share.
 FOUNDATION = {
-    "errors", "progress", "artifacts", "checks", "deferred", "marks", "directories", "patterns", "sections",
-    "untrusted",
+    "errors", "progress", "artifacts", "checks", "deferred", "launch", "marks", "directories", "patterns",
+    "sections", "untrusted",
 }  # fmt: skip
 # sqft itself, and `python -m sqft`, stand above all: they only hand on.
 ENTRANCES = {SOURCE / "__init__.py", SOURCE / "__main__.py"}

@@ -153,13 +153,11 @@ def open_foreign_adapter(directory: Path) -> ForeignAdapter:
                     raise AdapterError(f"{directory}: the tensor {key} is not understood")
                 keys.setdefault(match["name"], {})[match["part"]] = key
                 factor = file.get_tensor(key)
+                place = f"{directory}: lora_{match['part']} of {match['name']}"
                 if match["part"] in ("A", "B") and factor.ndim != 2:
-                    where = f"{directory}: lora_{match['part']} of {match['name']}"
-                    raise AdapterError(f"{where} is not a matrix")
+                    raise AdapterError(f"{place} is not a matrix")
                 if not bool(factor.float().isfinite().all()):
-                    raise AdapterError(
-                        f"{directory}: lora_{match['part']} of {match['name']} is not finite; train it again"
-                    )
+                    raise AdapterError(f"{place} is not finite; train it again")
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{directory / TENSORS} cannot be read ({error})") from None
     needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())

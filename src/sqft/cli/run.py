@@ -18,9 +18,10 @@ def run(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False
     On several GPUs: torchrun --nproc-per-node 4 -m sqft run recipe.yaml. They train together; the first
     process does the rest.
     """
+    from sqft.launch import launched_processes
     from sqft.pipeline import load_recipe
     from sqft.pipeline.run import resolve_device
-    from sqft.pipeline.team import launched_processes, open_team
+    from sqft.pipeline.team import open_team
 
     loaded = load_recipe(recipe, overrides)
     team = open_team(resolve_device(loaded.runtime.device)) if launched_processes() > 1 else None

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sqft.artifacts import MANIFEST, read_elapsed
 from sqft.errors import RecipeError
+from sqft.launch import launched_processes
 from sqft.marks import read_mark
 from sqft.pipeline.checks import check_recipe
 from sqft.pipeline.locks import hold
@@ -15,7 +16,7 @@ from sqft.pipeline.recipe import Recipe
 from sqft.pipeline.results import RunResult, write_results
 from sqft.pipeline.runner import Workspace, open_workspace, run_stages
 from sqft.pipeline.starting import check_start
-from sqft.pipeline.team import Team, launched_processes
+from sqft.pipeline.team import Team
 from sqft.progress import SILENT, Progress
 from sqft.sections import TrainSection
 

@@ -10,18 +10,13 @@ from datetime import timedelta
 from typing import Any
 
 from sqft.errors import RecipeError
+from sqft.launch import launched_processes
 
-__all__ = ["Team", "launched_processes", "open_team"]
+__all__ = ["Team", "open_team"]
 
 PATIENCE = timedelta(days=30)  # compressing a large model takes hours, in which the others wait
 
 Task = Callable[[], Any]
-
-
-def launched_processes() -> int:
-    """How many processes a launcher started together; 1 without one."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    return int(count) if count.isdigit() else 1
 
 
 class Team:

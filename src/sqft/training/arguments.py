@@ -1,7 +1,6 @@
 """Translates the settings of a training into transformers.TrainingArguments."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from sqft.errors import MissingExtraError, SqftError, TrainingError, is_out_of_memory
+from sqft.launch import launched_processes
 from sqft.ops.kernel_use import computes_in_bfloat16
 from sqft.sections import TrainingSection
 from sqft.training.trackers import check_reporting
@@ -86,7 +86,7 @@ def check_arguments(section: TrainingSection) -> None:
             f"{parts} equal micro-batches; make it a multiple"
         )
     check_reporting(section)
-    share_batch(section, _processes())
+    share_batch(section, launched_processes())
 
 
 def training_arguments(
@@ -105,7 +105,7 @@ def training_arguments(
     Raises: TrainingError as `check_arguments`, and for a value that TrainingArguments refuses.
     """
     check_arguments(section)
-    size, parts = share_batch(section, _processes())
+    size, parts = share_batch(section, launched_processes())
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "learning_rate": section.learning_rate,
@@ -137,10 +137,6 @@ def training_arguments(
         settings |= {"logging_strategy": "steps", "logging_steps": 1}
     with refusals(section):
         return TrainingArguments(**(settings | section.arguments))
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def share_batch(section: TrainingSection, processes: int) -> tuple[int, int]:

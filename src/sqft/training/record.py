@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sqft.artifacts import digest_files, seal, sync_path, sync_tree, unseal, write_json
+from sqft.launch import launched_processes
 
 __all__ = [
     "Journal",
@@ -216,7 +217,7 @@ def environment(model: torch.nn.Module, device: torch.device) -> dict[str, str]:
     return {
         "device": f"{device.type} {name}",
         "threads": str(torch.get_num_threads()),
-        "number of processes": os.environ.get("WORLD_SIZE", "1"),
+        "number of processes": str(launched_processes()),
         "dtype": "+".join(dtypes),
     } | versions
 

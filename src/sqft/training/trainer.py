@@ -313,7 +313,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
 
     def _add_up(self) -> None:
         """Of a step that processes share: the mean of their losses, each of its own items over all tokens."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not _has_group():
             return
         device = next(self.model.parameters()).device
         sums = torch.tensor([self.loss, self.learnt or 0.0, float(self.tokens)], device=device)
@@ -348,7 +348,12 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             save_unrounded(self.model, checkpoint)
             self.best.save(checkpoint)
-        if dist.is_available() and dist.is_initialized():
+        if _has_group():
             dist.barrier()
         if state.is_world_process_zero:
             self.journal.mark(state.global_step, self.facts)
+
+
+def _has_group() -> bool:
+    """Whether other processes take part in this training."""
+    return dist.is_available() and dist.is_initialized()
